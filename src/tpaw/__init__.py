@@ -1,0 +1,49 @@
+"""TPAW: team-based self-play with dual adaptive weighting (arXiv 2605.09922).
+
+from tpaw import RunConfig, self_play
+self_play(RunConfig.load("starter"), "runs/starter")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tpaw.config import RunConfig
+    from tpaw.errors import TpawError
+    from tpaw.objective import TeamLoss, team_loss
+    from tpaw.selfplay import self_play
+    from tpaw.team import Player, Team
+    from tpaw.trainer import TeamTrainer
+
+__version__ = version("tpaw")
+__all__ = [
+    "Player",
+    "RunConfig",
+    "Team",
+    "TeamLoss",
+    "TeamTrainer",
+    "TpawError",
+    "self_play",
+    "team_loss",
+]
+
+_HOME = {
+    "Player": "tpaw.team",
+    "RunConfig": "tpaw.config",
+    "Team": "tpaw.team",
+    "TeamLoss": "tpaw.objective",
+    "TeamTrainer": "tpaw.trainer",
+    "TpawError": "tpaw.errors",
+    "self_play": "tpaw.selfplay",
+    "team_loss": "tpaw.objective",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Looked up on first use, so that the command line does not wait for torch.
+    if name not in _HOME:
+        raise AttributeError(f"module 'tpaw' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

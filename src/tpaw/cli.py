@@ -1,0 +1,158 @@
+"""The command line. Each command is a few calls into the library."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from tpaw.config import RunConfig
+from tpaw.config_file import recipe_names, to_yaml
+from tpaw.errors import InputError, Interrupted, TpawError
+from tpaw.interrupt import StopSignal
+from tpaw.rundir import RunDirectory
+
+app = typer.Typer(
+    help="Self-play fine-tuning of an SFT model with TPAW (arXiv 2605.09922).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(help="Show recipes and the schema of a configuration.")
+app.add_typer(config_app, name="config", no_args_is_help=True)
+
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="CONFIG...",
+        help=f"A YAML file or a recipe ({', '.join(recipe_names())}); later ones go over earlier.",
+    ),
+]
+Overrides = Annotated[
+    list[str],
+    typer.Option("--set", help="section.key=value, over everything else. May be repeated."),
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Run directory. Default: runs/CONFIG.")
+]
+
+
+@app.command()
+def run(config: Sources, output: Output = None, set_: Overrides = []) -> None:  # noqa: B006
+    """Run self-play, or go on with the run that lies in the run directory.
+
+    CONFIG may be a run directory itself: then that run goes on.
+    """
+    output = output or _default_output(config)
+    settings = _load(config, set_)
+    from tpaw.selfplay import self_play
+
+    stop = StopSignal()
+    with stop.listening():
+        try:
+            self_play(settings, output, stop)
+        except (Interrupted, KeyboardInterrupt) as interruption:
+            number = getattr(interruption, "signal_number", None) or stop.signal_number or 2
+            print(f"stopped; go on with: tpaw run {shlex.quote(str(output))}", file=sys.stderr)
+            raise typer.Exit(128 + number) from None
+    _print_summary(RunDirectory(output), settings)
+
+
+@app.command()
+def status(directory: Path) -> None:
+    """Say what is done in a run directory, and what is next."""
+    run = RunDirectory(directory)
+    if not run.has_begun():
+        raise InputError(f"{directory}: not a run directory (no run.json)")
+    settings = run.load_config()
+    from tpaw.report.status import done_and_next
+
+    done, upcoming = done_and_next(run, settings)
+    for stage in done:
+        print(f"done  {stage}")
+    print(f"next  {upcoming}" if upcoming else "all done")
+    if done:
+        _print_summary(run, settings)
+
+
+@app.command()
+def plan(config: Sources, set_: Overrides = []) -> None:  # noqa: B006
+    """Show lineage and cost of every iteration, before anything is spent."""
+    settings = _load(config, set_)
+    from tpaw.inputs import read_inputs
+    from tpaw.plan import plan_run
+    from tpaw.report.progress import progress
+    from tpaw.report.tables import plan_table
+
+    with progress("reading and tokenising", None, "rows") as advance:
+        inputs = read_inputs(settings, advance)
+    console = _console()
+    console.print(plan_table(plan_run(settings, len(inputs.examples))))
+    skipped = {key: reasons for key, reasons in inputs.skipped.items() if reasons}
+    console.print(
+        f"{len(inputs.examples):,} examples, {len(inputs.heldout):,} held out; "
+        f"skipped: {json.dumps(skipped) if skipped else 'none'}",
+        markup=False,
+        highlight=False,
+    )
+
+
+@config_app.command("show")
+def config_show(config: Sources, set_: Overrides = []) -> None:  # noqa: B006
+    """Print the complete configuration, with a comment on every setting."""
+    print(to_yaml(_load(config, set_), comments=True), end="")
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of a configuration."""
+    print(json.dumps(RunConfig.model_json_schema(by_alias=True), indent=2))
+
+
+def main() -> None:
+    """Run the command line; a `TpawError` becomes its text and its exit code."""
+    # Read when the libraries are imported: their own bars would fight with ours.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except TpawError as error:
+        print(f"tpaw: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _load(sources: list[str], overrides: list[str]) -> RunConfig:
+    return RunConfig.load(*(_config_of(source) for source in sources), overrides=overrides)
+
+
+def _config_of(source: str) -> str:
+    run = RunDirectory(source)
+    return str(run.config_file) if run.has_begun() else source
+
+
+def _default_output(sources: list[str]) -> Path:
+    if len(sources) == 1 and RunDirectory(sources[0]).has_begun():
+        return Path(sources[0])
+    return Path("runs") / "-".join(Path(source).stem for source in sources)
+
+
+def _print_summary(run: RunDirectory, settings: RunConfig) -> None:
+    from tpaw.report.summary import summarise
+    from tpaw.report.tables import summary_table
+
+    console = _console()
+    console.print(summary_table(summarise(run, settings)))
+    console.print(f"Results: {run.root}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _console() -> Console:
+    # Wide enough for the tables where the output is a file or a pipe.
+    return Console() if sys.stdout.isatty() else Console(width=140)

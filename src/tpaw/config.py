@@ -1,0 +1,336 @@
+"""Every setting of a run, with the paper's symbol and the default beside it.
+
+This file is the reference: `tpaw config show RECIPE` and `tpaw config schema` print what stands
+here. Reading YAML, recipes that extend one another and `--set` live in `config_file.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.config import JsonDict
+
+from tpaw.team import Newest
+
+Scalar = TypeVar("Scalar")
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+# One value for all iterations, or a list with one value for each.
+PerIteration = Annotated[Scalar | tuple[Scalar, ...], BeforeValidator(_as_tuple)]
+Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+
+# `json_schema_extra` of a setting that may change when a run goes on: it decides how the work is
+# cut up or what is shown, and changes results by no more than rounding.
+CHANGEABLE: JsonDict = {"changeable": True}
+
+# What the loop decides itself; `train.training_arguments` may not name it.
+OWNED_TRAINING_ARGUMENTS: Mapping[str, str] = {
+    "output_dir": "--output",
+    "num_train_epochs": "train.epochs",
+    "max_steps": "train.epochs",
+    "learning_rate": "train.learning_rate",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.batch_size and train.micro_batch_size",
+    "auto_find_batch_size": "train.micro_batch_size",
+    "optim": "train.optimizer",
+    "lr_scheduler_type": "train.schedule",
+    "warmup_steps": "train.warmup",
+    "gradient_checkpointing": "train.activation_checkpointing",
+    "logging_steps": "train.log_every",
+    "logging_strategy": "train.log_every",
+    "save_steps": "train.save_every",
+    "save_strategy": "train.save_every",
+    "report_to": "train.report_to",
+    "seed": "seed",
+    "data_seed": "seed",
+    "full_determinism": "deterministic",
+    "bf16": "precision",
+    "fp16": "precision",
+    "use_cpu": "device",
+    "logging_nan_inf_filter": "nothing: a NaN is never filtered away",
+    "ignore_data_skip": "nothing: a resumed iteration sees each batch once",
+    "save_only_model": "nothing: an iteration resumes from its saved steps",
+    "save_total_limit": "nothing: the newest saved step is kept",
+    "resume_from_checkpoint": "nothing: running again resumes",
+    "remove_unused_columns": "nothing: the columns are the loop's own",
+    "push_to_hub": "nothing: push a published checkpoint instead",
+    "load_best_model_at_end": "nothing: θ_t is the last step's",
+    "dataloader_drop_last": "nothing: every triple is trained on",
+    "eval_strategy": "evaluate",
+    "do_eval": "evaluate",
+    "train_sampling_strategy": "nothing: triples are shuffled",
+}
+
+
+class Section(BaseModel):
+    """A part of the file: strict types, no unknown keys, frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """θ_0 and how models are loaded."""
+
+    path: str = Field(
+        description="θ_0, the SFT model: a folder, a hub id, or tpaw://starter/model. "
+        "Any decoder-only model of transformers."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+    eos_token: str | None = Field(
+        None,
+        description="The token that ends a response, where it is not the tokenizer's own "
+        "(e.g. <|im_end|> for a Qwen base model tuned on chats).",
+    )
+    attn_implementation: str | None = Field(
+        None, description="sdpa, eager, flash_attention_2, …; default: what transformers chooses."
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run code that comes with the model. Only for models you trust."
+    )
+
+
+class Columns(Section):
+    """Names of the columns to read. Give `prompt` and `target`, or `messages`."""
+
+    prompt: str | None = Field(None, description="Column of the prompt's text (or messages).")
+    target: str | None = Field(None, description="Column of the target's text (or messages).")
+    messages: str | None = Field(None, description="Column of a list of role/content messages.")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Columns:
+        pair = self.prompt is not None and self.target is not None
+        if pair == (self.messages is not None) or (self.prompt is None) != (self.target is None):
+            raise ValueError("give prompt and target, or messages alone")
+        return self
+
+
+class DataConfig(Section):
+    """Where rows come from and how they become prompt and target."""
+
+    path: str = Field(
+        description="A json, jsonl, parquet, csv or arrow file, a folder of datasets' "
+        "save_to_disk, a hub id, or tpaw://starter/train.jsonl."
+    )
+    split: str = Field("train", description="Split of a hub id; slices such as train[:50000] work.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+    columns: Columns | None = Field(
+        None,
+        description="Columns to read. Default, the first that fits: prompt/completion, messages, "
+        "conversations (ShareGPT), instruction/input/output (Alpaca), question/answer (GSM8K).",
+    )
+    turn: Literal["first", "last"] = Field(
+        "first",
+        description="Of a conversation: the first round (as the paper), or everything up to the "
+        "last assistant turn.",
+    )
+    template: Literal["auto", "chat", "none"] = Field(
+        "auto",
+        description="The tokenizer's chat template. auto: for messages always, for a plain "
+        "prompt/completion never (as TRL), for the other shapes where there is one. none: the "
+        "text as it stands.",
+    )
+    limit: int | None = Field(None, ge=1, description="Read only the first rows. Default: all.")
+    max_skipped: float = Field(
+        0.01, ge=0, le=1, description="Share of rows that may be unusable before it is an error."
+    )
+
+
+class TeamConfig(Section):
+    """Who plays, as rules over the history of checkpoints."""
+
+    opponents: Newest = Field(
+        Newest(last=3), description="Whose responses are played against: the newest N_max."
+    )
+    main_players: Newest = Field(
+        Newest(last=3), description="Who are the reference models: the newest N_max."
+    )
+
+
+class ObjectiveConfig(Section):
+    """Equations 2 to 8."""
+
+    lambda_: PerIteration[Annotated[float, Field(gt=0)]] = Field(
+        0.1, alias="lambda", description="λ > 0: scale of every implicit reward (TRL's beta)."
+    )
+    eta: float = Field(
+        6.0, ge=1, description="η ≥ 1: target weight where the target's reward is not positive."
+    )
+    gamma: float = Field(0.5, ge=0, description="γ ≥ 0: sharpness of the player weights.")
+    min_player_weight: float = Field(
+        0.01, ge=0, lt=1, description="Player weights below it become 0, the rest sum to 1."
+    )
+    target_weight: Literal["adaptive", "one"] = Field(
+        "adaptive", description="α_j: adaptive as equation 4, or always one (w/o TRW)."
+    )
+    player_weight: Literal["softmax", "uniform"] = Field(
+        "softmax", description="β_j: softmax as equation 7, or uniform (w/o MPW)."
+    )
+
+
+class GenerateConfig(Section):
+    """How the newest checkpoint answers; SPIN's sampling, as the paper states none."""
+
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; 1 is off.")
+    top_k: int = Field(0, ge=0, description="Sample among the k likeliest tokens; 0 is off.")
+    max_new_tokens: int = Field(1024, ge=1, description="Longest response, in tokens.")
+    batch_size: int = Field(64, ge=1, description="Prompts answered at a time.")
+    shard_size: int = Field(
+        1024, ge=1, description="Prompts in a shard; a kill costs at most one shard."
+    )
+
+
+class ScoreConfig(Section):
+    """How reference log-probs are computed; changes nothing but speed and rounding."""
+
+    tokens_per_batch: int = Field(
+        16384, ge=1, description="Tokens, padding included, in one forward pass."
+    )
+    shard_size: int = Field(
+        8192, ge=1, description="Sequences in a shard; a kill costs at most one shard."
+    )
+
+
+class TrainConfig(Section):
+    """One iteration's training."""
+
+    learning_rate: PerIteration[Annotated[float, Field(gt=0)]] = Field(
+        1e-6, description="Peak learning rate."
+    )
+    epochs: PerIteration[Annotated[int, Field(ge=1)]] = Field(2, description="Passes over D_O.")
+    batch_size: int = Field(64, ge=1, description="Triples in an optimizer step.")
+    micro_batch_size: int = Field(
+        8,
+        ge=1,
+        json_schema_extra=CHANGEABLE,
+        description="Triples in a forward pass; divides batch_size. Lower it when memory is short.",
+    )
+    optimizer: str = Field(
+        "rmsprop", description="Any optimizer of transformers' TrainingArguments.optim."
+    )
+    schedule: str = Field("cosine", description="Any of TrainingArguments.lr_scheduler_type.")
+    warmup: float = Field(0.1, ge=0, lt=1, description="Share of the steps that warm up.")
+    activation_checkpointing: bool = Field(
+        False,
+        json_schema_extra=CHANGEABLE,
+        description="Recompute activations in the backward pass: less memory, a third more time.",
+    )
+    log_every: int = Field(
+        10, ge=1, json_schema_extra=CHANGEABLE, description="Steps between lines of training.jsonl."
+    )
+    save_every: int = Field(
+        100,
+        ge=1,
+        json_schema_extra=CHANGEABLE,
+        description="Steps between saved training states; a kill costs at most as many.",
+    )
+    report_to: Strings = Field(
+        (),
+        json_schema_extra=CHANGEABLE,
+        description="Trackers of transformers: wandb, tensorboard, mlflow, trackio, …",
+    )
+    training_arguments: Mapping[str, Any] = Field(
+        {}, description="Anything else of transformers' TrainingArguments, by its own name."
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainConfig:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} must divide batch_size {self.batch_size}"
+            )
+        for name in self.training_arguments:
+            if name in OWNED_TRAINING_ARGUMENTS:
+                raise ValueError(
+                    f"training_arguments.{name} belongs to the loop; set it by "
+                    f"{OWNED_TRAINING_ARGUMENTS[name]}"
+                )
+        return self
+
+
+class EvaluateConfig(Section):
+    """What is measured after each iteration."""
+
+    data: DataConfig | None = Field(
+        None, description="Held-out rows, in any shape that `data` takes. Default: none."
+    )
+    exact_match: bool | None = Field(
+        None,
+        description="Greedy answers compared with the target's `#### answer`. "
+        "Default: where every held-out target has one.",
+    )
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="Longest greedy answer. Default: generate.max_new_tokens."
+    )
+    batch_size: int = Field(
+        128, ge=1, json_schema_extra=CHANGEABLE, description="Prompts answered at a time."
+    )
+
+
+class RunConfig(Section):
+    """A whole run. `RunConfig.load("file.yaml")` reads one; every field is documented here."""
+
+    model: ModelConfig
+    data: DataConfig
+    iterations: int = Field(4, ge=1, description="T: self-play iterations.")
+    max_length: int = Field(2048, ge=2, description="Longest prompt plus response, in tokens.")
+    team: TeamConfig = TeamConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    generate: GenerateConfig = GenerateConfig()
+    score: ScoreConfig = ScoreConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of sampling and shuffling.")
+    precision: Literal["fp32", "bf16"] = Field(
+        "bf16",
+        description="Type of the computation. The weights that the optimizer updates are fp32 "
+        "whatever it is.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if there.")
+    deterministic: bool = Field(
+        False,
+        description="Refuse kernels whose results vary from run to run. On one CPU process a run "
+        "that was killed and resumed is then byte-identical to one that was not.",
+    )
+
+    @model_validator(mode="after")
+    def _one_value_per_iteration(self) -> RunConfig:
+        per_iteration = {
+            "train.learning_rate": self.train.learning_rate,
+            "train.epochs": self.train.epochs,
+            "objective.lambda": self.objective.lambda_,
+        }
+        for key, value in per_iteration.items():
+            if isinstance(value, tuple) and len(value) != self.iterations:
+                raise ValueError(
+                    f"{key} lists {len(value)} values ({list(value)}); give one, or one for each "
+                    f"of the {self.iterations} iterations"
+                )
+        if self.generate.max_new_tokens >= self.max_length:
+            raise ValueError(
+                f"generate.max_new_tokens {self.generate.max_new_tokens} leaves no room for a "
+                f"prompt; it must be less than max_length {self.max_length}"
+            )
+        return self
+
+    @classmethod
+    def load(cls, *sources: str, overrides: Sequence[str] = ()) -> RunConfig:
+        """Read YAML files or recipes by name, later ones over earlier ones, then `key=value`s.
+
+        Raises:
+            InputError: naming the key path, the value and what is allowed.
+        """
+        from tpaw.config_file import load_config
+
+        return load_config(sources, overrides)
+
+
+def at_iteration(value: Scalar | tuple[Scalar, ...], t: int) -> Scalar:
+    """The value for the iteration that trains θ_{t+1} from θ_t; t counts from 0."""
+    return value[t] if isinstance(value, tuple) else value

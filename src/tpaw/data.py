@@ -1,0 +1,210 @@
+"""Rows become examples: templated once, tokenised once, the ids kept for good.
+
+Generation gets exactly the ids that training sees, because both read them from here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from tpaw.config import DataConfig
+from tpaw.errors import InputError
+from tpaw.rows import Dialogue, Message, Unusable, read_rows, shape_of
+from tpaw.token_table import TokenIds, read_table, token_ids, write_table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OnDone = Callable[[int], None]
+
+
+class Example(NamedTuple):
+    """A prompt and its target.
+
+    Attributes:
+        id: row number in the source and a hash of the ids; the same when the run is made again.
+        prompt_ids, target_ids: int32, final; the target ends with its end-of-sequence token.
+        prompt, target: the same as text, for people and for exact match.
+    """
+
+    id: str
+    prompt_ids: TokenIds
+    target_ids: TokenIds
+    prompt: str
+    target: str
+
+
+class Prepared(NamedTuple):
+    """Examples, and how many rows were skipped for which reason."""
+
+    examples: list[Example]
+    skipped: dict[str, int]
+
+
+class ChatFormat:
+    """Turns a dialogue into prompt and target ids, the only place where text becomes ids."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], template: str, key: str
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.stop_ids = frozenset(stop_ids)
+        self.template = template
+        self.key = key
+        self.has_template = tokenizer.chat_template is not None
+        # Some tokenizers put a beginning-of-sequence token before plain text, some do not.
+        plain = tokenizer("a").input_ids
+        bos = tokenizer.bos_token_id
+        self.bos_ids = [bos] if bos is not None and plain[:1] == [bos] else []
+
+    def encode(self, dialogue: Dialogue) -> tuple[list[int], list[int], str]:
+        """Prompt ids, target ids and the prompt as the model sees it.
+
+        Raises:
+            InputError: a conversation without a chat template, or a template that ends a turn
+                without an end-of-sequence token.
+        """
+        wants_template = (
+            dialogue.is_chat
+            or self.template == "chat"
+            or (self.template == "auto" and isinstance(dialogue.prompt, list) and self.has_template)
+        )
+        if wants_template and self.template != "none":
+            return self._templated(_as_messages(dialogue.prompt), dialogue.target)
+        prompt = _as_text(dialogue.prompt)
+        prompt_ids = self._ids(prompt)
+        if prompt_ids[: len(self.bos_ids)] != self.bos_ids:
+            prompt_ids = self.bos_ids + prompt_ids
+        target_ids = self._ids(dialogue.target)
+        if target_ids[-1:] and target_ids[-1] not in self.stop_ids:
+            target_ids.append(int(self.tokenizer.eos_token_id))
+        return prompt_ids, target_ids, prompt
+
+    def _templated(self, messages: list[Message], target: str) -> tuple[list[int], list[int], str]:
+        if not self.has_template:
+            raise InputError(
+                f"{self.key}: the rows are conversations and the tokenizer has no chat template; "
+                "give the model one (tokenizer.chat_template)"
+            )
+        prompt = self._render(messages, add_generation_prompt=True)
+        answer: Message = {"role": "assistant", "content": target}
+        whole = self._render([*messages, answer], add_generation_prompt=False)
+        if not whole.startswith(prompt):
+            raise InputError(
+                f"{self.key}: the chat template renders a prompt differently once an answer "
+                "follows, so a target cannot be told from its prompt"
+            )
+        prompt_ids, whole_ids = self._ids(prompt), self._ids(whole)
+        if whole_ids[: len(prompt_ids)] == prompt_ids:
+            target_ids = whole_ids[len(prompt_ids) :]
+        else:  # a token spans the border; generation starts from the prompt's own ids
+            target_ids = self._ids(whole[len(prompt) :])
+        # What a template puts after the end of the turn is never generated, so it is no part of y.
+        ends = [i for i, token in enumerate(target_ids) if token in self.stop_ids]
+        if not ends:
+            raise InputError(
+                f"{self.key}: the chat template ends an answer with {whole[-20:]!r}, which holds "
+                f"no end-of-sequence token; set model.eos_token"
+            )
+        return prompt_ids, target_ids[: ends[-1] + 1], prompt
+
+    def _render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
+        except Exception as error:  # a template raises whatever its author chose
+            raise InputError(f"{self.key}: the chat template refuses a row: {error}") from None
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def prepare_examples(
+    config: DataConfig,
+    key: str,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Sequence[int],
+    max_length: int,
+    on_done: OnDone = lambda count: None,
+) -> Prepared:
+    """Read, template and tokenise; count what cannot be used.
+
+    Args:
+        key: `data` or `evaluate.data`, for errors.
+        on_done: called with the number of rows read since the last call.
+
+    Raises:
+        InputError: no usable row, or more unusable ones than `max_skipped`.
+    """
+    rows = read_rows(config, key)
+    convert = shape_of(rows, config, key)
+    chat = ChatFormat(tokenizer, stop_ids, config.template, f"{key}.template")
+    examples: list[Example] = []
+    skipped: Counter[str] = Counter()
+    first_skipped: dict[str, int] = {}
+    for number, row in enumerate(rows):
+        dialogue = convert(row)
+        if not isinstance(dialogue, Unusable):
+            dialogue = _tokenised(dialogue, number, chat, max_length)
+        if isinstance(dialogue, Unusable):
+            skipped[dialogue.reason] += 1
+            first_skipped.setdefault(dialogue.reason, number + 1)
+        else:
+            examples.append(dialogue)
+        on_done(1)
+    share = skipped.total() / len(rows)
+    if not examples or share > config.max_skipped:
+        reasons = "; ".join(
+            f"{reason}: {count} (first: row {first_skipped[reason]})"
+            for reason, count in skipped.most_common()
+        )
+        allowed = (
+            f"{key}.max_skipped allows {config.max_skipped:.1%}" if examples else "none is left"
+        )
+        raise InputError(
+            f"{key}.path: {config.path}: {skipped.total()} of {len(rows)} rows ({share:.1%}) "
+            f"cannot be used, {allowed}: {reasons}"
+        )
+    return Prepared(examples, dict(skipped))
+
+
+def write_examples(path: Path, examples: Sequence[Example]) -> None:
+    """Write examples as parquet."""
+    columns = zip(*examples, strict=True) if examples else [[] for _ in Example._fields]
+    write_table(path, dict(zip(Example._fields, map(list, columns), strict=True)))
+
+
+def read_examples(path: Path) -> list[Example]:
+    """Read what `write_examples` wrote."""
+    table = read_table(path)
+    return [Example(*row) for row in zip(*(table[f] for f in Example._fields), strict=True)]
+
+
+def _tokenised(
+    dialogue: Dialogue, number: int, chat: ChatFormat, max_length: int
+) -> Example | Unusable:
+    prompt_ids, target_ids, prompt = chat.encode(dialogue)
+    if not prompt_ids or not target_ids:
+        return Unusable("no tokens")
+    if len(prompt_ids) + len(target_ids) > max_length:
+        return Unusable(f"longer than max_length {max_length}")
+    ids = token_ids(prompt_ids), token_ids(target_ids)
+    digest = hashlib.sha256(ids[0].tobytes() + b"|" + ids[1].tobytes()).hexdigest()
+    return Example(f"{number}-{digest[:12]}", *ids, prompt, dialogue.target)
+
+
+def _as_messages(prompt: str | list[Message]) -> list[Message]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _as_text(prompt: str | list[Message]) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(message["content"] for message in prompt)

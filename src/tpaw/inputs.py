@@ -1,0 +1,116 @@
+"""What a run starts from: examples, held-out examples and the tokenizer, checked and kept.
+
+`read_inputs` refuses whatever cannot work before anything is written or loaded; afterwards the run
+directory holds all of it, and the sources are not read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from tpaw.artifacts import publishing, read_manifest
+from tpaw.config import RunConfig
+from tpaw.data import Example, Prepared, prepare_examples, read_examples, write_examples
+from tpaw.errors import InputError
+from tpaw.evaluation.exact_match import has_answers
+from tpaw.model import check_model, load_tokenizer, pick_device, stop_token_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OnDone = Callable[[int], None]
+
+
+class Inputs(NamedTuple):
+    """Everything a run reads from outside but the weights of θ_0.
+
+    Attributes:
+        examples: the SFT rows.
+        heldout: rows to evaluate on; may be empty.
+        skipped: of both files, how many rows could not be used, by reason.
+        tokenizer: of θ_0, with `model.eos_token` applied.
+        stop_ids: any of them ends a response.
+    """
+
+    examples: list[Example]
+    heldout: list[Example]
+    skipped: Mapping[str, Mapping[str, int]]
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]
+
+
+def read_inputs(config: RunConfig, on_done: OnDone = lambda count: None) -> Inputs:
+    """Check the model's kind, then read, template and tokenise the data.
+
+    Args:
+        on_done: called with the number of rows read since the last call.
+
+    Raises:
+        InputError: naming the setting, the file or the row.
+    """
+    pick_device(config.device)
+    check_training_arguments(config)
+    check_model(config)
+    tokenizer = load_tokenizer(config.model)
+    stop_ids = stop_token_ids(config.model, tokenizer)
+    tokenizer.eos_token_id = stop_ids[0]
+
+    def prepare(key: str) -> Prepared:
+        data = config.data if key == "data" else config.evaluate.data
+        if data is None:
+            return Prepared([], {})
+        return prepare_examples(data, key, tokenizer, stop_ids, config.max_length, on_done)
+
+    train, heldout = prepare("data"), prepare("evaluate.data")
+    if config.evaluate.exact_match and not has_answers(heldout.examples):
+        raise InputError("evaluate.exact_match: some held-out target has no `#### answer`")
+    skipped = {"data": train.skipped, "evaluate.data": heldout.skipped}
+    return Inputs(train.examples, heldout.examples, skipped, tokenizer, stop_ids)
+
+
+def check_training_arguments(config: RunConfig) -> None:
+    """Refuse an optimizer, schedule or passed-through argument that transformers does not know.
+
+    Raises:
+        InputError: naming the setting, with what is allowed.
+    """
+    import dataclasses
+
+    from transformers import TrainingArguments
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    from tpaw.config_file import explain_unknown
+
+    known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
+    explain_unknown("train.training_arguments", config.train.training_arguments, known)
+    explain_unknown("train.optimizer", [config.train.optimizer], [o.value for o in OptimizerNames])
+    explain_unknown("train.schedule", [config.train.schedule], [s.value for s in SchedulerType])
+
+
+def publish_inputs(folder: Path, inputs: Inputs) -> None:
+    """Keep the inputs in the run directory."""
+    meta = {
+        "stop_ids": list(inputs.stop_ids),
+        "skipped": inputs.skipped,
+        "rows": len(inputs.examples),
+        "heldout_rows": len(inputs.heldout),
+    }
+    with publishing(folder, meta) as temporary:
+        write_examples(temporary / "train.parquet", inputs.examples)
+        write_examples(temporary / "heldout.parquet", inputs.heldout)
+        inputs.tokenizer.save_pretrained(str(temporary / "tokenizer"))
+
+
+def load_inputs(folder: Path, config: RunConfig) -> Inputs:
+    """Read what `publish_inputs` kept."""
+    manifest = read_manifest(folder)
+    return Inputs(
+        read_examples(folder / "train.parquet"),
+        read_examples(folder / "heldout.parquet"),
+        manifest["skipped"],
+        load_tokenizer(config.model, str(folder / "tokenizer")),
+        tuple(manifest["stop_ids"]),
+    )

@@ -1,0 +1,271 @@
+"""Models and tokenizers: what can be played with, how it is loaded, how it is told apart.
+
+Everything but `load_model` works without reading a weight into memory, so that a model that
+cannot be used is refused before anything expensive starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tpaw.artifacts import read_json, write_json
+from tpaw.config import ModelConfig, RunConfig
+from tpaw.config_file import resolve_package_path
+from tpaw.errors import ArtifactError, InputError
+from tpaw.team import Player
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "*.py"]
+
+
+def check_model(config: RunConfig) -> PreTrainedConfig:
+    """Refuse a model that self-play cannot use; reads its configuration only.
+
+    Raises:
+        InputError: naming the setting, for a model that is not there, an adapter, an
+            encoder-decoder, a model without a language-modelling head, or too few positions.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = f"model.path: {config.model.path}"
+    path = Path(resolve_package_path(config.model.path))
+    if path.is_dir() and not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise InputError(f"{name}: an adapter, not a model; merge it into its base model first")
+        raise InputError(f"{name}: a folder without config.json, so not a model")
+    try:
+        found = AutoConfig.from_pretrained(
+            str(path) if path.is_dir() else config.model.path,
+            revision=config.model.revision,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise InputError(
+            f"{name}: neither a model folder here nor a model that the hub gives ({first_line})"
+        ) from None
+    if found.is_encoder_decoder:
+        raise InputError(f"{name}: {found.model_type} is an encoder-decoder; it must be a decoder")
+    heads = {n for v in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for n in _names(v)}
+    remote = "AutoModelForCausalLM" in (getattr(found, "auto_map", None) or {})
+    architectures = found.architectures or []
+    if not remote and (
+        found.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        or (architectures and not heads.intersection(architectures))
+    ):
+        what = ", ".join(architectures) or found.model_type
+        raise InputError(f"{name}: {what} is not a causal language model")
+    positions = getattr(found.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and config.max_length > positions:
+        raise InputError(
+            f"max_length: {config.max_length} is beyond the {positions} positions of "
+            f"{config.model.path}"
+        )
+    return found
+
+
+def load_tokenizer(config: ModelConfig, folder: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of θ_0, or the one saved in `folder`.
+
+    Raises:
+        InputError: there is none, or it knows no such `eos_token`.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder or resolve_package_path(config.path),
+            revision=None if folder else config.revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise InputError(f"model.path: {config.path}: no usable tokenizer ({first_line})") from None
+    if config.eos_token is not None:
+        if config.eos_token not in tokenizer.get_vocab():
+            raise InputError(f"model.eos_token: {config.eos_token!r} is not in the vocabulary")
+        tokenizer.eos_token = config.eos_token
+    return tokenizer
+
+
+def stop_token_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids that end a response: the tokenizer's first, then those of the generation config.
+
+    Raises:
+        InputError: there are none.
+    """
+    from transformers import GenerationConfig
+
+    ids = [tokenizer.eos_token_id]
+    try:
+        published = GenerationConfig.from_pretrained(
+            resolve_package_path(config.path), revision=config.revision
+        ).eos_token_id
+        ids += published if isinstance(published, list) else [published]
+    except OSError:
+        pass  # a model without generation_config.json
+    known = tuple(dict.fromkeys(int(i) for i in ids if i is not None))
+    if not known:
+        raise InputError(
+            f"model.path: {config.path}: the tokenizer has no end-of-sequence token; "
+            "set model.eos_token"
+        )
+    return known
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """An id to fill rows with; no loss and no attention ever sees it."""
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def initial_player(config: ModelConfig, record: Path) -> Player:
+    """θ_0: found (downloaded from the hub if need be), fingerprinted, and recorded once.
+
+    Raises:
+        InputError: the weights differ from those that the run began with.
+    """
+    recorded = read_json(record) if record.exists() else None
+    path = resolve_package_path(config.path)
+    if recorded and recorded["revision"] is None and not Path(path).is_dir():
+        # Iterations far from θ_0 do without it; those that need it say that it is not there.
+        return Player(0, path, recorded["fingerprint"])
+    folder, revision = _locate(config)
+    player = Player(0, str(folder), fingerprint(folder))
+    if recorded:
+        if recorded["fingerprint"] != player.fingerprint:
+            raise InputError(
+                f"model.path: {config.path}: its weights are not those that this run began with "
+                f"({player.fingerprint[:12]} instead of {recorded['fingerprint'][:12]})"
+            )
+    else:
+        record.parent.mkdir(exist_ok=True)
+        facts = {"index": 0, "path": config.path, "revision": revision}
+        write_json(record, facts | {"fingerprint": player.fingerprint})
+    return player
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 of the weights' names, types, shapes and bytes; however they are sharded."""
+    tensors: dict[str, tuple[str, Path, int, int]] = {}
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        for name, facts in _safetensors_header(file).items():
+            begin, end = facts["data_offsets"]
+            tensors[name] = (f"{facts['dtype']}{facts['shape']}", file, begin, end)
+    digest = hashlib.sha256()
+    opened: dict[Path, mmap.mmap] = {}
+    for name, (kind, file, begin, end) in sorted(tensors.items()):
+        digest.update(f"{name} {kind}\n".encode())
+        if file not in opened:
+            with file.open("rb") as handle:
+                opened[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+        with memoryview(opened[file]) as view:
+            digest.update(view[begin:end])
+    if not files:  # an older model, with pickled weights only
+        for file in sorted(folder.glob("*.bin")):
+            with file.open("rb") as handle:
+                digest.update(hashlib.file_digest(handle, "sha256").digest())
+            files.append(file)
+    if not files:
+        raise InputError(f"model.path: {folder}: holds no weights (*.safetensors)")
+    return digest.hexdigest()
+
+
+def load_model(
+    player: Player, config: ModelConfig, *, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """Load a player, without dropout, in evaluation mode.
+
+    Raises:
+        InputError: the folder is not there.
+        ArtifactError: the folder lacks some of the model's weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if not Path(player.path).is_dir():
+        raise InputError(f"{player.path}: not there, but θ_{player.index} is needed")
+    model, report = AutoModelForCausalLM.from_pretrained(
+        player.path,
+        dtype=dtype,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+        output_loading_info=True,
+    )
+    # transformers fills absent weights with random ones, and says so in a warning only.
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise ArtifactError(f"{player.path}: lacks weights of the model: {missing}")
+    disable_dropout(model)
+    model.to(device)
+    model.eval()
+    return model
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout to 0: a log-ratio compares two forward passes, which must agree."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    settings = getattr(model, "config", None)
+    for name in ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop"):
+        if hasattr(settings, name):
+            setattr(settings, name, 0.0)
+    for module in model.modules():
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            # Read by attention functions; there is no Dropout module to find.
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010
+
+
+def pick_device(setting: str) -> torch.device:
+    """The device that `device:` asks for.
+
+    Raises:
+        InputError: cuda is asked for and not there.
+    """
+    import torch
+
+    if setting == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: 'cuda' is not there; torch sees no CUDA device")
+    use_cuda = setting == "cuda" or (setting == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if use_cuda else "cpu")
+
+
+def _locate(config: ModelConfig) -> tuple[Path, str | None]:
+    path = Path(resolve_package_path(config.path))
+    if path.is_dir():
+        return path, None
+    from huggingface_hub import snapshot_download
+
+    # The snapshot's folder is named after the commit, which is the revision for good.
+    folder = Path(
+        snapshot_download(config.path, revision=config.revision, allow_patterns=_HUB_FILES)
+    )
+    return folder, folder.name
+
+
+def _safetensors_header(file: Path) -> dict[str, Any]:
+    with file.open("rb") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        try:
+            header = json.loads(handle.read(size))
+        except ValueError:
+            raise ArtifactError(f"{file}: damaged: not a safetensors file") from None
+    header.pop("__metadata__", None)
+    # Offsets count from the end of the header.
+    for facts in header.values():
+        facts["data_offsets"] = [offset + 8 + size for offset in facts["data_offsets"]]
+    return dict(header)
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)

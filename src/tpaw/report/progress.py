@@ -1,0 +1,86 @@
+"""Progress of long work: a bar with rate and time left in a terminal, a line a minute elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+SECONDS_BETWEEN_LINES = 60.0
+
+Advance = Callable[..., None]
+
+
+class _RateColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        unit = task.fields.get("unit", "")
+        return Text(f"{speed:.3g} {unit}/s" if speed else "", style="progress.data.speed")
+
+
+@contextlib.contextmanager
+def progress(
+    description: str, total: int | None, unit: str, console: Console | None = None
+) -> Iterator[Advance]:
+    """Show progress; the work calls what it is given with a count and, optionally, a note.
+
+    Args:
+        total: None where it is not known beforehand.
+        unit: what is counted, e.g. "rows".
+    """
+    console = console or Console(stderr=True)
+    started = time.monotonic()
+    if console.is_terminal:
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _RateColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+        )
+        with Progress(*columns, console=console) as bars:
+            task = bars.add_task(description, total=total, unit=unit, note="")
+
+            def advance(count: int, note: str = "") -> None:
+                bars.advance(task, count)
+                if note:
+                    bars.update(task, note=note)
+
+            yield advance
+        return
+
+    done, last_line = 0, started
+
+    def advance_quietly(count: int, note: str = "") -> None:
+        nonlocal done, last_line
+        done += count
+        now = time.monotonic()
+        if now - last_line > SECONDS_BETWEEN_LINES:
+            last_line = now
+            left = (total - done) * (now - started) / max(done, 1) if total else None
+            ahead = "" if left is None else f" of {total}, {left:.0f} s left"
+            _line(console, f"{description}: {done} {unit}{ahead} {note}")
+
+    yield advance_quietly
+    seconds = time.monotonic() - started
+    _line(console, f"{description}: {done} {unit} in {seconds:.1f} s")
+
+
+def _line(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,69 @@
+"""summary.json: what a run has shown so far, gathered from what it published."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tpaw.artifacts import is_published, read_json, read_manifest, write_json
+from tpaw.config import RunConfig
+from tpaw.generation.responses import response_facts
+from tpaw.rundir import RunDirectory
+
+SHOWN_METRICS = ("loss", "rewards/target", "rewards/margins", "rewards/accuracies")
+
+
+def write_summary(run: RunDirectory, config: RunConfig) -> None:
+    """Write summary.json."""
+    write_json(run.summary_file, summarise(run, config))
+
+
+def summarise(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
+    """One entry an iteration, 0 being the SFT model; what is not there yet is absent.
+
+    Each may hold `evaluation` (see `evaluation.heldout`), `responses` (counts of D_{i-1}),
+    `training` (the last logged step), `seconds` by stage, and `checkpoint`, relative to the run.
+    """
+    iterations = [_iteration(run, i) for i in range(config.iterations + 1)]
+    skipped = read_manifest(run.inputs)["skipped"] if is_published(run.inputs) else {}
+    done = sum("checkpoint" in entry for entry in iterations)
+    return {
+        "iterations_done": done,
+        "iterations": config.iterations,
+        "skipped_rows": skipped,
+        "players": iterations,
+    }
+
+
+def _iteration(run: RunDirectory, i: int) -> dict[str, Any]:
+    entry: dict[str, Any] = {"iteration": i}
+    seconds: dict[str, float] = {}
+    if i > 0 and is_published(run.responses(i)):
+        facts = response_facts(run.responses(i))
+        entry["responses"] = {
+            "rows": facts["rows"],
+            "tokens": facts["tokens"],
+            "identical_share": facts["identical"] / facts["rows"],
+            "truncated_share": facts["truncated"] / facts["rows"],
+        }
+        seconds["generate"] = facts["seconds"]
+    scored = _scored(run, i)
+    if scored:
+        entry["sequences_scored"] = sum(shard["sequences"] for shard in scored)
+        seconds["score"] = round(sum(shard["seconds"] for shard in scored), 3)
+    if i > 0 and is_published(run.checkpoint(i)):
+        entry["checkpoint"] = run.checkpoint(i).relative_to(run.root).as_posix()
+        seconds["train"] = read_manifest(run.checkpoint(i))["seconds"]
+        logged = run.training_log(i).read_text(encoding="utf-8").splitlines()
+        entry["training"] = json.loads(logged[-1])
+    if is_published(run.evaluation(i)):
+        entry["evaluation"] = read_json(run.evaluation(i) / "results.json")
+        seconds["evaluate"] = entry["evaluation"]["seconds"]
+    entry["seconds"] = seconds
+    return entry
+
+
+def _scored(run: RunDirectory, i: int) -> list[dict[str, Any]]:
+    manifests = sorted((run.root / "logprobs").glob("*/manifest.json"))
+    shards = [shard for manifest in manifests for shard in read_json(manifest)["files"]]
+    return [shard for shard in shards if shard["stage"] == f"iteration-{i}"]

@@ -1,0 +1,43 @@
+"""Token ids in parquet, and as one-dimensional int32 arrays in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+TokenIds = NDArray[np.int32]
+
+
+def token_ids(ids: Iterable[int]) -> TokenIds:
+    """Token ids as they are kept in memory."""
+    return np.asarray(list(ids), dtype=np.int32)
+
+
+def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
+    """Write columns; one whose values are arrays becomes a list column."""
+    arrays = {}
+    for name, values in columns.items():
+        is_ids = len(values) > 0 and isinstance(values[0], np.ndarray)
+        arrays[name] = pa.array(values, type=pa.list_(pa.int32()) if is_ids else None)
+    pq.write_table(pa.table(arrays), path)
+
+
+def read_table(path: Path) -> dict[str, list[Any]]:
+    """Read columns; list columns come back as int32 arrays that share one buffer."""
+    table = pq.read_table(path)
+    return {name: _values(table[name].combine_chunks()) for name in table.column_names}
+
+
+def _values(column: Any) -> list[Any]:
+    if not pa.types.is_list(column.type):
+        return list(column.to_pylist())
+    offsets = column.offsets.to_numpy()
+    flat = column.values.to_numpy().astype(np.int32, copy=False)
+    return [flat[a:b] for a, b in pairwise(offsets)]

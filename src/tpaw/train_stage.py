@@ -1,0 +1,235 @@
+"""One iteration's training over a run directory: settings, saved steps, resuming, the log."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from tpaw.artifacts import is_published, read_manifest, write_manifest
+from tpaw.config import RunConfig, at_iteration
+from tpaw.data import Example
+from tpaw.errors import InputError
+from tpaw.generation.responses import Response
+from tpaw.interrupt import StopSignal
+from tpaw.token_table import TokenIds
+from tpaw.trainer import FIRST_STEP_TOLERANCE, TeamTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Triple(NamedTuple):
+    """(x, y, y_gen): an example and what one opponent answered to its prompt."""
+
+    example: Example
+    response: Response
+    opponent: int
+
+    @property
+    def target(self) -> tuple[TokenIds, TokenIds]:
+        """Prompt and target ids."""
+        return self.example.prompt_ids, self.example.target_ids
+
+    @property
+    def generated(self) -> tuple[TokenIds, TokenIds]:
+        """Prompt and generated ids."""
+        return self.example.prompt_ids, self.response.token_ids
+
+
+class TripleRows(torch.utils.data.Dataset[dict[str, Any]]):
+    """D_O with its reference log-probs, as `TeamTrainer` reads it."""
+
+    def __init__(
+        self,
+        triples: Sequence[Triple],
+        target_logps_NK: NDArray[np.float64],
+        generated_logps_NK: NDArray[np.float64],
+    ) -> None:
+        self.triples = triples
+        self.target_logps_NK = target_logps_NK
+        self.generated_logps_NK = generated_logps_NK
+
+    def __len__(self) -> int:
+        return len(self.triples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        triple = self.triples[index]
+        return {
+            "prompt_ids": triple.example.prompt_ids,
+            "target_ids": triple.example.target_ids,
+            "generated_ids": triple.response.token_ids,
+            "player_target_logps": self.target_logps_NK[index],
+            "player_generated_logps": self.generated_logps_NK[index],
+            "is_truncated": triple.response.finish_reason == "length",
+        }
+
+
+def train_iteration(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: TripleRows,
+    config: RunConfig,
+    t: int,
+    *,
+    use_cpu: bool,
+    saved_steps: Path,
+    log_file: Path,
+    publish_to: Path,
+    on_step: Callable[[int, str], None],
+    stop: StopSignal,
+) -> float:
+    """Train θ_{t+1} from `policy`, which is θ_t, and save it into `publish_to`.
+
+    Goes on from the last saved step, if there is one in `saved_steps`.
+
+    Returns:
+        Seconds of training, those before an interruption included.
+
+    Raises:
+        Interrupted: a stop was asked for; the step is saved.
+    """
+    arguments = _training_arguments(config, t, saved_steps, use_cpu)
+    resume_from = last_saved_step(saved_steps)
+    recorder = _Recorder(saved_steps, log_file, on_step, stop, _seconds_of(resume_from))
+    trainer = TeamTrainer(
+        model=policy,
+        args=arguments,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        objective={
+            "lambda_": at_iteration(config.objective.lambda_, t),
+            **config.objective.model_dump(exclude={"lambda_"}),
+        },
+        first_step_tolerance=FIRST_STEP_TOLERANCE[config.precision],
+        callbacks=[recorder],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    if trainer.state.global_step < trainer.state.max_steps:
+        stop.check()
+    trainer.save_model(str(publish_to))
+    (publish_to / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
+    return recorder.seconds
+
+
+def last_saved_step(folder: Path) -> Path | None:
+    """The newest saved step that is whole."""
+    whole = [path for path in folder.glob("checkpoint-*") if is_published(path)]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _seconds_of(saved_step: Path | None) -> float:
+    return float(read_manifest(saved_step)["seconds"]) if saved_step else 0.0
+
+
+def _training_arguments(
+    config: RunConfig, t: int, output: Path, use_cpu: bool
+) -> TrainingArguments:
+    train = config.train
+    try:
+        arguments = TrainingArguments(
+            output_dir=str(output),
+            num_train_epochs=at_iteration(train.epochs, t),
+            learning_rate=at_iteration(train.learning_rate, t),
+            per_device_train_batch_size=train.micro_batch_size,
+            gradient_accumulation_steps=train.batch_size // train.micro_batch_size,
+            optim=train.optimizer,
+            lr_scheduler_type=train.schedule,
+            warmup_steps=train.warmup,
+            gradient_checkpointing=train.activation_checkpointing,
+            bf16=config.precision == "bf16",
+            use_cpu=use_cpu,
+            seed=int(np.random.SeedSequence((config.seed, t)).generate_state(1)[0] % 2**31),
+            logging_steps=train.log_every,
+            logging_first_step=True,
+            save_strategy="steps",
+            save_steps=train.save_every,
+            report_to=list(train.report_to) or "none",
+            disable_tqdm=True,
+            **({"run_name": f"theta_{t + 1}"} | dict(train.training_arguments)),
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(f"train.training_arguments: {error}") from None
+    if arguments.n_gpu > 1:
+        raise InputError(
+            f"device: {arguments.n_gpu} GPUs are visible to one process, which would multiply "
+            "train.batch_size; set CUDA_VISIBLE_DEVICES to one of them"
+        )
+    return arguments
+
+
+class _Recorder(TrainerCallback):
+    """Keeps saved steps whole, writes training.jsonl, shows progress, heeds a stop."""
+
+    def __init__(
+        self,
+        saved_steps: Path,
+        log_file: Path,
+        on_step: Callable[[int, str], None],
+        stop: StopSignal,
+        seconds_before: float,
+    ) -> None:
+        self.saved_steps = saved_steps
+        self.log_file = log_file
+        self.on_step = on_step
+        self.stop = stop
+        self.started = time.monotonic() - seconds_before
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far."""
+        return round(time.monotonic() - self.started, 3)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # What was logged after the step that is resumed from will be logged again.
+        lines = [json.dumps(entry) + "\n" for entry in state.log_history if "loss" in entry]
+        self.log_file.write_text("".join(lines), encoding="utf-8")
+        self.on_step(state.global_step, "")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if state.global_step == state.max_steps:
+            control.should_log = True
+            control.should_save = False  # θ_t itself is published next
+        elif self.stop.signal_number is not None:
+            control.should_save = control.should_training_stop = True
+        self.on_step(1, "")
+        return control
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        with self.log_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(state.log_history[-1]) + "\n")
+        note = f"loss {logs['loss']:.4f}  target reward {logs['rewards/target']:+.3f}"
+        self.on_step(0, note)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        saved = self.saved_steps / f"checkpoint-{state.global_step}"
+        write_manifest(saved, {"seconds": self.seconds})
+        # The older ones go only now that this one is whole.
+        for path in self.saved_steps.glob("checkpoint-*"):
+            if path != saved:
+                shutil.rmtree(path)

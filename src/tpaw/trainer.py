@@ -1,0 +1,230 @@
+"""TeamTrainer: transformers' Trainer with the team objective. No reference model is in memory.
+
+It trains on any dataset with the columns of `COLUMNS`, so it also serves people who keep their own
+loop. Batching, optimizer, schedule, saving, resuming and trackers are the Trainer's own.
+
+Shape suffixes: B triples in a micro-batch, K main players, L tokens in a row.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from tpaw.errors import PolicyMismatchError
+from tpaw.layout import PaddedRows, pad_rows
+from tpaw.logprobs import response_logps
+from tpaw.model import disable_dropout, pad_token_id
+from tpaw.objective import TeamLoss, team_loss
+
+COLUMNS = (
+    "prompt_ids",
+    "target_ids",
+    "generated_ids",
+    "player_target_logps",
+    "player_generated_logps",
+)
+
+# At the first step the policy is the newest player, so the mean of |log π_θ − log π_θt| per token
+# is rounding alone. These are some ten times what was measured (docs/log.md) and a hundredth of
+# what a wrong template, mask or checkpoint gives.
+FIRST_STEP_TOLERANCE: Mapping[str, float] = {"fp32": 1e-3, "bf16": 5e-2}
+
+
+class TripleBatch(TypedDict):
+    """A micro-batch: rows 0…B-1 hold targets, rows B…2B-1 the generated responses.
+
+    Attributes:
+        rows: see `layout.PaddedRows`.
+        player_target_logps_BK, player_generated_logps_BK: float64, newest player first.
+        is_truncated_B: bool, the generated response was cut at the length limit.
+        is_identical_B: bool, the generated response equals the target.
+    """
+
+    rows: PaddedRows
+    player_target_logps_BK: Tensor
+    player_generated_logps_BK: Tensor
+    is_truncated_B: Tensor
+    is_identical_B: Tensor
+
+
+class TeamTrainer(Trainer):
+    """Minimises the mean of `team_loss` over each global batch of triples.
+
+    Args:
+        model: the policy. Weights should be fp32: at learning rates of 1e-7 to 1e-6 a bf16 weight
+            does not move at all. Pass `bf16=True` in `args` for bf16 computation.
+        args: transformers' TrainingArguments.
+        train_dataset: rows with the columns of `COLUMNS`; the first three hold token ids, the last
+            two one summed log-prob per main player, newest first. `is_truncated` is optional.
+        processing_class: the tokenizer; saved with the model, and its pad id is used.
+        objective: keyword arguments of `tpaw.objective.team_loss`.
+        first_step_tolerance: stop if, before the first update, |log π_θ − log π_j| of the newest
+            player exceeds this, in nats per token, averaged over a micro-batch. None switches the
+            check off, for loops in which the policy does not start as a player.
+
+    Raises:
+        ValueError: the dataset lacks a column.
+        PolicyMismatchError: see `first_step_tolerance`.
+    """
+
+    # `compute_loss` divides by the global number of triples, so nothing is left to scale.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module,
+        args: TrainingArguments,
+        train_dataset: Any,
+        processing_class: PreTrainedTokenizerBase,
+        objective: Mapping[str, Any],
+        first_step_tolerance: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        absent = [name for name in COLUMNS if name not in train_dataset[0]]
+        if absent:
+            raise ValueError(f"train_dataset lacks {', '.join(absent)}; it needs {COLUMNS}")
+        args.remove_unused_columns = False
+        args.logging_nan_inf_filter = False
+        disable_dropout(model)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            processing_class=processing_class,
+            data_collator=TripleCollator(pad_token_id(processing_class)),
+            **kwargs,
+        )
+        self.objective = dict(objective)
+        self.first_step_tolerance = first_step_tolerance
+        self._sums: defaultdict[str, float] = defaultdict(float)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of a step, and the number of triples in it over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = torch.tensor(
+            sum(len(batch["is_truncated_B"]) for batch in batches), device=self.args.device
+        )
+        return batches, self.accelerator.reduce(count, reduction="sum")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: TripleBatch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """This micro-batch's share of the mean over the global batch; float32 scalar."""
+        logps_2B = response_logps(model, **inputs["rows"])
+        target_logps_B, generated_logps_B = logps_2B.chunk(2)
+        team = team_loss(
+            target_logps_B,
+            generated_logps_B,
+            inputs["player_target_logps_BK"],
+            inputs["player_generated_logps_BK"],
+            **self.objective,
+        )
+        if self.model.training:
+            if self.state.global_step == 0:
+                self._check_policy_is_newest_player(target_logps_B, generated_logps_B, inputs)
+            self._record(team, target_logps_B, generated_logps_B, inputs)
+        triples = len(team.loss_B) if num_items_in_batch is None else num_items_in_batch
+        # Gradients are averaged over processes; each holds only its part of the sum.
+        loss = team.loss_B.sum() * self.accelerator.num_processes / triples
+        return (loss.float(), team) if return_outputs else loss.float()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means, over triples since the last log, of what the objective reported."""
+        names = sorted(self._sums)
+        if names:
+            sums = torch.tensor([self._sums[n] for n in names], dtype=torch.float64)
+            sums = self.accelerator.reduce(sums.to(self.args.device), reduction="sum")
+            self._sums.clear()
+            total = dict(zip(names, sums.tolist(), strict=True))
+            triples = total.pop("triples")
+            tokens = {kind: total.pop(f"tokens/{kind}") for kind in ("target", "generated")}
+            logs |= {name: value / triples for name, value in total.items()}
+            for kind, count in tokens.items():
+                if count:
+                    logs[f"logps/{kind}_per_token"] = total[f"logps/{kind}"] / count
+        super().log(logs, start_time)
+
+    def _record(
+        self, team: TeamLoss, target_logps_B: Tensor, generated_logps_B: Tensor, inputs: TripleBatch
+    ) -> None:
+        by_player = {
+            "rewards/target": team.target_reward_BK,
+            "rewards/generated": team.generated_reward_BK,
+            "rewards/margins": team.margin_BK,
+            "rewards/accuracies": (team.margin_BK > 0).double(),
+        }
+        values: dict[str, Tensor] = {}
+        for name, value_BK in by_player.items():
+            values[name] = value_BK.mean(dim=1)
+            for k, value_B in enumerate(value_BK.unbind(dim=1)):
+                values[f"{name}/player_{k}"] = value_B
+        values["weights/target"] = (team.target_weight_BK > 1).double().mean(dim=1)
+        for k, value_B in enumerate(team.player_weight_BK.unbind(dim=1)):
+            values[f"weights/player_{k}"] = value_B
+        values["logps/target"] = target_logps_B.detach()
+        values["logps/generated"] = generated_logps_B.detach()
+        values["share/truncated"] = inputs["is_truncated_B"].double()
+        values["share/identical"] = inputs["is_identical_B"].double()
+        tokens_2B = inputs["rows"]["response_mask_BL"].sum(dim=1).double()
+        values["tokens/target"], values["tokens/generated"] = tokens_2B.chunk(2)
+        values["triples"] = torch.ones_like(target_logps_B)
+        names, stacked = zip(*values.items(), strict=True)
+        for name, value in zip(names, torch.stack(stacked).sum(dim=1).tolist(), strict=True):
+            self._sums[name] += value
+
+    def _check_policy_is_newest_player(
+        self, target_logps_B: Tensor, generated_logps_B: Tensor, inputs: TripleBatch
+    ) -> None:
+        if self.first_step_tolerance is None:
+            return
+        newest_2B = torch.cat(
+            [inputs["player_target_logps_BK"][:, 0], inputs["player_generated_logps_BK"][:, 0]]
+        )
+        policy_2B = torch.cat([target_logps_B, generated_logps_B]).detach()
+        tokens = inputs["rows"]["response_mask_BL"].sum().clamp(min=1)
+        difference = float((policy_2B - newest_2B).abs().sum() / tokens)
+        # Written as "not (allowed)", so that a NaN stops the run too.
+        if not difference <= self.first_step_tolerance:
+            raise PolicyMismatchError(
+                f"before the first update the policy's log-probs differ from its newest player's "
+                f"by {difference:.2g} nats a token; rounding alone stays below "
+                f"{self.first_step_tolerance:.2g}. The two were computed from different weights, "
+                "token ids, masks, templates or dtypes."
+            )
+
+
+class TripleCollator:
+    """Rows of the dataset to a `TripleBatch`."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, triples: Sequence[Mapping[str, Any]]) -> TripleBatch:
+        """Collate; log-probs become float64 of shape (B, K)."""
+        targets = [(t["prompt_ids"], t["target_ids"]) for t in triples]
+        generated = [(t["prompt_ids"], t["generated_ids"]) for t in triples]
+
+        def stacked(name: str) -> Tensor:
+            return torch.tensor([[float(x) for x in t[name]] for t in triples], dtype=torch.float64)
+
+        return {
+            "rows": pad_rows(targets + generated, self.pad_id),
+            "player_target_logps_BK": stacked("player_target_logps"),
+            "player_generated_logps_BK": stacked("player_generated_logps"),
+            "is_truncated_B": torch.tensor([bool(t.get("is_truncated", False)) for t in triples]),
+            "is_identical_B": torch.tensor(
+                [list(t["target_ids"]) == list(t["generated_ids"]) for t in triples]
+            ),
+        }
