@@ -41,6 +41,7 @@ OWNED_TRAINING_ARGUMENTS: Mapping[str, str] = {
     "optim": "train.optimizer",
     "lr_scheduler_type": "train.schedule",
     "warmup_steps": "train.warmup",
+    "activation_checkpointing": "train.activation_checkpointing",
     "gradient_checkpointing": "train.activation_checkpointing",
     "logging_steps": "train.log_every",
     "logging_strategy": "train.log_every",

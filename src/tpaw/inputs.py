@@ -52,7 +52,7 @@ def read_inputs(config: RunConfig, on_done: OnDone = lambda count: None) -> Inpu
     """
     pick_device(config.device)
     check_training_arguments(config)
-    check_model(config)
+    model_config = check_model(config)
     tokenizer = load_tokenizer(config.model)
     stop_ids = stop_token_ids(config.model, tokenizer)
     tokenizer.eos_token_id = stop_ids[0]
@@ -64,6 +64,15 @@ def read_inputs(config: RunConfig, on_done: OnDone = lambda count: None) -> Inpu
         return prepare_examples(data, key, tokenizer, stop_ids, config.max_length, on_done)
 
     train, heldout = prepare("data"), prepare("evaluate.data")
+    used = max(
+        int(max(example.prompt_ids.max(), example.target_ids.max()))
+        for example in train.examples + heldout.examples
+    )
+    if used >= (vocab_size := model_config.get_text_config().vocab_size):
+        raise InputError(
+            f"model.path: {config.model.path}: the tokenizer gives token id {used}, the model has "
+            f"{vocab_size} tokens; they do not belong together"
+        )
     if config.evaluate.exact_match and not has_answers(heldout.examples):
         raise InputError("evaluate.exact_match: some held-out target has no `#### answer`")
     skipped = {"data": train.skipped, "evaluate.data": heldout.skipped}

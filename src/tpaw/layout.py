@@ -32,8 +32,8 @@ class PaddedRows(TypedDict):
     response_mask_BL: Tensor
 
 
-def pad_rows(sequences: Sequence[PromptAndResponse], pad_id: int) -> PaddedRows:
-    """One row a sequence, padded to the longest."""
+def pad_rows(sequences: Sequence[PromptAndResponse], pad_id: int = 0) -> PaddedRows:
+    """One row a sequence, padded to the longest; any id of the vocabulary will do to pad with."""
     B = len(sequences)
     L = max(len(prompt) + len(response) for prompt, response in sequences)
     input_ids_BL = torch.full((B, L), pad_id, dtype=torch.int64)

@@ -76,7 +76,7 @@ def load_tokenizer(config: ModelConfig, folder: str | None = None) -> PreTrained
     """The tokenizer of θ_0, or the one saved in `folder`.
 
     Raises:
-        InputError: there is none, or it knows no such `eos_token`.
+        InputError: there is none, it is empty, or it knows no such `eos_token`.
     """
     from transformers import AutoTokenizer
 
@@ -89,6 +89,9 @@ def load_tokenizer(config: ModelConfig, folder: str | None = None) -> PreTrained
     except (OSError, ValueError) as error:
         first_line = str(error).partition("\n")[0]
         raise InputError(f"model.path: {config.path}: no usable tokenizer ({first_line})") from None
+    # transformers makes an empty tokenizer for a folder that holds none.
+    if not tokenizer("a", add_special_tokens=False).input_ids:
+        raise InputError(f"model.path: {config.path}: its tokenizer knows no text")
     if config.eos_token is not None:
         if config.eos_token not in tokenizer.get_vocab():
             raise InputError(f"model.eos_token: {config.eos_token!r} is not in the vocabulary")
@@ -119,11 +122,6 @@ def stop_token_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> t
             "set model.eos_token"
         )
     return known
-
-
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """An id to fill rows with; no loss and no attention ever sees it."""
-    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 def initial_player(config: ModelConfig, record: Path) -> Player:

@@ -37,7 +37,6 @@ def score_sequences(
     model: nn.Module,
     sequences: Sequence[PromptAndResponse],
     *,
-    pad_id: int,
     tokens_per_batch: int,
     precision: Precision,
     on_done: OnDone = lambda count: None,
@@ -53,7 +52,7 @@ def score_sequences(
     logps = np.empty(len(sequences), dtype=np.float64)
     for batch in batches_by_tokens([lengths[i] for i in order], tokens_per_batch):
         chosen = [order[i] for i in batch]
-        rows = pad_rows([sequences[i] for i in chosen], pad_id)
+        rows = pad_rows([sequences[i] for i in chosen])
         with torch.inference_mode(), precision.autocast():
             logps_B = response_logps(
                 model, rows["input_ids_BL"].to(device), rows["response_mask_BL"].to(device)
@@ -69,7 +68,6 @@ def fill_store(
     wanted: Mapping[Key, PromptAndResponse],
     load_model: Callable[[], nn.Module],
     *,
-    pad_id: int,
     config: ScoreConfig,
     precision: Precision,
     on_done: OnDone = lambda count: None,
@@ -95,7 +93,6 @@ def fill_store(
         logps = score_sequences(
             model,
             [wanted[key] for key in keys],
-            pad_id=pad_id,
             tokens_per_batch=config.tokens_per_batch,
             precision=precision,
             on_done=on_done,

@@ -34,7 +34,7 @@ from tpaw.generation.responses import generate_responses, read_responses
 from tpaw.inputs import Inputs, load_inputs, publish_inputs, read_inputs
 from tpaw.interrupt import StopSignal
 from tpaw.logprob_store import LogprobStore, sequence_key
-from tpaw.model import fingerprint, initial_player, load_model, pad_token_id, pick_device
+from tpaw.model import fingerprint, initial_player, load_model, pick_device
 from tpaw.plan import optimizer_steps
 from tpaw.report.progress import progress
 from tpaw.report.summary import write_summary
@@ -81,7 +81,6 @@ class Stages:
         self.stop = stop
         self.device = pick_device(config.device)
         self.precision = Precision(self.device.type, config.precision == "bf16")
-        self.pad_id = pad_token_id(inputs.tokenizer)
         self._stores: dict[str, LogprobStore] = {}
         self._loaded: tuple[str, torch.dtype, PreTrainedModel] | None = None
         torch.use_deterministic_algorithms(config.deterministic)
@@ -143,7 +142,6 @@ class Stages:
                     stage,
                     wanted,
                     lambda player=player: self._model(player, torch.float32),  # type: ignore[misc]
-                    pad_id=self.pad_id,
                     config=self.config.score,
                     precision=self.precision,
                     on_done=on_done,
@@ -245,7 +243,6 @@ class Stages:
             logps = score_sequences(
                 self._model(player, torch.float32),
                 sequences,
-                pad_id=self.pad_id,
                 tokens_per_batch=self.config.score.tokens_per_batch,
                 precision=self.precision,
                 on_done=on_done,
@@ -265,7 +262,7 @@ class Stages:
 
     def _generator(self, player: Player) -> Generator:
         dtype = torch.bfloat16 if self.precision.use_bf16 else torch.float32
-        return HFGenerator(self._model(player, dtype), self.pad_id)
+        return HFGenerator(self._model(player, dtype))
 
     def _store(self, player: Player) -> LogprobStore:
         if player.fingerprint not in self._stores:

@@ -146,7 +146,7 @@ def _training_arguments(
             optim=train.optimizer,
             lr_scheduler_type=train.schedule,
             warmup_steps=train.warmup,
-            gradient_checkpointing=train.activation_checkpointing,
+            activation_checkpointing=train.activation_checkpointing,
             bf16=config.precision == "bf16",
             use_cpu=use_cpu,
             seed=int(np.random.SeedSequence((config.seed, t)).generate_state(1)[0] % 2**31),

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from tpaw.errors import PolicyMismatchError
 from tpaw.layout import PaddedRows, pad_rows
 from tpaw.logprobs import response_logps
-from tpaw.model import disable_dropout, pad_token_id
+from tpaw.model import disable_dropout
 from tpaw.objective import TeamLoss, team_loss
 
 COLUMNS = (
@@ -62,7 +62,7 @@ class TeamTrainer(Trainer):
         args: transformers' TrainingArguments.
         train_dataset: rows with the columns of `COLUMNS`; the first three hold token ids, the last
             two one summed log-prob per main player, newest first. `is_truncated` is optional.
-        processing_class: the tokenizer; saved with the model, and its pad id is used.
+        processing_class: the tokenizer, to be saved with the model; it is not used otherwise.
         objective: keyword arguments of `tpaw.objective.team_loss`.
         first_step_tolerance: stop if, before the first update, |log π_θ − log π_j| of the newest
             player exceeds this, in nats per token, averaged over a micro-batch. None switches the
@@ -81,7 +81,7 @@ class TeamTrainer(Trainer):
         model: PreTrainedModel | nn.Module,
         args: TrainingArguments,
         train_dataset: Any,
-        processing_class: PreTrainedTokenizerBase,
+        processing_class: PreTrainedTokenizerBase | None,
         objective: Mapping[str, Any],
         first_step_tolerance: float | None = None,
         **kwargs: Any,
@@ -97,7 +97,7 @@ class TeamTrainer(Trainer):
             args=args,
             train_dataset=train_dataset,
             processing_class=processing_class,
-            data_collator=TripleCollator(pad_token_id(processing_class)),
+            data_collator=collate_triples,
             **kwargs,
         )
         self.objective = dict(objective)
@@ -205,26 +205,20 @@ class TeamTrainer(Trainer):
             )
 
 
-class TripleCollator:
+def collate_triples(triples: Sequence[Mapping[str, Any]]) -> TripleBatch:
     """Rows of the dataset to a `TripleBatch`."""
+    targets = [(t["prompt_ids"], t["target_ids"]) for t in triples]
+    generated = [(t["prompt_ids"], t["generated_ids"]) for t in triples]
 
-    def __init__(self, pad_id: int) -> None:
-        self.pad_id = pad_id
+    def stacked(name: str) -> Tensor:
+        return torch.tensor([[float(x) for x in t[name]] for t in triples], dtype=torch.float64)
 
-    def __call__(self, triples: Sequence[Mapping[str, Any]]) -> TripleBatch:
-        """Collate; log-probs become float64 of shape (B, K)."""
-        targets = [(t["prompt_ids"], t["target_ids"]) for t in triples]
-        generated = [(t["prompt_ids"], t["generated_ids"]) for t in triples]
-
-        def stacked(name: str) -> Tensor:
-            return torch.tensor([[float(x) for x in t[name]] for t in triples], dtype=torch.float64)
-
-        return {
-            "rows": pad_rows(targets + generated, self.pad_id),
-            "player_target_logps_BK": stacked("player_target_logps"),
-            "player_generated_logps_BK": stacked("player_generated_logps"),
-            "is_truncated_B": torch.tensor([bool(t.get("is_truncated", False)) for t in triples]),
-            "is_identical_B": torch.tensor(
-                [list(t["target_ids"]) == list(t["generated_ids"]) for t in triples]
-            ),
-        }
+    return {
+        "rows": pad_rows(targets + generated),
+        "player_target_logps_BK": stacked("player_target_logps"),
+        "player_generated_logps_BK": stacked("player_generated_logps"),
+        "is_truncated_B": torch.tensor([bool(t.get("is_truncated", False)) for t in triples]),
+        "is_identical_B": torch.tensor(
+            [list(t["target_ids"]) == list(t["generated_ids"]) for t in triples]
+        ),
+    }

@@ -18,9 +18,8 @@ class HFGenerator:
     for one, would bring top_k 20 and a repetition penalty of 1.1 into every sample.
     """
 
-    def __init__(self, model: PreTrainedModel, pad_id: int) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.pad_id = pad_id
         model.generation_config = GenerationConfig()
 
     def generate(
@@ -42,7 +41,7 @@ class HFGenerator:
 
     def _emit(self, prompts: Sequence[TokenIds], sampling: Sampling) -> list[list[int]]:
         longest = max(map(len, prompts))
-        input_ids = torch.full((len(prompts), longest), self.pad_id, dtype=torch.int64)
+        input_ids = torch.zeros((len(prompts), longest), dtype=torch.int64)
         attention_mask = torch.zeros_like(input_ids)
         for row, prompt in enumerate(prompts):  # padded on the left: all end where answers begin
             input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
@@ -55,7 +54,7 @@ class HFGenerator:
             top_k=None if is_greedy else sampling.top_k,
             max_new_tokens=max(sampling.limit(prompt) for prompt in prompts),
             eos_token_id=list(sampling.stop_token_ids),
-            pad_token_id=self.pad_id,
+            pad_token_id=0,  # emitted after a stop token only, where answers are cut
         )
         with torch.inference_mode():
             output = self.model.generate(

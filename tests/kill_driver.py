@@ -1,0 +1,79 @@
+"""Runs a configuration in child processes, each killed with SIGKILL at a chosen point.
+
+    python kill_driver.py CONFIG OUTPUT POINT...
+
+A point is PLACE:N, the Nth time that the child comes by the place. After the last point a child
+runs to the end. Prints one line a child: "killed", or "exit CODE".
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import transformers
+
+import tpaw.scoring
+import tpaw.stages
+import tpaw.train_stage
+from tpaw.config_file import load_config
+from tpaw.generation.hf import HFGenerator
+from tpaw.selfplay import self_play
+from tpaw.trainer import TeamTrainer
+
+PLACES: dict[str, tuple[Any, str]] = {
+    "publish": (os, "replace"),  # every publication is a rename: just before it
+    "published": (os, "replace"),  # and just after it
+    "generate": (HFGenerator, "_emit"),
+    "score": (tpaw.scoring, "response_logps"),
+    "train": (TeamTrainer, "compute_loss"),
+    "save": (transformers.Trainer, "_save_optimizer_and_scheduler"),
+    "saved": (tpaw.train_stage, "write_manifest"),
+    "evaluate": (tpaw.stages, "exact_match_items"),
+}
+
+
+def kill_at(place: str, count: int) -> None:
+    owner, name = PLACES[place]
+    original: Callable[..., Any] = getattr(owner, name)
+    left = count
+
+    def passing(*args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0 and place != "published":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, passing)
+
+
+def main() -> None:
+    config_path, output, *points = sys.argv[1:]
+    config = load_config([config_path])
+    for point in [*points, ""]:
+        # Nothing was computed in this process, so no thread pool is there to be lost in the fork.
+        child = os.fork()
+        if child == 0:
+            if point:
+                place, _, count = point.partition(":")
+                kill_at(place, int(count))
+            try:
+                self_play(config, output)
+            except BaseException as error:
+                print(repr(error), file=sys.stderr, flush=True)
+                os._exit(1)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        print("killed" if killed else f"exit {os.waitstatus_to_exitcode(status)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

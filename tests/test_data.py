@@ -1,0 +1,153 @@
+"""Text becomes ids once, and generation gets exactly what training sees."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import make_tokenizer, sums, write_jsonl
+
+from tpaw.config import DataConfig
+from tpaw.data import prepare_examples, read_examples, write_examples
+from tpaw.errors import InputError
+
+END = 4  # <|end|> in the tests' tokenizers
+
+
+def prepare(path, tokenizer=None, max_length=128, **settings):
+    config = DataConfig(path=str(path), **settings)
+    return prepare_examples(config, "data", tokenizer or make_tokenizer(), (END,), max_length)
+
+
+def test_templated_ids_are_the_templates_own_and_end_with_the_end_of_turn(tmp_path):
+    tokenizer = make_tokenizer()
+    path = write_jsonl(tmp_path / "a.jsonl", sums(3))
+    for example, row in zip(prepare(path, tokenizer).examples, sums(3), strict=True):
+        messages = [{"role": "user", "content": row["question"]}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        whole = tokenizer.apply_chat_template(
+            [*messages, {"role": "assistant", "content": row["answer"]}]
+        )["input_ids"]
+        newline = tokenizer("\n", add_special_tokens=False).input_ids
+        assert example.prompt_ids.tolist() == prompt
+        # The template's newline after <|end|> is nothing that a model generates.
+        assert example.prompt_ids.tolist() + example.target_ids.tolist() + newline == whole
+        assert example.target_ids.tolist().count(END) == 1
+        assert example.target_ids[-1] == END
+        assert example.target == row["answer"]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_plain_text_gets_one_bos_where_the_tokenizer_adds_one_and_one_eos(tmp_path, bos):
+    tokenizer = make_tokenizer(bos=bos)
+    rows = [
+        {"prompt": "Say hi", "completion": " hi"},
+        {"prompt": "<|bos|>Say", "completion": " x<|end|>"},
+    ]
+    examples = prepare(write_jsonl(tmp_path / "a.jsonl", rows), tokenizer).examples
+    bos_id = tokenizer.convert_tokens_to_ids("<|bos|>")
+    assert examples[0].prompt_ids.tolist() == tokenizer("Say hi").input_ids
+    assert examples[0].prompt_ids.tolist().count(bos_id) == int(bos)
+    assert examples[1].prompt_ids.tolist().count(bos_id) == 1
+    for example in examples:
+        assert example.target_ids.tolist().count(END) == 1
+        assert example.target_ids[-1] == END
+
+
+def test_templates_are_used_as_asked(tmp_path):
+    tokenizer = make_tokenizer()
+    user = tokenizer.convert_tokens_to_ids("<|user|>")
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "p", "completion": "c"}])
+    sums_file = write_jsonl(tmp_path / "sums.jsonl", sums(1))
+
+    def is_templated(path, template):
+        return user in prepare(path, tokenizer, template=template).examples[0].prompt_ids
+
+    assert not is_templated(pairs, "auto")
+    assert is_templated(pairs, "chat")
+    assert is_templated(sums_file, "auto")
+    assert not is_templated(sums_file, "none")
+
+
+def test_messages_need_a_chat_template(tmp_path):
+    row = {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}
+    path = write_jsonl(tmp_path / "a.jsonl", [row])
+    with pytest.raises(InputError, match="the tokenizer has no chat template"):
+        prepare(path, make_tokenizer(chat=False))
+    plain = prepare(write_jsonl(tmp_path / "b.jsonl", sums(1)), make_tokenizer(chat=False))
+    assert plain.examples[0].prompt == sums(1)[0]["question"]
+
+
+def test_a_template_that_never_ends_a_turn(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    with pytest.raises(InputError, match=r"holds no end-of-sequence token; set model.eos_token"):
+        prepare(write_jsonl(tmp_path / "a.jsonl", sums(1)), tokenizer)
+
+
+def test_a_template_that_rewrites_the_prompt(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ messages|length }}" + tokenizer.chat_template
+    with pytest.raises(InputError, match="renders a prompt differently once an answer follows"):
+        prepare(write_jsonl(tmp_path / "a.jsonl", sums(1)), tokenizer)
+
+
+def test_a_token_across_the_border_does_not_change_the_prompt(tmp_path):
+    tokenizer = make_tokenizer()
+    # No special token between prompt and answer: "is" may merge with what follows.
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": "What i"}],
+            "completion": [{"role": "assistant", "content": "s 1"}],
+        }
+    ]
+    example = prepare(write_jsonl(tmp_path / "a.jsonl", rows), tokenizer).examples[0]
+    together = tokenizer("What is 1<|end|>", add_special_tokens=False).input_ids
+    apart = tokenizer("What i", add_special_tokens=False).input_ids
+    assert together[: len(apart)] != apart  # the case is real
+    assert example.prompt_ids.tolist() == apart
+    assert tokenizer.decode(example.target_ids) == "s 1<|end|>"
+
+
+def test_skipped_rows_are_counted_by_reason_and_too_many_are_an_error(tmp_path):
+    rows = [*sums(98), {"question": "", "answer": "a"}, {"question": "x " * 200, "answer": "y"}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(InputError) as caught:
+        prepare(path)
+    message = str(caught.value)
+    assert "2 of 100 rows (2.0%) cannot be used, data.max_skipped allows 1.0%" in message
+    assert "the prompt is empty: 1 (first: row 99)" in message
+    assert "longer than max_length 128: 1 (first: row 100)" in message
+    prepared = prepare(path, max_skipped=0.02)
+    assert len(prepared.examples) == 98
+    assert prepared.skipped == {"the prompt is empty": 1, "longer than max_length 128": 1}
+
+
+def test_every_target_too_long_is_an_error_even_if_skipping_is_allowed(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", sums(5))
+    with pytest.raises(
+        InputError, match=r"5 of 5 rows .* none is left: longer than max_length 4: 5"
+    ):
+        prepare(path, max_length=4, max_skipped=1.0)
+
+
+def test_ids_differ_for_equal_prompts_and_stay_when_made_again(tmp_path):
+    rows = [
+        {"prompt": "p", "completion": "a"},
+        {"prompt": "p", "completion": "b"},
+        {"prompt": "p", "completion": "a"},
+    ]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    ids = [example.id for example in prepare(path).examples]
+    assert len(set(ids)) == 3
+    assert ids == [example.id for example in prepare(path).examples]
+
+
+def test_examples_survive_the_disk(tmp_path):
+    examples = prepare(write_jsonl(tmp_path / "a.jsonl", sums(7))).examples
+    write_examples(tmp_path / "x.parquet", examples)
+    for before, after in zip(examples, read_examples(tmp_path / "x.parquet"), strict=True):
+        assert (before.id, before.prompt, before.target) == (after.id, after.prompt, after.target)
+        assert before.prompt_ids.tolist() == after.prompt_ids.tolist()
+        assert before.target_ids.tolist() == after.target_ids.tolist()
+    write_examples(tmp_path / "none.parquet", [])
+    assert read_examples(tmp_path / "none.parquet") == []

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer, save_model
+from transformers import BertConfig, Qwen2ForSequenceClassification, T5Config
+
+from tpaw.config import ModelConfig
+from tpaw.config_file import validate
+from tpaw.errors import ArtifactError, InputError
+from tpaw.model import (
+    check_model,
+    disable_dropout,
+    fingerprint,
+    initial_player,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    stop_token_ids,
+)
+from tpaw.team import Player
+
+CPU = torch.device("cpu")
+
+
+def check(settings, path, **changes):
+    settings = settings | changes
+    settings["model"] = {"path": str(path)}
+    return check_model(validate(settings))
+
+
+def test_decoders_pass(settings, tmp_path):
+    for kind in ("qwen2", "llama", "gpt2"):
+        assert check(settings, save_model(tmp_path / kind, kind)).model_type == kind
+
+
+def test_models_that_cannot_play(settings, tmp_path, model_folder):
+    T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path / "t5")
+    with pytest.raises(InputError, match="t5 is an encoder-decoder"):
+        check(settings, tmp_path / "t5")
+    config = make_model().config
+    Qwen2ForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
+    with pytest.raises(InputError, match="Qwen2ForSequenceClassification is not a causal language"):
+        check(settings, tmp_path / "classifier")
+    BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(tmp_path / "bert")
+    with pytest.raises(InputError, match="BertForMaskedLM is not a causal language model"):
+        check(settings, tmp_path / "bert")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="an adapter, not a model; merge it"):
+        check(settings, tmp_path / "adapter")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="without config.json"):
+        check(settings, tmp_path / "empty")
+    with pytest.raises(InputError, match="neither a model folder here nor a model that the hub"):
+        check(settings, tmp_path / "missing")
+    with pytest.raises(InputError, match="max_length: 300 is beyond the 256 positions"):
+        check(settings, model_folder, max_length=300)
+
+
+def test_the_fingerprint_is_of_the_weights_and_not_of_their_place_or_shards(tmp_path):
+    model = make_model(seed=1)
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    shutil.copytree(tmp_path / "whole", tmp_path / "moved")
+    same = {fingerprint(tmp_path / name) for name in ("whole", "sharded", "moved")}
+    assert len(same) == 1
+    with torch.no_grad():
+        model.model.norm.weight[3] += 1e-6
+    model.save_pretrained(tmp_path / "edited")
+    make_model(seed=1).to(torch.bfloat16).save_pretrained(tmp_path / "other_dtype")
+    assert fingerprint(tmp_path / "edited") not in same
+    assert fingerprint(tmp_path / "other_dtype") not in same
+    with pytest.raises(InputError, match="holds no weights"):
+        fingerprint(tmp_path)
+
+
+def test_the_initial_player_is_recorded_and_edited_weights_are_refused(tmp_path):
+    folder = save_model(tmp_path / "model")
+    config, record = ModelConfig(path=str(folder)), tmp_path / "run" / "players" / "0.json"
+    record.parent.parent.mkdir()
+    player = initial_player(config, record)
+    assert player == Player(0, str(folder), fingerprint(folder))
+    assert json.loads(record.read_text())["fingerprint"] == player.fingerprint
+    assert initial_player(config, record) == player
+    make_model(seed=9).save_pretrained(folder)
+    with pytest.raises(InputError, match="its weights are not those that this run began with"):
+        initial_player(config, record)
+    shutil.rmtree(folder)
+    absent = initial_player(config, record)
+    assert absent.fingerprint == player.fingerprint
+    with pytest.raises(InputError, match="not there, but θ_0 is needed"):
+        load_model(absent, config, dtype=torch.float32, device=CPU)
+
+
+def test_absent_weights_are_an_error_and_not_random_numbers(tmp_path):
+    model = make_model("llama")
+    state = {k: v for k, v in model.state_dict().items() if "layers.1.mlp" not in k}
+    model.save_pretrained(tmp_path, state_dict=state)
+    player = Player(0, str(tmp_path), "")
+    with pytest.raises(ArtifactError, match=r"lacks weights of the model: model.layers.1.mlp"):
+        load_model(player, ModelConfig(path="x"), dtype=torch.float32, device=CPU)
+
+
+def test_dropout_is_off_in_training_mode_too(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            vocab_size=99,
+            resid_pdrop=0.5,
+            attn_pdrop=0.5,
+            embd_pdrop=0.5,
+        )
+    )
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            vocab_size=99,
+            attention_dropout=0.5,
+        )
+    )
+    ids = torch.arange(20)[None]
+    for model in (gpt2, llama):
+        model.train()
+        assert not torch.equal(model(ids).logits, model(ids).logits)
+        disable_dropout(model)
+        assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_stop_tokens_are_the_tokenizers_and_the_generation_configs(tmp_path):
+    folder = save_model(tmp_path / "m")
+    config = ModelConfig(path=str(folder))
+    assert stop_token_ids(config, load_tokenizer(config)) == (4,)
+    published = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(published | {"eos_token_id": [4, 0]}))
+    assert stop_token_ids(config, load_tokenizer(config)) == (4, 0)
+    chosen = ModelConfig(path=str(folder), eos_token="<|bos|>")
+    assert stop_token_ids(chosen, load_tokenizer(chosen)) == (5, 4, 0)
+    with pytest.raises(InputError, match="model.eos_token: '<nope>' is not in the vocabulary"):
+        load_tokenizer(ModelConfig(path=str(folder), eos_token="<nope>"))
+
+
+def test_no_end_of_sequence_token_at_all(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    config = ModelConfig(path=str(tmp_path))
+    with pytest.raises(InputError, match="has no end-of-sequence token; set model.eos_token"):
+        stop_token_ids(config, load_tokenizer(config))
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="tokenizer knows no text"):
+        load_tokenizer(ModelConfig(path=str(tmp_path)))
+
+
+def test_a_device_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto").type == "cpu"
+    with pytest.raises(InputError, match="device: 'cuda' is not there"):
+        pick_device("cuda")
