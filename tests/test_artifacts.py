@@ -46,10 +46,14 @@ def test_a_published_folder_lists_its_files_and_can_be_moved(tmp_path):
 
 
 def test_nothing_appears_before_all_is_written(tmp_path):
-    with pytest.raises(RuntimeError), publishing(tmp_path / "x", {}) as temporary:
-        (temporary / "a.txt").write_text("half")
-        assert not (tmp_path / "x").exists()
-        raise RuntimeError
+    def fail_half_way():
+        with publishing(tmp_path / "x", {}) as temporary:
+            (temporary / "a.txt").write_text("half")
+            assert not (tmp_path / "x").exists()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_half_way()
     assert not is_published(tmp_path / "x")
     remove_temporaries(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -79,7 +79,7 @@ def test_a_variant_alone_says_what_it_lacks():
         ),
         (
             "train.learning_rate=[1e-6, 1e-7]",
-            r"train.learning_rate lists 2 values (\[1e-06, 1e-07\]); give one, or one for each of the 4",
+            r"lists 2 values (\[1e-06, 1e-07\]); give one, or one for each of the 4 iterations",
         ),
         ("train.epochs=[1,1,1,1,1]", "train.epochs lists 5 values"),
         ("objective.lambda=[1,2]", "objective.lambda lists 2 values"),
@@ -145,7 +145,9 @@ def test_all_problems_are_reported_at_once():
 def test_numbers_as_people_write_them(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(
-        "extends: starter\ntrain: {learning_rate: [1e-6, 1E-6, 1.e-7, 1e-07]}\nobjective: {lambda: .1}\n"
+        "extends: starter\n"
+        "train: {learning_rate: [1e-6, 1E-6, 1.e-7, 1e-07]}\n"
+        "objective: {lambda: .1}\n"
     )
     config = RunConfig.load(str(path))
     assert config.train.learning_rate == (1e-6, 1e-6, 1e-7, 1e-7)

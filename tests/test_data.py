@@ -93,7 +93,10 @@ def test_a_template_that_rewrites_the_prompt(tmp_path):
 def test_a_token_across_the_border_does_not_change_the_prompt(tmp_path):
     tokenizer = make_tokenizer()
     # No special token between prompt and answer: "is" may merge with what follows.
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}"
+        "{% if m['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    )
     rows = [
         {
             "prompt": [{"role": "user", "content": "What i"}],

@@ -21,13 +21,9 @@ def paper_loss(policy_y, policy_gen, players, lam, eta, gamma, floor=0.01):
     beta = [w / sum(weights) for w in weights]
     beta = [b if b >= floor else 0.0 for b in beta]
     beta = [b / sum(beta) for b in beta]
-    losses = [
-        math.log1p(math.exp(-(a * p - g)))
-        for a, p, g in zip(alpha, reward, reward_gen, strict=False)
-    ]
-    slopes = [
-        -1 / (1 + math.exp(a * p - g)) for a, p, g in zip(alpha, reward, reward_gen, strict=False)
-    ]
+    terms = list(zip(alpha, reward, reward_gen, strict=True))
+    losses = [math.log1p(math.exp(-(a * p - g))) for a, p, g in terms]
+    slopes = [-1 / (1 + math.exp(a * p - g)) for a, p, g in terms]
     loss = sum(b * x for b, x in zip(beta, losses, strict=True))
     # dℓ/dt = -σ(-t); t = α·λ·(log π(y) − …) − λ·(log π(y_gen) − …), α and β held constant.
     grad_y = sum(b * s * a * lam for b, s, a in zip(beta, slopes, alpha, strict=True))

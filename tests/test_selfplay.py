@@ -327,8 +327,10 @@ def test_bf16_and_activation_checkpointing_run_through(settings, tmp_path):
 
 
 def test_algorithm_1_imports_no_torch_and_fits_one_screen():
-    code = "import tpaw.selfplay, tpaw.cli, tpaw.plan, tpaw.report.status, sys; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    imports = "import sys, tpaw.selfplay, tpaw.cli, tpaw.plan, tpaw.report.status"
+    subprocess.run(
+        [sys.executable, "-c", f"{imports}; assert 'torch' not in sys.modules"], check=True
+    )
     source = Path(tpaw.selfplay.__file__).read_text()
     assert len(source.splitlines()) <= 60
     loop = source.partition("def algorithm_1")[2].partition("\ndef ")[0]

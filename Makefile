@@ -1,0 +1,37 @@
+# Everything here sets itself up: a virtual environment in .venv, at the versions of constraints.txt.
+PYTHON ?= python3
+SHARED ?= ../shared
+BIN := .venv/bin
+READY := .venv/.installed
+
+.PHONY: demo test check format lint types starter clean
+
+demo: $(READY)  ## The starter: four iterations of self-play, ending with the table.
+	$(BIN)/tpaw run starter --output runs/starter
+
+test: $(READY)  ## Every test; the repository's own checks too where their files are.
+	$(BIN)/python -m pytest tests
+	@if [ -d "$(SHARED)" ]; then SHARED="$(SHARED)" $(BIN)/python -m pytest checks; \
+	else echo "checks/ not run: they need the folder $(SHARED) (make test SHARED=...)"; fi
+
+check: format lint types test
+
+format: $(READY)
+	$(BIN)/ruff format --check src tests checks
+
+lint: $(READY)
+	$(BIN)/ruff check src tests checks
+
+types: $(READY)
+	$(BIN)/mypy
+
+starter: $(READY)  ## Make the starter's problems, tokenizer and model again.
+	$(BIN)/python -m tpaw.starter.build
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $(READY)
+
+clean:
+	rm -rf .venv runs
