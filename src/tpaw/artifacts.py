@@ -101,18 +101,33 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return dict(read_json(folder / MANIFEST))
 
 
-def verify(manifest_path: Path) -> None:
+def read_files(manifest_path: Path) -> list[dict[str, Any]]:
+    """The lines of a manifest, each with path, bytes and sha256.
+
+    Raises:
+        ArtifactError: the manifest is damaged.
+    """
+    try:
+        entries = [dict(entry) for entry in read_json(manifest_path)["files"]]
+        known = all(isinstance(e["path"], str) and e["bytes"] >= 0 and e["sha256"] for e in entries)
+    except (KeyError, TypeError, ValueError):
+        known = False
+    if not known:
+        raise ArtifactError(f"{manifest_path}: damaged: it lists no files")
+    return entries
+
+
+def verify(manifest_path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> None:
     """Check every file of an artifact against its manifest.
+
+    Args:
+        on_bytes: called with the size of each file once it is checked.
 
     Raises:
         ArtifactError: naming the file that is missing, truncated or altered.
     """
-    manifest = read_json(manifest_path)
-    try:
-        entries = [(e["path"], e["bytes"], e["sha256"]) for e in manifest["files"]]
-    except (KeyError, TypeError):
-        raise ArtifactError(f"{manifest_path}: damaged: it lists no files") from None
-    for name, size, sha256 in entries:
+    for entry in read_files(manifest_path):
+        name, size, sha256 = entry["path"], entry["bytes"], entry["sha256"]
         path = manifest_path.parent / name
         if not path.is_file():
             raise ArtifactError(f"{path}: missing, though {manifest_path.name} lists it")
@@ -120,6 +135,7 @@ def verify(manifest_path: Path) -> None:
             raise ArtifactError(f"{path}: {path.stat().st_size} bytes; published with {size}")
         if _sha256(path) != sha256:
             raise ArtifactError(f"{path}: damaged: its content differs from what was published")
+        on_bytes(size)
 
 
 class ShardedArtifact:

@@ -97,8 +97,10 @@ def plan(config: Sources, set_: Overrides = []) -> None:  # noqa: B006
     skipped = {key: reasons for key, reasons in inputs.skipped.items() if reasons}
     console.print(
         f"{len(inputs.examples):,} examples, {len(inputs.heldout):,} held out; "
-        f"skipped: {json.dumps(skipped) if skipped else 'none'}",
+        f"skipped: {json.dumps(skipped) if skipped else 'none'}; held-out prompts that are trained "
+        f"on: {inputs.heldout_prompts_in_training()}",
         markup=False,
+        soft_wrap=True,
         highlight=False,
     )
 

@@ -40,6 +40,11 @@ class Inputs(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
 
+    def heldout_prompts_in_training(self) -> int:
+        """How many held-out rows ask what a training row asks."""
+        known = {example.prompt_ids.tobytes() for example in self.examples}
+        return sum(example.prompt_ids.tobytes() in known for example in self.heldout)
+
 
 def read_inputs(config: RunConfig, on_done: OnDone = lambda count: None) -> Inputs:
     """Check the model's kind, then read, template and tokenise the data.
@@ -106,6 +111,7 @@ def publish_inputs(folder: Path, inputs: Inputs) -> None:
         "skipped": inputs.skipped,
         "rows": len(inputs.examples),
         "heldout_rows": len(inputs.heldout),
+        "heldout_prompts_in_training": inputs.heldout_prompts_in_training(),
     }
     with publishing(folder, meta) as temporary:
         write_examples(temporary / "train.parquet", inputs.examples)

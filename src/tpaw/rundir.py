@@ -22,7 +22,6 @@ from tpaw.artifacts import (
     PARTIAL_MANIFEST,
     read_json,
     remove_temporaries,
-    verify,
     write_json,
     write_text,
 )
@@ -101,13 +100,9 @@ class RunDirectory:
         """The configuration that the run began with (or last went on with)."""
         return load_config([str(self.config_file)])
 
-    def verify(self) -> None:
-        """Check every published file of the run; see `artifacts.verify`."""
-        if self.has_begun():
-            read_json(self.run_file)
-        for name in (MANIFEST, PARTIAL_MANIFEST):
-            for manifest in sorted(self.root.rglob(name)):
-                verify(manifest)
+    def manifests(self) -> list[Path]:
+        """The manifest of every artifact, whole or growing."""
+        return sorted(p for name in (MANIFEST, PARTIAL_MANIFEST) for p in self.root.rglob(name))
 
 
 def check_output(root: str | Path, config: RunConfig) -> None:
@@ -140,12 +135,12 @@ def check_output(root: str | Path, config: RunConfig) -> None:
 
 @contextlib.contextmanager
 def open_run(root: str | Path, config: RunConfig) -> Iterator[RunDirectory]:
-    """Lock the run directory, begin the run or check that it is this one, and verify its files.
+    """Lock the run directory, and begin the run or check that it is this one.
 
     Raises:
         InputError: see `check_output`.
         RunLockedError: another process works on it.
-        ArtifactError: a published file is damaged.
+        ArtifactError: run.json is damaged.
     """
     check_output(root, config)
     run = RunDirectory(root)
@@ -153,7 +148,6 @@ def open_run(root: str | Path, config: RunConfig) -> Iterator[RunDirectory]:
     with _lock(run.root / "lock"):
         check_output(root, config)
         remove_temporaries(run.root)
-        run.verify()
         if not run.has_begun() or run.load_config() != config:
             write_text(run.config_file, to_yaml(config, comments=True))
         if not run.has_begun():

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from tpaw.artifacts import is_published, publishing, read_manifest, write_json
+from tpaw.artifacts import (
+    is_published,
+    publishing,
+    read_files,
+    read_manifest,
+    verify,
+    write_json,
+)
 from tpaw.config import RunConfig
 from tpaw.data import Example
 from tpaw.evaluation.exact_match import has_answers
@@ -64,6 +71,7 @@ def opened_stages(config: RunConfig, output: str | Path, stop: StopSignal) -> It
         with progress("reading and tokenising", None, "rows") as advance:
             inputs = read_inputs(config, _stoppable(advance, stop))
     with open_run(output, config) as run:
+        _verify(run)
         if inputs is not None and not is_published(run.inputs):
             publish_inputs(run.inputs, inputs)
         yield Stages(config, run, load_inputs(run.inputs, config), stop)
@@ -194,7 +202,7 @@ class Stages:
         ):
             meta["seconds"] = train_iteration(
                 model,
-                self.inputs.tokenizer,
+                self.inputs,
                 rows,
                 self.config,
                 t,
@@ -290,6 +298,16 @@ class Stages:
         self.stop.check()
         with progress(description, total, unit) as advance:
             yield _stoppable(advance, self.stop)
+
+
+def _verify(run: RunDirectory) -> None:
+    """Check every published file, so that a damaged one is refused before it can be used."""
+    manifests = run.manifests()
+    if manifests:
+        size = sum(int(f["bytes"]) for m in manifests for f in read_files(m))
+        with progress("checking what is published", size, "bytes") as advance:
+            for manifest in manifests:
+                verify(manifest, advance)
 
 
 def _stoppable(advance: Callable[..., None], stop: StopSignal) -> Callable[[int], None]:

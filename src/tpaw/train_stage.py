@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -20,12 +21,13 @@ from tpaw.config import RunConfig, at_iteration
 from tpaw.data import Example
 from tpaw.errors import InputError
 from tpaw.generation.responses import Response
+from tpaw.inputs import Inputs
 from tpaw.interrupt import StopSignal
 from tpaw.token_table import TokenIds
 from tpaw.trainer import FIRST_STEP_TOLERANCE, TeamTrainer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 class Triple(NamedTuple):
@@ -76,7 +78,7 @@ class TripleRows(torch.utils.data.Dataset[dict[str, Any]]):
 
 def train_iteration(
     policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    inputs: Inputs,
     rows: TripleRows,
     config: RunConfig,
     t: int,
@@ -105,7 +107,7 @@ def train_iteration(
         model=policy,
         args=arguments,
         train_dataset=rows,
-        processing_class=tokenizer,
+        processing_class=inputs.tokenizer,
         objective={
             "lambda_": at_iteration(config.objective.lambda_, t),
             **config.objective.model_dump(exclude={"lambda_"}),
@@ -117,6 +119,8 @@ def train_iteration(
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     if trainer.state.global_step < trainer.state.max_steps:
         stop.check()
+    # Whoever answers with θ_{t+1} stops where the self-play did.
+    policy.generation_config.eos_token_id = list(inputs.stop_ids)
     trainer.save_model(str(publish_to))
     (publish_to / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
     return recorder.seconds
@@ -194,7 +198,7 @@ class _Recorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # What was logged after the step that is resumed from will be logged again.
-        lines = [json.dumps(entry) + "\n" for entry in state.log_history if "loss" in entry]
+        lines = [_json_line(entry) for entry in state.log_history if "loss" in entry]
         self.log_file.write_text("".join(lines), encoding="utf-8")
         self.on_step(state.global_step, "")
 
@@ -220,7 +224,7 @@ class _Recorder(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         with self.log_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(state.log_history[-1]) + "\n")
+            file.write(_json_line(state.log_history[-1]))
         note = f"loss {logs['loss']:.4f}  target reward {logs['rewards/target']:+.3f}"
         self.on_step(0, note)
 
@@ -233,3 +237,11 @@ class _Recorder(TrainerCallback):
         for path in self.saved_steps.glob("checkpoint-*"):
             if path != saved:
                 shutil.rmtree(path)
+
+
+def _json_line(entry: dict[str, Any]) -> str:
+    # JSON has no infinity and no NaN; as text, a gradient norm of "nan" is still there to see.
+    honest = {
+        k: repr(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()
+    }
+    return json.dumps(honest) + "\n"
