@@ -30,10 +30,10 @@ COLUMNS = (
     "player_generated_logps",
 )
 
-# At the first step the policy is the newest player, so the mean of |log π_θ − log π_θt| per token
-# is rounding alone. These are some ten times what was measured (docs/log.md) and a hundredth of
-# what a wrong template, mask or checkpoint gives.
-FIRST_STEP_TOLERANCE: Mapping[str, float] = {"fp32": 1e-3, "bf16": 5e-2}
+# At the first step the policy is the newest player, so |log π_θ − log π_θt| per token is rounding
+# alone: 1e-8 in fp32 and 4e-5 in bf16 on a CPU (docs/log.md). GPUs choose kernels by batch shape, so
+# there is room above that; a wrong template, mask or checkpoint gives 0.1 and more.
+FIRST_STEP_TOLERANCE: Mapping[str, float] = {"fp32": 1e-4, "bf16": 2e-2}
 
 
 class TripleBatch(TypedDict):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any
 
 from tpaw.artifacts import is_published, read_json, read_manifest, write_json
 from tpaw.config import RunConfig
 from tpaw.generation.responses import response_facts
 from tpaw.rundir import RunDirectory
-
-SHOWN_METRICS = ("loss", "rewards/target", "rewards/margins", "rewards/accuracies")
 
 
 def write_summary(run: RunDirectory, config: RunConfig) -> None:
@@ -22,7 +21,8 @@ def summarise(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
     """One entry an iteration, 0 being the SFT model; what is not there yet is absent.
 
     Each may hold `evaluation` (see `evaluation.heldout`), `responses` (counts of D_{i-1}),
-    `training` (the last logged step), `seconds` by stage, and `checkpoint`, relative to the run.
+    `training` (means over the last half of its steps), `seconds` by stage, and `checkpoint`, which
+    is relative to the run.
     """
     iterations = [_iteration(run, i) for i in range(config.iterations + 1)]
     skipped = read_manifest(run.inputs)["skipped"] if is_published(run.inputs) else {}
@@ -54,8 +54,7 @@ def _iteration(run: RunDirectory, i: int) -> dict[str, Any]:
     if i > 0 and is_published(run.checkpoint(i)):
         entry["checkpoint"] = run.checkpoint(i).relative_to(run.root).as_posix()
         seconds["train"] = read_manifest(run.checkpoint(i))["seconds"]
-        logged = run.training_log(i).read_text(encoding="utf-8").splitlines()
-        entry["training"] = json.loads(logged[-1])
+        entry["training"] = _late_means(run, i)
     if is_published(run.evaluation(i)):
         entry["evaluation"] = read_json(run.evaluation(i) / "results.json")
         seconds["evaluate"] = entry["evaluation"]["seconds"]
@@ -67,3 +66,17 @@ def _scored(run: RunDirectory, i: int) -> list[dict[str, Any]]:
     manifests = sorted((run.root / "logprobs").glob("*/manifest.json"))
     shards = [shard for manifest in manifests for shard in read_json(manifest)["files"]]
     return [shard for shard in shards if shard["stage"] == f"iteration-{i}"]
+
+
+def _late_means(run: RunDirectory, i: int) -> dict[str, float]:
+    """Means of what was logged over the last half of the steps; a single line is too noisy."""
+    lines = [json.loads(x) for x in run.training_log(i).read_text(encoding="utf-8").splitlines()]
+    steps = lines[-1]["step"]
+    late = [(b["step"] - a["step"], b) for a, b in pairwise([{"step": 0}, *lines])]
+    late = [(weight, line) for weight, line in late if line["step"] > steps / 2]
+    total = sum(weight for weight, _ in late)
+    return {
+        name: sum(weight * line[name] for weight, line in late) / total
+        for name in late[-1][1]
+        if name.startswith(("loss", "rewards/", "weights/", "logps/", "share/"))
+    }

@@ -12,7 +12,10 @@ from tpaw.plan import IterationPlan
 
 def summary_table(summary: dict[str, Any]) -> Table:
     """A row a checkpoint: is it better, and what did its training look like."""
-    table = Table(title="θ_0 is the SFT model; accuracy with its 95 % interval", title_style="")
+    title = (
+        "θ_0 is the SFT model; accuracy with its 95 % interval; rewards over the last half of steps"
+    )
+    table = Table(title=title, title_style="")
     for heading in ("iteration", "accuracy", "p vs θ_0", "held-out margin", "target reward"):
         table.add_column(heading, justify="right")
     for heading in ("margin", "identical", "truncated", "seconds"):
