@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from tpaw.config import RunConfig
+from tpaw.errors import InputError
 from tpaw.plan import plan_run
 
 N = 100
@@ -53,3 +54,10 @@ def test_settings_of_each_iteration():
     )
     assert [p.learning_rate for p in plans] == [4e-6, 3e-6, 2e-6, 1e-6]
     assert [p.lambda_ for p in plans] == [1, 2, 3, 4]
+
+
+def test_an_iteration_that_would_change_nothing_is_refused():
+    settings = {"train.epochs": "1", "train.batch_size": "256"}
+    with pytest.raises(InputError, match="iteration 1 has a single optimizer step"):
+        plan(**settings)
+    assert plan(**settings, **{"train.warmup": "0"})[0].optimizer_steps == 1

@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 from tpaw.config import RunConfig, at_iteration
+from tpaw.errors import InputError
 
 
 class IterationPlan(NamedTuple):
@@ -35,7 +36,11 @@ class IterationPlan(NamedTuple):
 
 
 def plan_run(config: RunConfig, examples: int) -> list[IterationPlan]:
-    """Plan every iteration for a number of usable examples, N."""
+    """Plan every iteration for a number of usable examples, N.
+
+    Raises:
+        InputError: an iteration that would leave its policy unchanged.
+    """
     plans = []
     scored: set[tuple[int, int]] = set()
     for t in range(config.iterations):
@@ -61,6 +66,12 @@ def plan_run(config: RunConfig, examples: int) -> list[IterationPlan]:
             )
         )
         scored |= needed
+        if plans[-1].optimizer_steps == 1 and config.train.warmup > 0:
+            raise InputError(
+                f"train.warmup: {config.train.warmup}: iteration {t + 1} has a single optimizer step "
+                f"({triples} triples), and warming up spends it at a learning rate of 0; set "
+                "train.warmup to 0, lower train.batch_size, or give more rows or epochs"
+            )
     return plans
 
 

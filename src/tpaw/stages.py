@@ -42,7 +42,7 @@ from tpaw.inputs import Inputs, load_inputs, publish_inputs, read_inputs
 from tpaw.interrupt import StopSignal
 from tpaw.logprob_store import LogprobStore, sequence_key
 from tpaw.model import fingerprint, initial_player, load_model, pick_device
-from tpaw.plan import optimizer_steps
+from tpaw.plan import optimizer_steps, plan_run
 from tpaw.report.progress import progress
 from tpaw.report.summary import write_summary
 from tpaw.rundir import RunDirectory, check_output, open_run
@@ -70,6 +70,7 @@ def opened_stages(config: RunConfig, output: str | Path, stop: StopSignal) -> It
     if not is_published(RunDirectory(output).inputs):
         with progress("reading and tokenising", None, "rows") as advance:
             inputs = read_inputs(config, _stoppable(advance, stop))
+        plan_run(config, len(inputs.examples))  # for what it refuses
     with open_run(output, config) as run:
         _verify(run)
         if inputs is not None and not is_published(run.inputs):
