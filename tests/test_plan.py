@@ -58,6 +58,6 @@ def test_settings_of_each_iteration():
 
 def test_an_iteration_that_would_change_nothing_is_refused():
     settings = {"train.epochs": "1", "train.batch_size": "256"}
-    with pytest.raises(InputError, match="iteration 1 has a single optimizer step"):
+    with pytest.raises(InputError, match="iteration 1 has a single step"):
         plan(**settings)
     assert plan(**settings, **{"train.warmup": "0"})[0].optimizer_steps == 1

@@ -68,7 +68,7 @@ def plan_run(config: RunConfig, examples: int) -> list[IterationPlan]:
         scored |= needed
         if plans[-1].optimizer_steps == 1 and config.train.warmup > 0:
             raise InputError(
-                f"train.warmup: {config.train.warmup}: iteration {t + 1} has a single optimizer step "
+                f"train.warmup: {config.train.warmup}: iteration {t + 1} has a single step "
                 f"({triples} triples), and warming up spends it at a learning rate of 0; set "
                 "train.warmup to 0, lower train.batch_size, or give more rows or epochs"
             )

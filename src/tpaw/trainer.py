@@ -31,8 +31,8 @@ COLUMNS = (
 )
 
 # At the first step the policy is the newest player, so |log π_θ − log π_θt| per token is rounding
-# alone: 1e-8 in fp32 and 4e-5 in bf16 on a CPU (docs/log.md). GPUs choose kernels by batch shape, so
-# there is room above that; a wrong template, mask or checkpoint gives 0.1 and more.
+# alone: 1e-8 in fp32 and 4e-5 in bf16 on a CPU (docs/log.md). GPUs choose kernels by batch shape,
+# so there is room above that; a wrong template, mask or checkpoint gives 0.1 and more.
 FIRST_STEP_TOLERANCE: Mapping[str, float] = {"fp32": 1e-4, "bf16": 2e-2}
 
 
