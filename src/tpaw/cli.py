@@ -94,15 +94,7 @@ def plan(config: Sources, set_: Overrides = []) -> None:  # noqa: B006
         inputs = read_inputs(settings, advance)
     console = _console()
     console.print(plan_table(plan_run(settings, len(inputs.examples))))
-    skipped = {key: reasons for key, reasons in inputs.skipped.items() if reasons}
-    console.print(
-        f"{len(inputs.examples):,} examples, {len(inputs.heldout):,} held out; "
-        f"skipped: {json.dumps(skipped) if skipped else 'none'}; held-out prompts that are trained "
-        f"on: {inputs.heldout_prompts_in_training()}",
-        markup=False,
-        soft_wrap=True,
-        highlight=False,
-    )
+    console.print(inputs.described(), markup=False, highlight=False, soft_wrap=True)
 
 
 @config_app.command("show")

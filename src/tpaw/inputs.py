@@ -6,6 +6,7 @@ directory holds all of it, and the sources are not read again.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -39,6 +40,15 @@ class Inputs(NamedTuple):
     skipped: Mapping[str, Mapping[str, int]]
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
+
+    def described(self) -> str:
+        """One line on what there is and what was left out."""
+        skipped = {key: dict(reasons) for key, reasons in self.skipped.items() if reasons}
+        return (
+            f"{len(self.examples):,} examples, {len(self.heldout):,} held out; "
+            f"skipped: {json.dumps(skipped) if skipped else 'none'}; "
+            f"held-out prompts that are trained on: {self.heldout_prompts_in_training()}"
+        )
 
     def heldout_prompts_in_training(self) -> int:
         """How many held-out rows ask what a training row asks."""

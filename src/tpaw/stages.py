@@ -43,7 +43,7 @@ from tpaw.interrupt import StopSignal
 from tpaw.logprob_store import LogprobStore, sequence_key
 from tpaw.model import fingerprint, initial_player, load_model, pick_device
 from tpaw.plan import optimizer_steps, plan_run
-from tpaw.report.progress import progress
+from tpaw.report.progress import note, progress
 from tpaw.report.summary import write_summary
 from tpaw.rundir import RunDirectory, check_output, open_run
 from tpaw.scoring import Precision, fill_store, score_sequences
@@ -75,7 +75,9 @@ def opened_stages(config: RunConfig, output: str | Path, stop: StopSignal) -> It
         _verify(run)
         if inputs is not None and not is_published(run.inputs):
             publish_inputs(run.inputs, inputs)
-        yield Stages(config, run, load_inputs(run.inputs, config), stop)
+        kept = load_inputs(run.inputs, config)
+        note(kept.described())
+        yield Stages(config, run, kept, stop)
 
 
 class Stages:

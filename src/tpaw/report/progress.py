@@ -82,5 +82,10 @@ def progress(
     _line(console, f"{description}: {done} {unit} in {seconds:.1f} s")
 
 
+def note(text: str) -> None:
+    """One line for the person who watches."""
+    _line(Console(stderr=True), text)
+
+
 def _line(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
