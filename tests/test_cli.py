@@ -10,10 +10,10 @@ import sys
 import time
 
 import pytest
-import torch
 import yaml
 from conftest import make_model, make_tokenizer, save_model, sums, write_jsonl
 from test_kill import contents
+from transformers import AutoModelForCausalLM
 
 import tpaw.stages
 from tpaw.cli import main
@@ -75,12 +75,15 @@ def test_run_status_and_run_again(tpaw_, config, tmp_path):
 
 
 def test_plan_spends_nothing(tpaw_, config, monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.nn.Module, "__init__", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: 1 / 0)
     code, out, _ = tpaw_("plan", config)
     assert code == 0
     assert "24 examples, 10 held out; skipped: none" in out
     assert [word for word in out.split() if word in ("24", "48", "72")][:3] == ["24", "24", "48"]
     assert "θ_2 θ_1 θ_0" in out
+    question, answer = sums(1)[0].values()
+    assert f"prompt '<|user|>{question}<|end|>\\n<|assistant|>'" in out
+    assert f"target {answer + '<|end|>'!r}" in out
     assert {p.name for p in tmp_path.iterdir()} == {"config.yaml"}
 
 

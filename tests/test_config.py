@@ -5,9 +5,10 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from tpaw.config import OWNED_TRAINING_ARGUMENTS, RunConfig
+from tpaw.config import ObjectiveConfig, RunConfig
 from tpaw.config_file import differences, load_config, recipe_names, to_yaml
 from tpaw.errors import InputError
+from tpaw.owned_arguments import OWNED_TRAINING_ARGUMENTS
 
 PAPER_RECIPES = {
     "ultrachat-qwen2.5-1.5b": ((1e-6, 1e-6, 1e-7, 1e-7), (2, 2, 2, 1)),
@@ -103,10 +104,7 @@ def test_a_variant_alone_says_what_it_lacks():
         ("generate.max_new_tokens=256", "leaves no room for a prompt"),
         ("data.columns={prompt: a}", "data.columns: give prompt and target, or messages alone"),
         ("model=null", "model: None is not allowed"),
-        (
-            "train.report_to=wandb",
-            "train.report_to: 'wandb' is not allowed: input should be a list",
-        ),
+        ("objective.min_player_weight=0.4", "with 3 main players every weight could be below it"),
         ("nonsense", "--set nonsense: write it as section.key=value"),
         ("a..b=1", "write it as section.key=value"),
         ("train.epochs=[1", "is not a YAML value"),
@@ -233,3 +231,23 @@ def test_only_what_changes_results_counts_as_a_difference():
 
 def test_recipe_names():
     assert {"starter", "spin", "tpaw", *PAPER_RECIPES} <= set(recipe_names())
+
+
+def test_a_single_tracker_and_the_name_lambda_as_people_write_them():
+    assert load_config(["starter"], ["train.report_to=wandb"]).train.report_to == ("wandb",)
+    assert ObjectiveConfig(lambda_=0.2).lambda_ == 0.2
+
+
+def test_settings_of_iterations_to_come_may_change():
+    old = load_config(["starter"], ["train.learning_rate=1e-6"])
+    new = load_config(["starter"], ["train.learning_rate=[1e-6, 1e-6, 5e-7, 5e-7]"])
+    assert differences(old, new, begun=2) == []
+    assert differences(old, new, begun=3) == [
+        "train.learning_rate: [1e-06, 1e-06, 1e-06] → [1e-06, 1e-06, 5e-07]"
+    ]
+
+
+def test_a_revision_that_looks_like_a_number_survives(tmp_path):
+    config = load_config(["starter"], ["model.revision='1e10'"])
+    (tmp_path / "c.yaml").write_text(to_yaml(config, comments=False))
+    assert RunConfig.load(str(tmp_path / "c.yaml")).model.revision == "1e10"

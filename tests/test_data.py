@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 from conftest import make_tokenizer, sums, write_jsonl
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from tpaw.config import DataConfig
 from tpaw.data import prepare_examples, read_examples, write_examples
@@ -79,7 +81,9 @@ def test_messages_need_a_chat_template(tmp_path):
 def test_a_template_that_never_ends_a_turn(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
-    with pytest.raises(InputError, match=r"holds no end-of-sequence token; set model.eos_token"):
+    with pytest.raises(
+        InputError, match=r"none of the end-of-sequence tokens \['<\|end\|>'\]; set model.eos"
+    ):
         prepare(write_jsonl(tmp_path / "a.jsonl", sums(1)), tokenizer)
 
 
@@ -154,3 +158,52 @@ def test_examples_survive_the_disk(tmp_path):
         assert before.target_ids.tolist() == after.target_ids.tolist()
     write_examples(tmp_path / "none.parquet", [])
     assert read_examples(tmp_path / "none.parquet") == []
+
+
+def test_a_template_that_adds_an_end_of_text_after_the_end_of_turn(tmp_path):
+    """Phi-3's does; generation stops at the first, so the target must too."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template += "{% if not add_generation_prompt %}<|bos|>{% endif %}"
+    bos = tokenizer.convert_tokens_to_ids("<|bos|>")
+    config = DataConfig(path=str(write_jsonl(tmp_path / "a.jsonl", sums(3))))
+    for example in prepare_examples(config, "data", tokenizer, (END, bos), 128).examples:
+        assert example.target_ids[-1] == END
+        assert bos not in example.target_ids
+
+
+def test_a_target_that_would_end_early_is_counted(tmp_path):
+    rows = [*sums(3), {"question": "Which token ends a turn?", "answer": "It is <|end|> here."}]
+    prepared = prepare(write_jsonl(tmp_path / "a.jsonl", rows), max_skipped=0.5)
+    assert prepared.skipped == {"an end-of-sequence token within the target": 1}
+    pairs = [{"prompt": "p", "completion": f"a{x}b"} for x in ("", "", "<|end|>")]
+    prepared = prepare(write_jsonl(tmp_path / "b.jsonl", pairs), max_skipped=0.5)
+    assert prepared.skipped == {"an end-of-sequence token within the target": 1}
+
+
+def test_a_row_that_the_template_refuses_is_counted(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    chat = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    rows = [{"messages": chat}] * 3 + [{"messages": [{"role": "system", "content": "s"}, *chat]}]
+    prepared = prepare(write_jsonl(tmp_path / "a.jsonl", rows), tokenizer, max_skipped=0.5)
+    assert prepared.skipped == {"the chat template refuses it: no system role": 1}
+
+
+def test_a_tokenizer_that_begins_any_text_with_a_space(tmp_path):
+    """As SentencePiece's do: what follows the prompt must read on without one."""
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    core.decoder = decoders.Metaspace(prepend_scheme="always")
+    texts = [row[key] for row in sums(50) for key in ("question", "answer")]
+    special = ["<unk>", "<|end|>"]
+    core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=200, special_tokens=special))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>")
+    rows = [{"prompt": row["question"] + "\n", "completion": row["answer"]} for row in sums(20)]
+    config = DataConfig(path=str(write_jsonl(tmp_path / "a.jsonl", rows)))
+    prepared = prepare_examples(config, "data", tokenizer, (1,), 128)
+    for example, row in zip(prepared.examples, rows, strict=True):
+        together = tokenizer(row["prompt"] + row["completion"], add_special_tokens=False).input_ids
+        assert [*example.prompt_ids, *example.target_ids] == [*together, 1]

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from conftest import make_model, make_tokenizer, save_model
 from transformers import BertConfig, Qwen2ForSequenceClassification, T5Config
 
@@ -106,36 +107,85 @@ def test_absent_weights_are_an_error_and_not_random_numbers(tmp_path):
         load_model(player, ModelConfig(path="x"), dtype=torch.float32, device=CPU)
 
 
-def test_dropout_is_off_in_training_mode_too(tmp_path):
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+SMALL = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+DROPPING = {
+    "gpt2": transformers.GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, vocab_size=99, resid_pdrop=0.5, attn_pdrop=0.5
+    ),
+    "llama": transformers.LlamaConfig(**SMALL, intermediate_size=32, attention_dropout=0.5),
+    "opt": transformers.OPTConfig(**SMALL, ffn_dim=32, dropout=0.5, word_embed_proj_dim=32),
+    "gpt_bigcode": transformers.GPTBigCodeConfig(
+        n_embd=32, n_layer=2, n_head=4, vocab_size=99, attn_pdrop=0.5, resid_pdrop=0.5
+    ),
+    "bloom": transformers.BloomConfig(
+        vocab_size=99,
+        hidden_size=32,
+        n_layer=2,
+        n_head=4,
+        hidden_dropout=0.5,
+        attention_dropout=0.5,
+    ),
+    "falcon": transformers.FalconConfig(**SMALL, hidden_dropout=0.5, attention_dropout=0.5),
+    "mixtral": transformers.MixtralConfig(
+        **SMALL, intermediate_size=32, num_key_value_heads=2, router_jitter_noise=0.5
+    ),
+}
 
-    gpt2 = GPT2LMHeadModel(
-        GPT2Config(
-            n_embd=32,
-            n_layer=2,
-            n_head=4,
-            vocab_size=99,
-            resid_pdrop=0.5,
-            attn_pdrop=0.5,
-            embd_pdrop=0.5,
-        )
-    )
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            vocab_size=99,
-            attention_dropout=0.5,
-        )
-    )
+
+@pytest.mark.parametrize("family", DROPPING)
+def test_nothing_is_dropped_in_training_mode(family):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(DROPPING[family])
     ids = torch.arange(20)[None]
-    for model in (gpt2, llama):
-        model.train()
-        assert not torch.equal(model(ids).logits, model(ids).logits)
-        disable_dropout(model)
-        assert torch.equal(model(ids).logits, model(ids).logits)
+    model.train()
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    disable_dropout(model)
+    trained = model(ids).logits
+    model.eval()
+    assert torch.equal(trained, model(ids).logits)
+
+
+def test_rope_that_depends_on_the_batch_is_refused(settings, tmp_path):
+    folder = save_model(tmp_path / "m", "llama")
+    config = json.loads((folder / "config.json").read_text())
+    for kind in ("dynamic", "longrope"):
+        rope = {"rope_type": kind, "factor": 2.0, "rope_theta": 1e4}
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if kind == "longrope" else {}
+        rope |= {"original_max_position_embeddings": 128}
+        (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+        check(settings, folder, max_length=128)
+        with pytest.raises(InputError, match=f"max_length: 200: beyond 128 tokens this .* {kind}"):
+            check(settings, folder, max_length=200)
+
+
+def test_damaged_weights_are_refused_before_anything_is_written(settings, tmp_path):
+    folder = save_model(tmp_path / "m")
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-500])
+    with pytest.raises(InputError, match=r"model.safetensors: damaged: \d+ bytes; its header says"):
+        check(settings, folder)
+    weights.write_bytes(b"nonsense" + whole[8:])
+    with pytest.raises(InputError, match="damaged"):
+        check(settings, folder)
+    weights.unlink()
+    with pytest.raises(InputError, match="holds no weights"):
+        check(settings, folder)
+
+
+def test_an_attention_that_is_not_there(settings, model_folder):
+    for name in ("foo", "flash_attention_2"):
+        settings["model"] = {"path": str(model_folder), "attn_implementation": name}
+        with pytest.raises(InputError, match=f"model.attn_implementation: '{name}' cannot be used"):
+            check_model(validate(settings))
+
+
+def test_an_unreadable_generation_config_is_not_taken_for_an_absent_one(tmp_path):
+    folder = save_model(tmp_path / "m")
+    (folder / "generation_config.json").write_text("{")
+    config = ModelConfig(path=str(folder))
+    with pytest.raises(InputError, match=r"generation_config.json"):
+        stop_token_ids(config, load_tokenizer(config))
 
 
 def test_stop_tokens_are_the_tokenizers_and_the_generation_configs(tmp_path):

@@ -160,6 +160,12 @@ def test_sharegpt():
     assert convert({"conversations": calls}, turn="last") == Unusable(
         "the assistant turn does not follow a user turn"
     )
+    gap = [{"from": "human", "value": "q1"}, {"from": "gpt"}, *turns[:2]]
+    assert convert({"conversations": gap}) == Unusable("the target is not text")
+    assert convert({"conversations": [USER, ASSISTANT]}) == Dialogue([USER], "a", True)
+    assert convert({"conversations": [{"from": ["human"], "value": "x"}]}) == Unusable(
+        "no assistant turn"
+    )
     assert convert({"conversations": "text"}) == Unusable("the conversation is not a list of turns")
 
 
@@ -173,9 +179,9 @@ def test_alpaca_joins_instruction_and_input():
 def test_question_and_answer_and_named_columns():
     assert convert({"question": "u", "answer": "a"}) == Dialogue([USER], "a", False)
     named = {"columns": {"prompt": "q", "target": "r"}}
-    assert convert({"q": "u", "r": "a", "prompt": "x", "completion": "y"}, **named) == Dialogue(
-        "u", "a", False
-    )
+    # Named columns are treated as question and answer, so both files of a run agree.
+    row = {"q": "u", "r": "a", "prompt": "x", "completion": "y"}
+    assert convert(row, **named) == convert({"question": "u", "answer": "a"})
     assert convert({"chat": [USER, ASSISTANT]}, columns={"messages": "chat"}) == Dialogue(
         [USER], "a", True
     )
@@ -213,3 +219,20 @@ def test_columns_that_do_not_fit():
         convert({"text": "x"})
     with pytest.raises(InputError, match="no column 'q'; there are answer, question"):
         convert({"question": "x", "answer": "y"}, columns={"prompt": "q", "target": "answer"})
+
+
+def test_columns_that_are_null_do_not_decide_the_shape():
+    rows = [{"messages": None, "question": "u", "answer": "a"}] * 3
+    assert shape_of(rows, DataConfig(path="x.json"), "data")(rows[0]) == Dialogue(
+        [USER], "a", False
+    )
+
+
+def test_half_a_surrogate_pair_is_no_text():
+    reason = Unusable("the target holds half a surrogate pair")
+    assert convert({"prompt": "p", "completion": "\ud800"}) == reason
+
+
+def test_a_byte_order_mark_and_capital_suffixes(tmp_path):
+    (tmp_path / "a.JSONL").write_bytes(b"\xef\xbb\xbf" + json.dumps(sums(1)[0]).encode())
+    assert read_rows(DataConfig(path=str(tmp_path / "a.JSONL")), "data") == sums(1)

@@ -56,6 +56,11 @@ def test_somebody_elses_folder_a_file_and_an_unwritable_place(tmp_path, config):
         check_output(tmp_path / "home", config)
     with pytest.raises(InputError, match="is a file"):
         check_output(tmp_path / "home" / "thesis.tex", config)
+    for name in ("config.yaml", "lock"):  # names of ours, contents of somebody else's
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("my: precious")
+        with pytest.raises(InputError, match=f"not a run, and not empty: {name}"):
+            check_output(tmp_path / name, config)
     with pytest.raises(InputError, match="is not writable"):
         check_output(tmp_path / "home" / "thesis.tex" / "run", config)
     (tmp_path / "empty").mkdir()
@@ -71,7 +76,7 @@ def test_an_unwritable_folder(tmp_path, config, monkeypatch):
 
 def test_a_run_that_never_came_to_begin_is_no_foreign_folder(tmp_path, config):
     (tmp_path / "r").mkdir()
-    (tmp_path / "r" / "lock").write_text("")
+    (tmp_path / "r" / "lock").write_text('{"host": "h", "pid": 1, "since": "x"}')
     (tmp_path / "r" / "config.yaml").write_text("half")
     (tmp_path / "r" / ".tmp-run.json").write_text("{")
     with open_run(tmp_path / "r", config) as run:

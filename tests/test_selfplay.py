@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -16,16 +17,18 @@ from test_logprobs import oracle
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tpaw.stages
+import tpaw.train_stage
 from tpaw.artifacts import read_manifest
 from tpaw.config_file import validate
 from tpaw.data import read_examples
-from tpaw.errors import ArtifactError, PolicyMismatchError
+from tpaw.errors import ArtifactError, DivergenceError, PolicyMismatchError, TpawError
 from tpaw.generation.responses import read_responses
 from tpaw.logprob_store import LogprobStore, sequence_key
 from tpaw.model import fingerprint
 from tpaw.plan import plan_run
 from tpaw.rundir import RunDirectory
 from tpaw.selfplay import self_play
+from tpaw.trainer import TeamTrainer
 
 N = 24
 
@@ -335,3 +338,156 @@ def test_algorithm_1_imports_no_torch_and_fits_one_screen():
     assert len(source.splitlines()) <= 60
     loop = source.partition("def algorithm_1")[2].partition("\ndef ")[0]
     assert len(loop.splitlines()) <= 25
+
+
+def test_a_lost_manifest_is_named_and_nothing_is_redone_over_it(finished, tmp_path):
+    run, config = finished
+    for name in ("iterations/2/checkpoint", "iterations/0/evaluation", "inputs"):
+        copy = tmp_path / name.replace("/", "-")
+        shutil.copytree(run.root, copy)
+        (copy / name / "manifest.json").unlink()
+        before = {path: path.read_bytes() for path in copy.rglob("*.safetensors")}
+        with pytest.raises(ArtifactError, match=f"{name}: its manifest.json is missing"):
+            self_play(config, copy)
+        assert before == {path: path.read_bytes() for path in copy.rglob("*.safetensors")}
+
+
+def test_other_files_in_a_run_are_left_alone(finished, tmp_path):
+    run, config = finished
+    shutil.copytree(run.root, tmp_path / "run")
+    (tmp_path / "run" / "notes").mkdir()
+    (tmp_path / "run" / "notes" / "manifest.json").write_text('{"mine": 1}')
+    self_play(config, tmp_path / "run")
+    assert (tmp_path / "run" / "notes" / "manifest.json").read_text() == '{"mine": 1}'
+
+
+def test_a_missing_or_unfinite_log_is_said_and_no_crash(finished, tmp_path):
+    run, config = finished
+    shutil.copytree(run.root, tmp_path / "run")
+    log = tmp_path / "run" / "iterations" / "2" / "training.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines[-1] |= {"grad_norm": "inf", "rewards/target": "nan"}
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    from tpaw.report.summary import summarise
+
+    summary = summarise(RunDirectory(tmp_path / "run"), config)
+    assert math.isnan(summary["players"][2]["training"]["rewards/target"])
+    log.unlink()
+    with pytest.raises(ArtifactError, match=r"2/training.jsonl: missing, though θ_2 is published"):
+        self_play(config, tmp_path / "run")
+
+
+def stopped_at_step(steps, config, folder):
+    """Run until an optimizer step of the first iteration, as if SIGTERM came there."""
+    from tpaw.errors import Interrupted
+    from tpaw.interrupt import StopSignal
+
+    stop, original = StopSignal(), tpaw.stages.train_iteration
+
+    def stopping(*args, on_step, **kwargs):
+        def step(count, note):
+            nonlocal steps
+            on_step(count, note)
+            steps -= count
+            if steps <= 1:
+                stop.signal_number = 15
+
+        return original(*args, on_step=step, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tpaw.stages, "train_iteration", stopping)
+        with pytest.raises(Interrupted):
+            self_play(config, folder, stop)
+
+
+def test_a_resumed_iteration_obeys_the_new_intervals_and_logs_the_same(settings, tmp_path):
+    settings |= {"iterations": 1}
+    settings["train"] |= {"epochs": 4, "log_every": 5, "save_every": 5}
+    config = validate(settings)
+    self_play(config, tmp_path / "whole")
+    stopped_at_step(7, config, tmp_path / "cut")
+    self_play(config, tmp_path / "cut")
+
+    def lines(name):
+        path = tmp_path / name / "iterations" / "1" / "training.jsonl"
+        return {line["step"]: line for line in map(json.loads, path.read_text().splitlines())}
+
+    whole, cut = lines("whole"), lines("cut")
+    # The stop logged what was summed up to it; the rest of that window is a line of its own.
+    assert sorted(whole) == [1, 5, 10, 12]
+    assert sorted(cut) == [1, 5, 7, 10, 12]
+    for name, weights in (("rewards/target", (2, 3)), ("loss", (2, 3))):
+        together = (weights[0] * cut[7][name] + weights[1] * cut[10][name]) / 5
+        assert together == pytest.approx(whole[10][name], abs=1e-6)
+    stopped_at_step(3, config, tmp_path / "changed")
+    settings["train"] |= {"log_every": 1}
+    self_play(validate(settings), tmp_path / "changed")
+    assert sorted(lines("changed")) == [1, *range(3, 13)]
+
+
+def test_a_model_that_moved_is_found_by_its_weights(settings, tmp_path, model_folder):
+    settings |= {"iterations": 2}
+    shutil.copytree(model_folder, tmp_path / "here")
+    settings["model"] = {"path": str(tmp_path / "here")}
+    stopped_at_step(2, validate(settings), tmp_path / "r")
+    (tmp_path / "here").rename(tmp_path / "there")
+    with pytest.raises(TpawError, match="not there, but θ_0 is needed"):
+        self_play(validate(settings), tmp_path / "r")
+    settings["model"] = {"path": str(tmp_path / "there")}
+    assert self_play(validate(settings), tmp_path / "r").index == 2
+
+
+def test_sampling_defaults_of_the_model_are_not_handed_on(settings, tmp_path, model_folder):
+    """Llama-2-chat's cannot even be saved: a temperature without do_sample."""
+    shutil.copytree(model_folder, tmp_path / "m")
+    published = {
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "repetition_penalty": 1.3,
+        "eos_token_id": [4, 3],
+    }
+    (tmp_path / "m" / "generation_config.json").write_text(json.dumps(published))
+    settings |= {"model": {"path": str(tmp_path / "m")}, "iterations": 1}
+    self_play(validate(settings), tmp_path / "r")
+    folder = tmp_path / "r" / "iterations" / "1" / "checkpoint"
+    saved = json.loads((folder / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [4, 3]
+    assert not {"temperature", "top_p", "repetition_penalty"} & saved.keys()
+
+
+@pytest.mark.parametrize("when", ["during", "at the last step"])
+def test_divergence_publishes_nothing_and_can_be_left(settings, tmp_path, monkeypatch, when):
+    settings |= {"iterations": 1}
+    original = TeamTrainer.compute_loss
+
+    def poisoned(self, model, inputs, *args, **kwargs):
+        loss = original(self, model, inputs, *args, **kwargs)
+        last = self.state.global_step == self.state.max_steps - 1
+        return loss * math.nan if when == "during" or last else loss
+
+    monkeypatch.setattr(TeamTrainer, "compute_loss", poisoned)
+    with pytest.raises(DivergenceError, match=r"lower train.learning_rate"):
+        self_play(validate(settings), tmp_path / "r")
+    iteration = tmp_path / "r" / "iterations" / "1"
+    assert not (iteration / "checkpoint").exists()
+    monkeypatch.undo()
+    shutil.rmtree(iteration / "training")
+    (iteration / "training.jsonl").unlink()
+    settings["train"] |= {"learning_rate": 1e-4}
+    assert self_play(validate(settings), tmp_path / "r").index == 1
+
+
+def test_files_of_trackers_outlive_the_saved_steps(settings, tmp_path, monkeypatch):
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    seen = []
+    original = TeamTrainer.__init__
+
+    def init(self, *args, **kwargs):  # where transformers' callback looks for its folder
+        seen.append(os.environ["TENSORBOARD_LOGGING_DIR"])
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(TeamTrainer, "__init__", init)
+    settings |= {"iterations": 2}
+    self_play(validate(settings), tmp_path / "r")
+    assert seen == [str(tmp_path / "r" / "iterations" / str(i) / "tensorboard") for i in (1, 2)]
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ

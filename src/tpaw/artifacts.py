@@ -63,7 +63,11 @@ def publishing(folder: Path, meta: dict[str, Any]) -> Iterator[Path]:
     """Give a temporary folder to fill; on success publish it as `folder` with a manifest.
 
     `meta` is stored in the manifest; it may be filled while the folder is.
+
+    Raises:
+        ArtifactError: the folder is there already, so its manifest was lost.
     """
+    refuse_without_manifest(folder)
     temporary = folder.with_name(TEMPORARY_PREFIX + folder.name)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -89,6 +93,17 @@ def describe_file(folder: Path, path: Path) -> dict[str, Any]:
         "bytes": path.stat().st_size,
         "sha256": _sha256(path),
     }
+
+
+def refuse_without_manifest(folder: Path) -> None:
+    """Refuse a folder that was published once and has lost its manifest.
+
+    Raises:
+        ArtifactError: naming the folder.
+    """
+    manifests = (folder / MANIFEST, folder / PARTIAL_MANIFEST)
+    if folder.exists() and any(folder.iterdir()) and not any(m.exists() for m in manifests):
+        raise ArtifactError(f"{folder}: its {MANIFEST} is missing; nothing is redone over it")
 
 
 def is_published(folder: Path) -> bool:
@@ -167,7 +182,9 @@ class ShardedArtifact:
 
     def publish(self, name: str, write: Callable[[Path], None], **facts: Any) -> None:
         """Write one file and list it with `facts` beside its size and hash."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self._path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self._path, self._manifest)
         write_file(self.folder / name, write)
         entry = describe_file(self.folder, self.folder / name) | facts
         self._manifest["files"].append(entry)

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+import tpaw
 from tpaw.config import RunConfig
 from tpaw.config_file import recipe_names, to_yaml
 from tpaw.errors import InputError, Interrupted, TpawError
@@ -41,6 +42,16 @@ Overrides = Annotated[
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Run directory. Default: runs/CONFIG.")
 ]
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    """Self-play fine-tuning of an SFT model with TPAW (arXiv 2605.09922)."""
+    if version:
+        print(f"tpaw {tpaw.__version__}")
+        raise typer.Exit
 
 
 @app.command()
@@ -94,7 +105,8 @@ def plan(config: Sources, set_: Overrides = []) -> None:  # noqa: B006
         inputs = read_inputs(settings, advance)
     console = _console()
     console.print(plan_table(plan_run(settings, len(inputs.examples))))
-    console.print(inputs.described(), markup=False, highlight=False, soft_wrap=True)
+    for text in (inputs.described(), *inputs.first_rows()):
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @config_app.command("show")

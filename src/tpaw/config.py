@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 
+from tpaw.owned_arguments import OWNED_TRAINING_ARGUMENTS
 from tpaw.team import Newest
 
 Scalar = TypeVar("Scalar")
@@ -21,52 +22,17 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _as_strings(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else _as_tuple(value)
+
+
 # One value for all iterations, or a list with one value for each.
 PerIteration = Annotated[Scalar | tuple[Scalar, ...], BeforeValidator(_as_tuple)]
-Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Strings = Annotated[tuple[str, ...], BeforeValidator(_as_strings)]
 
 # `json_schema_extra` of a setting that may change when a run goes on: it decides how the work is
 # cut up or what is shown, and changes results by no more than rounding.
 CHANGEABLE: JsonDict = {"changeable": True}
-
-# What the loop decides itself; `train.training_arguments` may not name it.
-OWNED_TRAINING_ARGUMENTS: Mapping[str, str] = {
-    "output_dir": "--output",
-    "num_train_epochs": "train.epochs",
-    "max_steps": "train.epochs",
-    "learning_rate": "train.learning_rate",
-    "per_device_train_batch_size": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.batch_size and train.micro_batch_size",
-    "auto_find_batch_size": "train.micro_batch_size",
-    "optim": "train.optimizer",
-    "lr_scheduler_type": "train.schedule",
-    "warmup_steps": "train.warmup",
-    "activation_checkpointing": "train.activation_checkpointing",
-    "gradient_checkpointing": "train.activation_checkpointing",
-    "logging_steps": "train.log_every",
-    "logging_strategy": "train.log_every",
-    "save_steps": "train.save_every",
-    "save_strategy": "train.save_every",
-    "report_to": "train.report_to",
-    "seed": "seed",
-    "data_seed": "seed",
-    "full_determinism": "deterministic",
-    "bf16": "precision",
-    "fp16": "precision",
-    "use_cpu": "device",
-    "logging_nan_inf_filter": "nothing: a NaN is never filtered away",
-    "ignore_data_skip": "nothing: a resumed iteration sees each batch once",
-    "save_only_model": "nothing: an iteration resumes from its saved steps",
-    "save_total_limit": "nothing: the newest saved step is kept",
-    "resume_from_checkpoint": "nothing: running again resumes",
-    "remove_unused_columns": "nothing: the columns are the loop's own",
-    "push_to_hub": "nothing: push a published checkpoint instead",
-    "load_best_model_at_end": "nothing: θ_t is the last step's",
-    "dataloader_drop_last": "nothing: every triple is trained on",
-    "eval_strategy": "evaluate",
-    "do_eval": "evaluate",
-    "train_sampling_strategy": "nothing: triples are shuffled",
-}
 
 
 class Section(BaseModel):
@@ -79,10 +45,13 @@ class ModelConfig(Section):
     """θ_0 and how models are loaded."""
 
     path: str = Field(
+        json_schema_extra=CHANGEABLE,  # the weights are known by their fingerprint
         description="θ_0, the SFT model: a folder, a hub id, or tpaw://starter/model. "
-        "Any decoder-only model of transformers."
+        "Any decoder-only model of transformers.",
     )
-    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+    revision: str | None = Field(
+        None, json_schema_extra=CHANGEABLE, description="Branch, tag or commit of a hub id."
+    )
     eos_token: str | None = Field(
         None,
         description="The token that ends a response, where it is not the tokenizer's own "
@@ -155,6 +124,8 @@ class TeamConfig(Section):
 
 class ObjectiveConfig(Section):
     """Equations 2 to 8."""
+
+    model_config = ConfigDict(populate_by_name=True)
 
     lambda_: PerIteration[Annotated[float, Field(gt=0)]] = Field(
         0.1, alias="lambda", description="λ > 0: scale of every implicit reward (TRL's beta)."
@@ -302,12 +273,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _one_value_per_iteration(self) -> RunConfig:
-        per_iteration = {
-            "train.learning_rate": self.train.learning_rate,
-            "train.epochs": self.train.epochs,
-            "objective.lambda": self.objective.lambda_,
-        }
-        for key, value in per_iteration.items():
+        for key, value in self.per_iteration().items():
             if isinstance(value, tuple) and len(value) != self.iterations:
                 raise ValueError(
                     f"{key} lists {len(value)} values ({list(value)}); give one, or one for each "
@@ -318,7 +284,21 @@ class RunConfig(Section):
                 f"generate.max_new_tokens {self.generate.max_new_tokens} leaves no room for a "
                 f"prompt; it must be less than max_length {self.max_length}"
             )
+        players = min(self.team.main_players.last, self.iterations)
+        if self.objective.min_player_weight * players > 1:
+            raise ValueError(
+                f"objective.min_player_weight {self.objective.min_player_weight}: with {players} "
+                f"main players every weight could be below it; it must be at most 1/{players}"
+            )
         return self
+
+    def per_iteration(self) -> dict[str, Any]:
+        """The settings that take one value, or one for each iteration, by key."""
+        return {
+            "train.learning_rate": self.train.learning_rate,
+            "train.epochs": self.train.epochs,
+            "objective.lambda": self.objective.lambda_,
+        }
 
     @classmethod
     def load(cls, *sources: str, overrides: Sequence[str] = ()) -> RunConfig:

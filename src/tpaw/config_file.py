@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from tpaw.config import RunConfig
+from tpaw.config import RunConfig, at_iteration
 from tpaw.errors import InputError
 
 PACKAGE_SCHEME = "tpaw://"
@@ -35,11 +35,13 @@ class _Loader(yaml.SafeLoader):
         return dict(super().construct_mapping(node, deep=deep))
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes whatever `_Loader` would not read as text."""
+
+
+_FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
 def recipe_names() -> list[str]:
@@ -49,9 +51,9 @@ def recipe_names() -> list[str]:
 
 
 def resolve_package_path(path: str) -> str:
-    """Turn tpaw://starter/model into the file that comes with the package; others stay."""
+    """Turn tpaw://starter/model into the file that comes with the package, ~ into the home."""
     if not path.startswith(PACKAGE_SCHEME):
-        return path
+        return str(Path(path).expanduser()) if path.startswith("~") else path
     return str(files("tpaw").joinpath(path.removeprefix(PACKAGE_SCHEME)))
 
 
@@ -78,10 +80,19 @@ def to_yaml(config: RunConfig, *, comments: bool) -> str:
     return "\n".join(_yaml_lines(config, comments, indent=0)) + "\n"
 
 
-def differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """Lines `key: old → new` of every setting that a run under way may not change."""
-    old_values = dict(_leaves(old.model_dump(by_alias=True)))
-    new_values = dict(_leaves(new.model_dump(by_alias=True)))
+def differences(old: RunConfig, new: RunConfig, begun: int = 0) -> list[str]:
+    """Lines `key: old → new` of every setting that a run under way may not change.
+
+    Args:
+        begun: iterations that have begun to train. A setting that has a value for each iteration
+            may change for those to come.
+    """
+    old_values, new_values = (
+        dict(_leaves(config.model_dump(by_alias=True)))
+        | {key: [at_iteration(value, t) for t in range(begun)] for key, value in per.items()}
+        for config in (old, new)
+        for per in [config.per_iteration()]
+    )
     changeable = set(_changeable_keys(RunConfig))
     return [
         f"{key}: {old_values.get(key)!r} → {new_values.get(key)!r}"
@@ -240,5 +251,5 @@ def _yaml_lines(section: BaseModel, comments: bool, indent: int) -> Iterator[str
         else:
             plain = list(value) if isinstance(value, tuple) else value
             plain = dict(plain) if isinstance(plain, Mapping) else plain
-            text = yaml.safe_dump(plain, default_flow_style=True, width=10**6, allow_unicode=True)
+            text = yaml.dump(plain, Dumper=_Dumper, default_flow_style=True, width=10**6)
             yield f"{pad}{key}: {text.removesuffix('...' + chr(10)).strip()}"

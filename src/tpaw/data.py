@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 OnDone = Callable[[int], None]
 
+_ENDS_EARLY = Unusable("an end-of-sequence token within the target")
+
 
 class Example(NamedTuple):
     """A prompt and its target.
@@ -61,8 +63,8 @@ class ChatFormat:
         bos = tokenizer.bos_token_id
         self.bos_ids = [bos] if bos is not None and plain[:1] == [bos] else []
 
-    def encode(self, dialogue: Dialogue) -> tuple[list[int], list[int], str]:
-        """Prompt ids, target ids and the prompt as the model sees it.
+    def encode(self, dialogue: Dialogue) -> tuple[list[int], list[int], str] | Unusable:
+        """Prompt ids, target ids and the prompt as the model sees it; or why there are none.
 
         Raises:
             InputError: a conversation without a chat template, or a template that ends a turn
@@ -76,51 +78,65 @@ class ChatFormat:
         if wants_template and self.template != "none":
             return self._templated(_as_messages(dialogue.prompt), dialogue.target)
         prompt = _as_text(dialogue.prompt)
-        prompt_ids = self._ids(prompt)
+        prompt_ids, target_ids = self._split(prompt, dialogue.target)
         if prompt_ids[: len(self.bos_ids)] != self.bos_ids:
             prompt_ids = self.bos_ids + prompt_ids
-        target_ids = self._ids(dialogue.target)
-        if target_ids[-1:] and target_ids[-1] not in self.stop_ids:
+        if not self.stop_ids.intersection(target_ids):
             target_ids.append(int(self.tokenizer.eos_token_id))
+        if self._end(target_ids) != len(target_ids):
+            return _ENDS_EARLY
         return prompt_ids, target_ids, prompt
 
-    def _templated(self, messages: list[Message], target: str) -> tuple[list[int], list[int], str]:
+    def _templated(
+        self, messages: list[Message], target: str
+    ) -> tuple[list[int], list[int], str] | Unusable:
         if not self.has_template:
             raise InputError(
                 f"{self.key}: the rows are conversations and the tokenizer has no chat template; "
                 "give the model one (tokenizer.chat_template)"
             )
-        prompt = self._render(messages, add_generation_prompt=True)
         answer: Message = {"role": "assistant", "content": target}
-        whole = self._render([*messages, answer], add_generation_prompt=False)
+        try:
+            prompt = self._render(messages, add_generation_prompt=True)
+            whole = self._render([*messages, answer], add_generation_prompt=False)
+        except Exception as error:  # a template raises whatever its author chose
+            return Unusable(f"the chat template refuses it: {str(error)[:80]}")
         if not whole.startswith(prompt):
-            raise InputError(
-                f"{self.key}: the chat template renders a prompt differently once an answer "
-                "follows, so a target cannot be told from its prompt"
-            )
-        prompt_ids, whole_ids = self._ids(prompt), self._ids(whole)
-        if whole_ids[: len(prompt_ids)] == prompt_ids:
-            target_ids = whole_ids[len(prompt_ids) :]
-        else:  # a token spans the border; generation starts from the prompt's own ids
-            target_ids = self._ids(whole[len(prompt) :])
-        # What a template puts after the end of the turn is never generated, so it is no part of y.
-        ends = [i for i, token in enumerate(target_ids) if token in self.stop_ids]
-        if not ends:
+            return Unusable("the chat template renders a prompt differently once an answer follows")
+        prompt_ids, target_ids = self._split(prompt, whole[len(prompt) :])
+        if not self.stop_ids.intersection(target_ids):
+            stops = self.tokenizer.convert_ids_to_tokens(sorted(self.stop_ids))
             raise InputError(
                 f"{self.key}: the chat template ends an answer with {whole[-20:]!r}, which holds "
-                f"no end-of-sequence token; set model.eos_token"
+                f"none of the end-of-sequence tokens {stops}; set model.eos_token to the one that "
+                "it uses, or give the model a template that ends an answer with one"
             )
-        return prompt_ids, target_ids[: ends[-1] + 1], prompt
+        if self.stop_ids.intersection(self._ids(target)):
+            return _ENDS_EARLY
+        # What a template puts after the end of the turn is never generated, so it is no part of y.
+        return prompt_ids, target_ids[: self._end(target_ids)], prompt
 
     def _render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
-                )
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except Exception as error:  # a template raises whatever its author chose
-            raise InputError(f"{self.key}: the chat template refuses a row: {error}") from None
+        )
+
+    def _split(self, prompt: str, rest: str) -> tuple[list[int], list[int]]:
+        """Ids of the prompt, and of the rest as it reads on from there."""
+        prompt_ids = self._ids(prompt)
+        for anchor in (prompt, "\n"):
+            # Some tokenizers begin any text with a space, so the rest is never encoded alone. Where
+            # a token spans the border to the prompt, a line break stands in for it.
+            anchor_ids, joint_ids = self._ids(anchor), self._ids(anchor + rest)
+            if joint_ids[: len(anchor_ids)] == anchor_ids:
+                return prompt_ids, joint_ids[len(anchor_ids) :]
+        return prompt_ids, self._ids(rest)
+
+    def _end(self, target_ids: list[int]) -> int:
+        """Position after the first end-of-sequence token, where generation would stop."""
+        return next(i for i, token in enumerate(target_ids, start=1) if token in self.stop_ids)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
@@ -190,7 +206,10 @@ def read_examples(path: Path) -> list[Example]:
 def _tokenised(
     dialogue: Dialogue, number: int, chat: ChatFormat, max_length: int
 ) -> Example | Unusable:
-    prompt_ids, target_ids, prompt = chat.encode(dialogue)
+    encoded = chat.encode(dialogue)
+    if isinstance(encoded, Unusable):
+        return encoded
+    prompt_ids, target_ids, prompt = encoded
     if not prompt_ids or not target_ids:
         return Unusable("no tokens")
     if len(prompt_ids) + len(target_ids) > max_length:

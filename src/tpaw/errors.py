@@ -27,6 +27,10 @@ class PolicyMismatchError(TpawError):
     """The policy at the first step of an iteration is not its newest player."""
 
 
+class DivergenceError(TpawError):
+    """Training left the numbers. What came before it is kept."""
+
+
 class Interrupted(TpawError):
     """A stop was asked for and a safe point was reached."""
 

@@ -17,6 +17,7 @@ from tpaw.data import Example, Prepared, prepare_examples, read_examples, write_
 from tpaw.errors import InputError
 from tpaw.evaluation.exact_match import has_answers
 from tpaw.model import check_model, load_tokenizer, pick_device, stop_token_ids
+from tpaw.training_arguments import check_training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,6 +51,17 @@ class Inputs(NamedTuple):
             f"held-out prompts that are trained on: {self.heldout_prompts_in_training()}"
         )
 
+    def first_rows(self) -> list[str]:
+        """The first row of each file as the model sees it, for people to look at."""
+        rows = [("data", self.examples), ("evaluate.data", self.heldout)]
+        shown = []
+        for key, examples in rows:
+            if examples:
+                ids = examples[0].prompt_ids, examples[0].target_ids
+                prompt, target = (repr(self.tokenizer.decode(part.tolist())) for part in ids)
+                shown.append(f"first row of {key}:\n  prompt {prompt}\n  target {target}")
+        return shown
+
     def heldout_prompts_in_training(self) -> int:
         """How many held-out rows ask what a training row asks."""
         known = {example.prompt_ids.tobytes() for example in self.examples}
@@ -66,7 +78,7 @@ def read_inputs(config: RunConfig, on_done: OnDone = lambda count: None) -> Inpu
         InputError: naming the setting, the file or the row.
     """
     pick_device(config.device)
-    check_training_arguments(config)
+    check_training(config)
     model_config = check_model(config)
     tokenizer = load_tokenizer(config.model)
     stop_ids = stop_token_ids(config.model, tokenizer)
@@ -88,30 +100,12 @@ def read_inputs(config: RunConfig, on_done: OnDone = lambda count: None) -> Inpu
             f"model.path: {config.model.path}: the tokenizer gives token id {used}, the model has "
             f"{vocab_size} tokens; they do not belong together"
         )
+    if config.evaluate.exact_match and not heldout.examples:
+        raise InputError("evaluate.exact_match: it needs held-out rows; set evaluate.data")
     if config.evaluate.exact_match and not has_answers(heldout.examples):
         raise InputError("evaluate.exact_match: some held-out target has no `#### answer`")
     skipped = {"data": train.skipped, "evaluate.data": heldout.skipped}
     return Inputs(train.examples, heldout.examples, skipped, tokenizer, stop_ids)
-
-
-def check_training_arguments(config: RunConfig) -> None:
-    """Refuse an optimizer, schedule or passed-through argument that transformers does not know.
-
-    Raises:
-        InputError: naming the setting, with what is allowed.
-    """
-    import dataclasses
-
-    from transformers import TrainingArguments
-    from transformers.trainer_utils import SchedulerType
-    from transformers.training_args import OptimizerNames
-
-    from tpaw.config_file import explain_unknown
-
-    known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
-    explain_unknown("train.training_arguments", config.train.training_arguments, known)
-    explain_unknown("train.optimizer", [config.train.optimizer], [o.value for o in OptimizerNames])
-    explain_unknown("train.schedule", [config.train.schedule], [s.value for s in SchedulerType])
 
 
 def publish_inputs(folder: Path, inputs: Inputs) -> None:

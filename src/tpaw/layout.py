@@ -4,7 +4,8 @@ Shape suffixes: B rows, L tokens in the longest row.
 
 Rows are padded on the right and go to the model without an attention mask: in a causal model no
 real token ever sees what stands to its right, so the padding cannot change a log-prob, whatever
-the attention (full, sliding window, ALiBi, state-space).
+the attention (full, sliding window, ALiBi, state-space). RoPE that looks at the longest row of a
+batch is refused by `model.check_model`.
 """
 
 from __future__ import annotations

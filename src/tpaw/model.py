@@ -37,9 +37,9 @@ def check_model(config: RunConfig) -> PreTrainedConfig:
 
     name = f"model.path: {config.model.path}"
     path = Path(resolve_package_path(config.model.path))
+    if (path / "adapter_config.json").is_file():
+        raise InputError(f"{name}: an adapter, not a model; merge it into its base model first")
     if path.is_dir() and not (path / "config.json").is_file():
-        if (path / "adapter_config.json").is_file():
-            raise InputError(f"{name}: an adapter, not a model; merge it into its base model first")
         raise InputError(f"{name}: a folder without config.json, so not a model")
     try:
         found = AutoConfig.from_pretrained(
@@ -69,6 +69,10 @@ def check_model(config: RunConfig) -> PreTrainedConfig:
             f"max_length: {config.max_length} is beyond the {positions} positions of "
             f"{config.model.path}"
         )
+    _check_rope(found, config.max_length)
+    _check_attention(found, config.model)
+    if path.is_dir():
+        weight_files(path)
     return found
 
 
@@ -108,13 +112,13 @@ def stop_token_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> t
     from transformers import GenerationConfig
 
     ids = [tokenizer.eos_token_id]
+    path = resolve_package_path(config.path)
     try:
-        published = GenerationConfig.from_pretrained(
-            resolve_package_path(config.path), revision=config.revision
-        ).eos_token_id
+        published = GenerationConfig.from_pretrained(path, revision=config.revision).eos_token_id
         ids += published if isinstance(published, list) else [published]
-    except OSError:
-        pass  # a model without generation_config.json
+    except OSError as error:
+        if (Path(path) / "generation_config.json").is_file():
+            raise InputError(f"model.path: {path}: generation_config.json: {error}") from None
     known = tuple(dict.fromkeys(int(i) for i in ids if i is not None))
     if not known:
         raise InputError(
@@ -131,6 +135,8 @@ def initial_player(config: ModelConfig, record: Path) -> Player:
         InputError: the weights differ from those that the run began with.
     """
     recorded = read_json(record) if record.exists() else None
+    if recorded is not None and not {"fingerprint", "revision"} <= set(recorded):
+        raise ArtifactError(f"{record}: damaged: it names no fingerprint and revision")
     path = resolve_package_path(config.path)
     if recorded and recorded["revision"] is None and not Path(path).is_dir():
         # Iterations far from θ_0 do without it; those that need it say that it is not there.
@@ -153,12 +159,16 @@ def initial_player(config: ModelConfig, record: Path) -> Player:
 def fingerprint(folder: Path) -> str:
     """sha256 of the weights' names, types, shapes and bytes; however they are sharded."""
     tensors: dict[str, tuple[str, Path, int, int]] = {}
-    files = sorted(folder.glob("*.safetensors"))
+    files = weight_files(folder)
+    digest = hashlib.sha256()
     for file in files:
+        if file.suffix == ".bin":
+            with file.open("rb") as handle:
+                digest.update(hashlib.file_digest(handle, "sha256").digest())
+            continue
         for name, facts in _safetensors_header(file).items():
             begin, end = facts["data_offsets"]
             tensors[name] = (f"{facts['dtype']}{facts['shape']}", file, begin, end)
-    digest = hashlib.sha256()
     opened: dict[Path, mmap.mmap] = {}
     for name, (kind, file, begin, end) in sorted(tensors.items()):
         digest.update(f"{name} {kind}\n".encode())
@@ -167,14 +177,22 @@ def fingerprint(folder: Path) -> str:
                 opened[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
         with memoryview(opened[file]) as view:
             digest.update(view[begin:end])
-    if not files:  # an older model, with pickled weights only
-        for file in sorted(folder.glob("*.bin")):
-            with file.open("rb") as handle:
-                digest.update(hashlib.file_digest(handle, "sha256").digest())
-            files.append(file)
+    return digest.hexdigest()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The model's safetensors files, or the pickled ones of an older model.
+
+    Raises:
+        InputError: there are none, or one is damaged.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        _safetensors_header(file)
+    files = files or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise InputError(f"model.path: {folder}: holds no weights (*.safetensors)")
-    return digest.hexdigest()
+    return files
 
 
 def load_model(
@@ -208,20 +226,20 @@ def load_model(
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
-    """Set every dropout to 0: a log-ratio compares two forward passes, which must agree."""
+    """Set every dropout to 0: a log-ratio compares two forward passes, which must agree.
+
+    Some models drop by way of a float that a function reads, and mixtures of experts may jitter
+    their router; names are all that these have in common.
+    """
     import torch
 
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    settings = getattr(model, "config", None)
-    for name in ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop"):
-        if hasattr(settings, name):
-            setattr(settings, name, 0.0)
-    for module in model.modules():
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            # Read by attention functions; there is no Dropout module to find.
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010
+    for holder in (*model.modules(), getattr(model, "config", None)):
+        for name, value in list(vars(holder).items() if holder is not None else ()):
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(holder, name, 0.0)
 
 
 def pick_device(setting: str) -> torch.device:
@@ -236,6 +254,41 @@ def pick_device(setting: str) -> torch.device:
         raise InputError("device: 'cuda' is not there; torch sees no CUDA device")
     use_cuda = setting == "cuda" or (setting == "auto" and torch.cuda.is_available())
     return torch.device("cuda" if use_cuda else "cpu")
+
+
+def _check_rope(found: PreTrainedConfig, max_length: int) -> None:
+    text = found.get_text_config()
+    parameters = getattr(text, "rope_parameters", None) or {}
+    for rope in (parameters, *parameters.values()):
+        if not isinstance(rope, dict) or rope.get("rope_type") not in ("dynamic", "longrope"):
+            continue
+        limit = rope.get("original_max_position_embeddings") or getattr(
+            text, "original_max_position_embeddings", text.max_position_embeddings
+        )
+        if max_length > limit:
+            raise InputError(
+                f"max_length: {max_length}: beyond {limit} tokens this model's {rope['rope_type']} "
+                "RoPE depends on the longest row of a batch, and so would a log-prob"
+            )
+
+
+def _check_attention(found: PreTrainedConfig, config: ModelConfig) -> None:
+    if config.attn_implementation is None:
+        return
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):  # the model's shapes without its weights
+            AutoModelForCausalLM.from_config(
+                found,
+                attn_implementation=config.attn_implementation,
+                trust_remote_code=config.trust_remote_code,
+            )
+    except (ImportError, ValueError) as error:
+        raise InputError(
+            f"model.attn_implementation: {config.attn_implementation!r} cannot be used: {error}"
+        ) from None
 
 
 def _locate(config: ModelConfig) -> tuple[Path, str | None]:
@@ -255,13 +308,16 @@ def _safetensors_header(file: Path) -> dict[str, Any]:
     with file.open("rb") as handle:
         size = int.from_bytes(handle.read(8), "little")
         try:
-            header = json.loads(handle.read(size))
+            header = json.loads(handle.read(min(size, file.stat().st_size)))
         except ValueError:
-            raise ArtifactError(f"{file}: damaged: not a safetensors file") from None
+            raise InputError(f"{file}: damaged: not a safetensors file") from None
     header.pop("__metadata__", None)
     # Offsets count from the end of the header.
     for facts in header.values():
         facts["data_offsets"] = [offset + 8 + size for offset in facts["data_offsets"]]
+    end = max((facts["data_offsets"][1] for facts in header.values()), default=8 + size)
+    if end != file.stat().st_size:
+        raise InputError(f"{file}: damaged: {file.stat().st_size} bytes; its header says {end}")
     return dict(header)
 
 

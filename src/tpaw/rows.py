@@ -51,7 +51,7 @@ def read_rows(config: DataConfig, key: str) -> list[Row]:
     path = Path(resolve_package_path(config.path))
     name = f"{key}.path: {config.path}"
     if path.is_file():
-        reader = _READERS.get(path.suffix)
+        reader = _READERS.get(path.suffix.lower())
         if reader is None:
             raise InputError(f"{name}: not one of {', '.join(_SUFFIXES)}")
         rows = reader(path, name)
@@ -73,6 +73,7 @@ def shape_of(rows: Sequence[Row], config: DataConfig, key: str) -> Callable[[Row
         InputError: a named column is missing, or no supported shape fits.
     """
     present = set(rows[0])
+    filled = {name for row in rows[:100] for name in row if row[name] is not None}
     name = f"{key}.path: {config.path}"
     if (columns := config.columns) is not None:
         wanted = (columns.messages,) if columns.messages else (columns.prompt, columns.target)
@@ -81,33 +82,37 @@ def shape_of(rows: Sequence[Row], config: DataConfig, key: str) -> Callable[[Row
                 raise InputError(f"{name}: no column {column!r}; there are {_listed(present)}")
         if columns.messages:
             return lambda row: _conversation(row.get(columns.messages or ""), config.turn)
-        return lambda row: _pair(row, columns.prompt or "", columns.target or "")
-    for required, convert in (
-        ({"prompt", "completion"}, lambda row: _pair(row, "prompt", "completion")),
+        return lambda row: _pair(row, columns.prompt or "", columns.target or "", _asked)
+    shapes: list[tuple[set[str], Callable[[Row], Any]]] = [
+        ({"prompt", "completion"}, lambda row: _pair(row, "prompt", "completion", _checked)),
         ({"messages"}, lambda row: _conversation(row.get("messages"), config.turn)),
         ({"conversations"}, lambda row: _sharegpt(row, config.turn)),
         ({"instruction", "output"}, _alpaca),
         ({"question", "answer"}, lambda row: _asked(row.get("question"), row.get("answer"))),
-    ):
-        if required <= present:
-            return convert
+    ]
+    for columns_there in (filled, present):  # files of several shapes leave some columns null
+        for required, convert in shapes:
+            if required <= columns_there:
+                return convert
     raise InputError(
         f"{name}: columns {_listed(present)} are none of prompt/completion, messages, "
         f"conversations, instruction/output, question/answer; name yours in {key}.columns"
     )
 
 
-def _pair(row: Row, prompt_column: str, target_column: str) -> Dialogue | Unusable:
+def _pair(
+    row: Row, prompt_column: str, target_column: str, of_texts: Callable[..., Dialogue | Unusable]
+) -> Dialogue | Unusable:
     prompt, target = row.get(prompt_column), row.get(target_column)
     if isinstance(prompt, list) or isinstance(target, list):
         prompt = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         target = target if isinstance(target, list) else [{"role": "assistant", "content": target}]
         return _conversation(prompt + target, "last")
-    return _checked(prompt, target, is_chat=False)
+    return of_texts(prompt, target)
 
 
 def _asked(prompt: Any, target: Any, system: Any = None) -> Dialogue | Unusable:
-    dialogue = _checked(prompt, target, is_chat=False)
+    dialogue = _checked(prompt, target)
     if isinstance(dialogue, Unusable) or not isinstance(prompt, str):
         return dialogue
     messages = [{"role": "user", "content": prompt}]
@@ -129,11 +134,11 @@ def _sharegpt(row: Row, turn: str) -> Dialogue | Unusable:
         return Unusable("the conversation is not a list of turns")
     if isinstance(row.get("system"), str) and row["system"].strip():
         turns = [{"from": "system", "value": row["system"]}, *turns]
-    messages = [
-        {"role": _SHAREGPT_ROLES.get(t.get("from", ""), str(t.get("from"))), "content": t["value"]}
-        for t in turns
-        if "value" in t
-    ]
+    messages = []
+    for t in turns:  # some files say role and content in a column of this name
+        role = str(t.get("from", t.get("role")))
+        content = t.get("value", t.get("content"))
+        messages.append({"role": _SHAREGPT_ROLES.get(role, role), "content": content})
     return _conversation(messages, turn)
 
 
@@ -157,18 +162,20 @@ def _conversation(messages: Any, turn: str) -> Dialogue | Unusable:
     return checked if isinstance(checked, Unusable) else checked._replace(prompt=plain)
 
 
-def _checked(prompt: Any, target: Any, *, is_chat: bool) -> Dialogue | Unusable:
+def _checked(prompt: Any, target: Any, *, is_chat: bool = False) -> Dialogue | Unusable:
     for name, text in (("prompt", prompt), ("target", target)):
         if not isinstance(text, str):
             return Unusable(f"the {name} is not text")
         if not text.strip():
             return Unusable(f"the {name} is empty")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            return Unusable(f"the {name} holds half a surrogate pair")
     return Dialogue(prompt, target, is_chat)
 
 
 def _read_jsonl(path: Path, name: str) -> list[Row]:
     rows = []
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         try:
             for number, line in enumerate(file, start=1):
                 if line.strip():
@@ -190,7 +197,7 @@ def _json_object(text: str, place: str) -> Row:
 
 def _read_json(path: Path, name: str) -> list[Row]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: not UTF-8 text: {error}") from None
     if not text.lstrip().startswith("["):  # many files called .json hold an object a line

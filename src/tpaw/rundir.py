@@ -20,17 +20,18 @@ from typing import Any
 from tpaw.artifacts import (
     MANIFEST,
     PARTIAL_MANIFEST,
+    is_published,
     read_json,
+    refuse_without_manifest,
     remove_temporaries,
     write_json,
     write_text,
 )
 from tpaw.config import RunConfig
 from tpaw.config_file import differences, load_config, to_yaml
-from tpaw.errors import InputError, RunLockedError
+from tpaw.errors import ArtifactError, InputError, RunLockedError
 
 FORMAT = 1
-_OWN_FILES = {"run.json", "config.yaml", "lock"}
 
 
 class RunDirectory:
@@ -80,6 +81,11 @@ class RunDirectory:
         """Saved steps of an iteration under way; removed when θ_i is published."""
         return self.iteration(i) / "training"
 
+    def last_saved_step(self, i: int) -> Path | None:
+        """The newest saved step that is whole."""
+        whole = [path for path in self.training(i).glob("checkpoint-*") if is_published(path)]
+        return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
     def training_log(self, i: int) -> Path:
         """One JSON line a logged step."""
         return self.iteration(i) / "training.jsonl"
@@ -92,17 +98,36 @@ class RunDirectory:
         """Sharded artifact: log-probs under one player."""
         return self.root / "logprobs" / fingerprint
 
+    def iterations_begun(self) -> int:
+        """How many iterations have begun to train."""
+        begun = (int(path.name) for path in (self.root / "iterations").glob("*"))
+        return max((i for i in begun if self.training_log(i).exists()), default=0)
+
     def has_begun(self) -> bool:
         """Whether a run lies here."""
         return self.run_file.exists()
 
     def load_config(self) -> RunConfig:
         """The configuration that the run began with (or last went on with)."""
+        if not self.config_file.is_file():
+            raise ArtifactError(f"{self.config_file}: missing, though the run has begun")
         return load_config([str(self.config_file)])
 
-    def manifests(self) -> list[Path]:
-        """The manifest of every artifact, whole or growing."""
-        return sorted(p for name in (MANIFEST, PARTIAL_MANIFEST) for p in self.root.rglob(name))
+    def manifests(self, iterations: int) -> list[Path]:
+        """The manifest of every artifact that is there, whole or growing.
+
+        Raises:
+            ArtifactError: an artifact has lost its manifest.
+        """
+        folders = [self.inputs, *sorted((self.root / "logprobs").glob("*"))]
+        for i in range(iterations + 1):
+            folders += [self.responses(i), self.checkpoint(i), self.evaluation(i)]
+        for folder in folders:
+            refuse_without_manifest(folder)
+        # A saved step without a manifest is one that was half written.
+        folders += sorted((self.root / "iterations").glob("*/training/checkpoint-*"))
+        candidates = [folder / name for folder in folders for name in (MANIFEST, PARTIAL_MANIFEST)]
+        return [manifest for manifest in candidates if manifest.is_file()]
 
 
 def check_output(root: str | Path, config: RunConfig) -> None:
@@ -118,9 +143,12 @@ def check_output(root: str | Path, config: RunConfig) -> None:
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise InputError(f"--output {root}: {nearest} is not writable")
     if run.has_begun():
-        if (found := read_json(run.run_file).get("format")) != FORMAT:
+        facts = read_json(run.run_file)
+        if not isinstance(facts, dict):
+            raise ArtifactError(f"{run.run_file}: damaged: it is no mapping")
+        if (found := facts.get("format")) != FORMAT:
             raise InputError(f"--output {root}: has format {found}; this version reads {FORMAT}")
-        changed = differences(run.load_config(), config)
+        changed = differences(run.load_config(), config, begun=run.iterations_begun())
         if changed:
             raise InputError(
                 f"--output {root}: holds a run of another configuration:\n  "
@@ -128,7 +156,7 @@ def check_output(root: str | Path, config: RunConfig) -> None:
                 + "\nGive another --output, or the configuration that the run began with."
             )
     elif run.root.exists():
-        foreign = sorted(p.name for p in run.root.iterdir() if not _is_ours(p.name))
+        foreign = _foreign(run.root)
         if foreign:
             raise InputError(f"--output {root}: not a run, and not empty: {', '.join(foreign[:5])}")
 
@@ -165,8 +193,12 @@ def environment() -> dict[str, Any]:
     return {"versions": found, "python": platform.python_version(), "machine": platform.machine()}
 
 
-def _is_ours(name: str) -> bool:
-    return name in _OWN_FILES or name.startswith(".tmp-")
+def _foreign(root: Path) -> list[str]:
+    """What lies in a folder that never came to begin, and is not left from trying to."""
+    names = sorted(path.name for path in root.iterdir() if not path.name.startswith(".tmp-"))
+    holder = (root / "lock").read_text(errors="replace") if "lock" in names else ""
+    left_by_us = {"lock", "config.yaml"} if '"pid"' in holder else set()
+    return [name for name in names if name not in left_by_us]
 
 
 def _now() -> str:
@@ -186,8 +218,9 @@ def _lock(path: Path) -> Iterator[None]:
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}
         file.write(json.dumps(holder))
         file.flush()
+        # A forked child, such as a data loader's worker, would hold the lock after our death.
+        os.register_at_fork(after_in_child=file.close)
         yield
-        file.truncate(0)
 
 
 def _holder(text: str) -> str:

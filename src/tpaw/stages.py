@@ -7,6 +7,7 @@ the seed alone, never on how often the run was interrupted.
 from __future__ import annotations
 
 import contextlib
+import gc
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -72,7 +73,7 @@ def opened_stages(config: RunConfig, output: str | Path, stop: StopSignal) -> It
             inputs = read_inputs(config, _stoppable(advance, stop))
         plan_run(config, len(inputs.examples))  # for what it refuses
     with open_run(output, config) as run:
-        _verify(run)
+        _verify(run, config.iterations)
         if inputs is not None and not is_published(run.inputs):
             publish_inputs(run.inputs, inputs)
         kept = load_inputs(run.inputs, config)
@@ -208,15 +209,16 @@ class Stages:
                 self.inputs,
                 rows,
                 self.config,
+                self.run,
                 t,
-                use_cpu=self.device.type == "cpu",
-                saved_steps=self.run.training(t + 1),
-                log_file=self.run.training_log(t + 1),
                 publish_to=temporary,
                 on_step=advance,
                 stop=self.stop,
             )
             meta["fingerprint"] = fingerprint(temporary)
+        del model
+        gc.collect()  # the trainer and its policy hold each other
+        torch.cuda.empty_cache()
 
     def _evaluate(self, player: Player, folder: Path) -> dict[str, object]:
         heldout, results = self.inputs.heldout, dict[str, object]()
@@ -303,9 +305,9 @@ class Stages:
             yield _stoppable(advance, self.stop)
 
 
-def _verify(run: RunDirectory) -> None:
+def _verify(run: RunDirectory, iterations: int) -> None:
     """Check every published file, so that a damaged one is refused before it can be used."""
-    manifests = run.manifests()
+    manifests = run.manifests(iterations)
     if manifests:
         size = sum(int(f["bytes"]) for m in manifests for f in read_files(m))
         with progress("checking what is published", size, "bytes") as advance:

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    GenerationConfig,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback
 
-from tpaw.artifacts import is_published, read_manifest, write_manifest
+from tpaw.artifacts import read_manifest, write_manifest
 from tpaw.config import RunConfig, at_iteration
 from tpaw.data import Example
-from tpaw.errors import InputError
+from tpaw.errors import DivergenceError
 from tpaw.generation.responses import Response
 from tpaw.inputs import Inputs
 from tpaw.interrupt import StopSignal
+from tpaw.rundir import RunDirectory
 from tpaw.token_table import TokenIds
-from tpaw.trainer import FIRST_STEP_TOLERANCE, TeamTrainer
+from tpaw.trainer import ADVICE, FIRST_STEP_TOLERANCE, TeamTrainer
+from tpaw.training_arguments import training_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,95 +91,74 @@ def train_iteration(
     inputs: Inputs,
     rows: TripleRows,
     config: RunConfig,
+    run: RunDirectory,
     t: int,
     *,
-    use_cpu: bool,
-    saved_steps: Path,
-    log_file: Path,
     publish_to: Path,
     on_step: Callable[[int, str], None],
     stop: StopSignal,
 ) -> float:
     """Train θ_{t+1} from `policy`, which is θ_t, and save it into `publish_to`.
 
-    Goes on from the last saved step, if there is one in `saved_steps`.
+    Goes on from the last saved step, if there is one.
 
     Returns:
         Seconds of training, those before an interruption included.
 
     Raises:
         Interrupted: a stop was asked for; the step is saved.
+        DivergenceError: the policy's log-probs or weights are no longer numbers.
     """
-    arguments = _training_arguments(config, t, saved_steps, use_cpu)
-    resume_from = last_saved_step(saved_steps)
-    recorder = _Recorder(saved_steps, log_file, on_step, stop, _seconds_of(resume_from))
-    trainer = TeamTrainer(
-        model=policy,
-        args=arguments,
-        train_dataset=rows,
-        processing_class=inputs.tokenizer,
-        objective={
-            "lambda_": at_iteration(config.objective.lambda_, t),
-            **config.objective.model_dump(exclude={"lambda_"}),
-        },
-        first_step_tolerance=FIRST_STEP_TOLERANCE[config.precision],
-        callbacks=[recorder],
+    resume_from = run.last_saved_step(t + 1)
+    recorder = _Recorder(
+        run.training(t + 1), run.training_log(t + 1), on_step, stop, _seconds_of(resume_from)
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    # The answers of θ_{t+1} end where those of the self-play did. Sampling defaults of θ_0 are not
+    # handed on: they were not used, and some that are published cannot be saved.
+    policy.generation_config = GenerationConfig(
+        eos_token_id=list(inputs.stop_ids),
+        pad_token_id=inputs.tokenizer.pad_token_id,
+        bos_token_id=inputs.tokenizer.bos_token_id,
+    )
+    with _tensorboard_in(run.iteration(t + 1) / "tensorboard"):
+        trainer = TeamTrainer(
+            model=policy,
+            args=training_arguments(config, t, run.training(t + 1)),
+            train_dataset=rows,
+            processing_class=inputs.tokenizer,
+            objective={
+                "lambda_": at_iteration(config.objective.lambda_, t),
+                **config.objective.model_dump(exclude={"lambda_"}),
+            },
+            first_step_tolerance=FIRST_STEP_TOLERANCE[config.precision],
+            callbacks=[recorder],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     if trainer.state.global_step < trainer.state.max_steps:
         stop.check()
-    # Whoever answers with θ_{t+1} stops where the self-play did.
-    policy.generation_config.eos_token_id = list(inputs.stop_ids)
+    if not all(bool(p.isfinite().all()) for p in policy.parameters()):
+        raise DivergenceError(f"θ_{t + 1} has weights that are not numbers; {ADVICE}")
     trainer.save_model(str(publish_to))
     (publish_to / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
     return recorder.seconds
 
 
-def last_saved_step(folder: Path) -> Path | None:
-    """The newest saved step that is whole."""
-    whole = [path for path in folder.glob("checkpoint-*") if is_published(path)]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+@contextlib.contextmanager
+def _tensorboard_in(folder: Path) -> Iterator[None]:
+    """Keep event files from among the saved steps, which are removed; a user's choice stays."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    chosen = os.environ.get(name)
+    os.environ[name] = chosen or str(folder)
+    try:
+        yield
+    finally:
+        if chosen is None:
+            del os.environ[name]
 
 
 def _seconds_of(saved_step: Path | None) -> float:
     return float(read_manifest(saved_step)["seconds"]) if saved_step else 0.0
-
-
-def _training_arguments(
-    config: RunConfig, t: int, output: Path, use_cpu: bool
-) -> TrainingArguments:
-    train = config.train
-    try:
-        arguments = TrainingArguments(
-            output_dir=str(output),
-            num_train_epochs=at_iteration(train.epochs, t),
-            learning_rate=at_iteration(train.learning_rate, t),
-            per_device_train_batch_size=train.micro_batch_size,
-            gradient_accumulation_steps=train.batch_size // train.micro_batch_size,
-            optim=train.optimizer,
-            lr_scheduler_type=train.schedule,
-            warmup_steps=train.warmup,
-            activation_checkpointing=train.activation_checkpointing,
-            bf16=config.precision == "bf16",
-            use_cpu=use_cpu,
-            seed=int(np.random.SeedSequence((config.seed, t)).generate_state(1)[0] % 2**31),
-            logging_steps=train.log_every,
-            logging_first_step=True,
-            save_strategy="steps",
-            save_steps=train.save_every,
-            report_to=list(train.report_to) or "none",
-            disable_tqdm=True,
-            **({"run_name": f"theta_{t + 1}"} | dict(train.training_arguments)),
-        )
-    except (TypeError, ValueError) as error:
-        raise InputError(f"train.training_arguments: {error}") from None
-    if arguments.n_gpu > 1:
-        raise InputError(
-            f"device: {arguments.n_gpu} GPUs are visible to one process, which would multiply "
-            "train.batch_size; set CUDA_VISIBLE_DEVICES to one of them"
-        )
-    return arguments
 
 
 class _Recorder(TrainerCallback):
@@ -197,6 +186,8 @@ class _Recorder(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        # A resumed state brings its old intervals along; those of the configuration hold.
+        state.compute_steps(args, state.max_steps)
         # What was logged after the step that is resumed from will be logged again.
         lines = [_json_line(entry) for entry in state.log_history if "loss" in entry]
         self.log_file.write_text("".join(lines), encoding="utf-8")
@@ -210,6 +201,8 @@ class _Recorder(TrainerCallback):
             control.should_save = False  # θ_t itself is published next
         elif self.stop.signal_number is not None:
             control.should_save = control.should_training_stop = True
+        # A line at each saved step: what is summed up for the next one does not survive a crash.
+        control.should_log = control.should_log or control.should_save
         self.on_step(1, "")
         return control
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from tpaw.errors import PolicyMismatchError
+from tpaw.errors import DivergenceError, PolicyMismatchError
 from tpaw.layout import PaddedRows, pad_rows
 from tpaw.logprobs import response_logps
 from tpaw.model import disable_dropout
@@ -34,6 +34,11 @@ COLUMNS = (
 # alone: 1e-8 in fp32 and 4e-5 in bf16 on a CPU (docs/log.md). GPUs choose kernels by batch shape,
 # so there is room above that; a wrong template, mask or checkpoint gives 0.1 and more.
 FIRST_STEP_TOLERANCE: Mapping[str, float] = {"fp32": 1e-4, "bf16": 2e-2}
+
+ADVICE = (
+    "lower train.learning_rate, remove the iteration's training folder and training.jsonl, and run "
+    "again (values for iterations that have not begun may change)"
+)
 
 
 class TripleBatch(TypedDict):
@@ -69,8 +74,9 @@ class TeamTrainer(Trainer):
             check off, for loops in which the policy does not start as a player.
 
     Raises:
-        ValueError: the dataset lacks a column.
+        ValueError: the dataset lacks a column, or is not one that can be indexed.
         PolicyMismatchError: see `first_step_tolerance`.
+        DivergenceError: a log-prob of the policy is not a number.
     """
 
     # `compute_loss` divides by the global number of triples, so nothing is left to scale.
@@ -86,6 +92,11 @@ class TeamTrainer(Trainer):
         first_step_tolerance: float | None = None,
         **kwargs: Any,
     ) -> None:
+        if not hasattr(train_dataset, "__getitem__") or "eval_dataset" in kwargs:
+            raise ValueError(
+                "TeamTrainer takes a train_dataset that can be indexed, and no eval_dataset: "
+                "evaluate a checkpoint by its answers instead"
+            )
         absent = [name for name in COLUMNS if name not in train_dataset[0]]
         if absent:
             raise ValueError(f"train_dataset lacks {', '.join(absent)}; it needs {COLUMNS}")
@@ -124,6 +135,9 @@ class TeamTrainer(Trainer):
         """This micro-batch's share of the mean over the global batch; float32 scalar."""
         logps_2B = response_logps(model, **inputs["rows"])
         target_logps_B, generated_logps_B = logps_2B.chunk(2)
+        if not bool(logps_2B.isfinite().all()):
+            step = self.state.global_step + 1
+            raise DivergenceError(f"step {step}: a log-prob of the policy is no number; {ADVICE}")
         team = team_loss(
             target_logps_B,
             generated_logps_B,

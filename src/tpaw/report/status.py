@@ -42,5 +42,5 @@ def _shards_note(run: RunDirectory, i: int) -> str:
 
 
 def _steps_note(run: RunDirectory, i: int) -> str:
-    saved = [int(p.name.rpartition("-")[2]) for p in run.training(i).glob("checkpoint-*")]
-    return f" (from saved step {max(saved)})" if saved else ""
+    saved = run.last_saved_step(i)
+    return f" (from saved step {saved.name.rpartition('-')[2]})" if saved else ""

@@ -8,6 +8,7 @@ from typing import Any
 
 from tpaw.artifacts import is_published, read_json, read_manifest, write_json
 from tpaw.config import RunConfig
+from tpaw.errors import ArtifactError
 from tpaw.generation.responses import response_facts
 from tpaw.rundir import RunDirectory
 
@@ -70,13 +71,16 @@ def _scored(run: RunDirectory, i: int) -> list[dict[str, Any]]:
 
 def _late_means(run: RunDirectory, i: int) -> dict[str, float]:
     """Means of what was logged over the last half of the steps; a single line is too noisy."""
-    lines = [json.loads(x) for x in run.training_log(i).read_text(encoding="utf-8").splitlines()]
+    log = run.training_log(i)
+    if not log.is_file():
+        raise ArtifactError(f"{log}: missing, though θ_{i} is published")
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     steps = lines[-1]["step"]
     late = [(b["step"] - a["step"], b) for a, b in pairwise([{"step": 0}, *lines])]
     late = [(weight, line) for weight, line in late if line["step"] > steps / 2]
     total = sum(weight for weight, _ in late)
     return {
-        name: sum(weight * line[name] for weight, line in late) / total
+        name: sum(weight * float(line[name]) for weight, line in late) / total
         for name in late[-1][1]
         if name.startswith(("loss", "rewards/", "weights/", "logps/", "share/"))
     }
