@@ -130,6 +130,12 @@ def bad(name, message):
         bad(
             "too many skipped", "2 of 12 rows (16.7%) cannot be used, data.max_skipped allows 1.0%"
         ),
+        bad("unknown tracker", "train.report_to: ['foo']: foo is not supported"),
+        bad("optimizer without its package", "train.optimizer: adamw_bnb_8bit: "),
+        bad("schedule without its settings", "train.schedule: cosine_with_min_lr: "),
+        bad("schedule by metric", "train.schedule: 'reduce_lr_on_plateau' is not known"),
+        bad("training argument of another type", "train.training_arguments: "),
+        bad("no held-out rows to match", "evaluate.exact_match: it needs held-out rows"),
         bad("output is a file", "--output {tmp}/column.jsonl: is a file"),
         bad("output is foreign", "--output {tmp}: not a run, and not empty"),
         bad("unknown optimizer", "train.optimizer: 'rmsporp' is not known; did you mean rmsprop?"),
@@ -213,6 +219,18 @@ def test_bad_input_ends_with_2_before_any_model_is_loaded(
             settings["train"]["training_arguments"] = {"weight_dekay": 0.1}
         case "owned training argument":
             settings["train"]["training_arguments"] = {"seed": 1}
+        case "unknown tracker":
+            settings["train"]["report_to"] = "foo"
+        case "optimizer without its package":
+            settings["train"]["optimizer"] = "adamw_bnb_8bit"
+        case "schedule without its settings":
+            settings["train"]["schedule"] = "cosine_with_min_lr"
+        case "schedule by metric":
+            settings["train"]["schedule"] = "reduce_lr_on_plateau"
+        case "training argument of another type":
+            settings["train"]["training_arguments"] = {"hub_strategy": "sometimes"}
+        case "no held-out rows to match":
+            settings["evaluate"] = {"exact_match": True}
         case "exact match without answers":
             settings["evaluate"]["exact_match"] = True
             rows = [{"question": "q", "answer": "no idea"}]
