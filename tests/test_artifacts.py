@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+import tpaw.artifacts
 from tpaw.artifacts import (
     MANIFEST,
     PARTIAL_MANIFEST,
@@ -15,6 +16,7 @@ from tpaw.artifacts import (
     read_manifest,
     remove_temporaries,
     verify,
+    write_file,
     write_json,
 )
 from tpaw.errors import ArtifactError
@@ -60,6 +62,34 @@ def test_nothing_appears_before_all_is_written(tmp_path):
     publish(tmp_path / "x")
 
 
+def test_a_folder_appears_with_its_manifest_or_not_at_all(tmp_path, monkeypatch):
+    def die(path, value):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tpaw.artifacts, "write_json", die)
+        with pytest.raises(KeyboardInterrupt):
+            publish(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    # What the attempt left behind is no part of the next one.
+    (tmp_path / ".tmp-x" / "c.txt").write_text("left behind")
+    publish(tmp_path / "x")
+    assert {e["path"] for e in read_manifest(tmp_path / "x")["files"]} == {"a.txt", "sub/b.bin"}
+
+
+def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def half(temporary):
+        temporary.write_text("ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_file(path, half)
+    assert path.read_text() == "old"
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -69,6 +99,12 @@ def test_nothing_appears_before_all_is_written(tmp_path):
         (lambda f: (f / MANIFEST).write_text("{"), "manifest.json: damaged or unreadable"),
         (lambda f: (f / MANIFEST).write_text("{}"), "it lists no files"),
         (lambda f: (f / MANIFEST).write_text('{"files": [{"path": 1}]}'), "it lists no files"),
+        (
+            lambda f: (f / MANIFEST).write_text(
+                '{"files": [{"path": 1, "bytes": 3, "sha256": "a"}]}'
+            ),
+            "it lists no files",
+        ),
     ],
 )
 def test_damage_is_named(tmp_path, damage, message):

@@ -15,8 +15,10 @@ from conftest import make_model, make_tokenizer, save_model, sums, write_jsonl
 from test_kill import contents
 from transformers import AutoModelForCausalLM
 
+import tpaw.selfplay
 import tpaw.stages
 from tpaw.cli import main
+from tpaw.errors import Interrupted
 
 
 @pytest.fixture
@@ -273,6 +275,27 @@ def test_a_locked_run_and_a_damaged_artifact_have_exit_code_1(tpaw_, config, tmp
     code, _, err = tpaw_("run", config, "-o", tmp_path / "r")
     assert code == 1
     assert "run.json: damaged" in err
+
+
+@pytest.mark.parametrize(("error", "code"), [(Interrupted(15), 143), (KeyboardInterrupt(), 130)])
+def test_a_stopped_run_says_what_to_type(tpaw_, config, tmp_path, monkeypatch, error, code):
+    def self_play(*arguments):
+        raise error
+
+    monkeypatch.setattr(tpaw.selfplay, "self_play", self_play)
+    found, _, err = tpaw_("run", config, "-o", tmp_path / "my run")
+    assert found == code
+    assert err == f"stopped; go on with: tpaw run '{tmp_path / 'my run'}'\n"
+
+
+def test_a_run_without_output_is_named_after_its_configuration(
+    tpaw_, config, tmp_path, monkeypatch
+):
+    outputs = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tpaw.selfplay, "self_play", lambda *given: outputs.append(given[1]))
+    tpaw_("run", config, "spin")
+    assert [str(output) for output in outputs] == ["runs/config-spin"]
 
 
 def tpaw_process(config, output):

@@ -103,6 +103,13 @@ def test_a_variant_alone_says_what_it_lacks():
         ("train.micro_batch_size=7", "micro_batch_size 7 must divide batch_size 64"),
         ("generate.max_new_tokens=256", "leaves no room for a prompt"),
         ("data.columns={prompt: a}", "data.columns: give prompt and target, or messages alone"),
+        ("data.columns={prompt: a, messages: c}", "data.columns: give prompt and target, or"),
+        ("data.columns={prompt: a, target: b, messages: c}", "give prompt and target, or messages"),
+        ("data.columns={}", "data.columns: give prompt and target, or messages alone"),
+        (
+            "generate.temperature=0",
+            "generate.temperature: 0 is not allowed: input should be greater than 0",
+        ),
         ("model=null", "model: None is not allowed"),
         ("objective.min_player_weight=0.4", "with 3 main players every weight could be below it"),
         ("nonsense", "--set nonsense: write it as section.key=value"),
@@ -158,6 +165,10 @@ def test_extends_merges_in_order_and_finds_files_beside(tmp_path):
     config = RunConfig.load(str(tmp_path / "mine.yaml"), overrides=["seed=7"])
     assert (config.train.epochs, config.train.warmup, config.seed) == (5, 0.2, 7)
     assert config.team.opponents.last == 2
+    (tmp_path / "later.yaml").write_text("train: {epochs: 4}\n")
+    (tmp_path / "mine.yaml").write_text("extends: [base.yaml, later.yaml]\n")
+    config = RunConfig.load(str(tmp_path / "mine.yaml"))
+    assert (config.train.epochs, config.train.warmup) == (4, 0.2)
 
 
 @pytest.mark.parametrize(

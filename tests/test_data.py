@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from conftest import make_tokenizer, sums, write_jsonl
+from conftest import make_model, make_tokenizer, save_model, sums, write_jsonl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tpaw.config import DataConfig
+from tpaw.config_file import validate
 from tpaw.data import prepare_examples, read_examples, write_examples
 from tpaw.errors import InputError
+from tpaw.inputs import Inputs, read_inputs
 
 END = 4  # <|end|> in the tests' tokenizers
 
@@ -54,6 +56,31 @@ def test_plain_text_gets_one_bos_where_the_tokenizer_adds_one_and_one_eos(tmp_pa
         assert example.target_ids[-1] == END
 
 
+def test_a_bos_token_that_the_tokenizer_does_not_add_is_not_added(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = "<|bos|>"  # as GPT-2's: declared, and never put before a text
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "Say hi", "completion": " hi"}])
+    example = prepare(path, tokenizer).examples[0]
+    assert example.prompt_ids.tolist() == tokenizer("Say hi").input_ids
+    assert tokenizer.bos_token_id not in example.prompt_ids
+
+
+def test_of_several_stop_tokens_a_target_gets_the_tokenizers_own(tmp_path):
+    config = DataConfig(
+        path=str(write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "completion": "c"}]))
+    )
+    for stop_ids in ((END, 0), (END, 5)):
+        example = prepare_examples(config, "data", make_tokenizer(), stop_ids, 128).examples[0]
+        assert example.target_ids[-1] == END
+
+
+def test_an_end_of_turn_inside_an_answer_does_not_cut_it(tmp_path):
+    tokenizer = make_tokenizer()
+    path = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": "one<|end|>two"}])
+    target_ids = prepare(path, tokenizer).examples[0].target_ids
+    assert tokenizer.decode(target_ids) == "one<|end|>two<|end|>"
+
+
 def test_templates_are_used_as_asked(tmp_path):
     tokenizer = make_tokenizer()
     user = tokenizer.convert_tokens_to_ids("<|user|>")
@@ -67,6 +94,11 @@ def test_templates_are_used_as_asked(tmp_path):
     assert is_templated(pairs, "chat")
     assert is_templated(sums_file, "auto")
     assert not is_templated(sums_file, "none")
+    turns = [("system", "s"), ("user", "u"), ("assistant", "a")]
+    chat = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    chats = write_jsonl(tmp_path / "chats.jsonl", [chat])
+    assert is_templated(chats, "auto")
+    assert prepare(chats, tokenizer, template="none").examples[0].prompt == "s\nu"
 
 
 def test_messages_need_a_chat_template(tmp_path):
@@ -129,6 +161,15 @@ def test_skipped_rows_are_counted_by_reason_and_too_many_are_an_error(tmp_path):
     assert prepared.skipped == {"the prompt is empty": 1, "longer than max_length 128": 1}
 
 
+def test_max_length_itself_is_not_too_long(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", sums(1))
+    example = prepare(path).examples[0]
+    length = len(example.prompt_ids) + len(example.target_ids)
+    assert len(prepare(path, max_length=length).examples) == 1
+    with pytest.raises(InputError, match=f"longer than max_length {length - 1}: 1"):
+        prepare(path, max_length=length - 1)
+
+
 def test_every_target_too_long_is_an_error_even_if_skipping_is_allowed(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", sums(5))
     with pytest.raises(
@@ -147,6 +188,39 @@ def test_ids_differ_for_equal_prompts_and_stay_when_made_again(tmp_path):
     ids = [example.id for example in prepare(path).examples]
     assert len(set(ids)) == 3
     assert ids == [example.id for example in prepare(path).examples]
+    write_jsonl(path, [rows[0] | {"completion": "c"}, rows[1] | {"prompt": "q"}, rows[2]])
+    edited = [example.id for example in prepare(path).examples]
+    assert [a == b for a, b in zip(ids, edited, strict=True)] == [False, False, True]
+
+
+def test_held_out_prompts_that_are_trained_on_are_counted(tmp_path):
+    examples = prepare(write_jsonl(tmp_path / "a.jsonl", sums(7))).examples
+    inputs = Inputs(examples[:4], [*examples[2:], examples[0]], {}, None, (END,))
+    assert inputs.heldout_prompts_in_training() == 3
+
+
+def test_an_end_of_sequence_token_that_only_the_model_names(settings, tmp_path):
+    folder = save_model(tmp_path / "m")
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    settings["model"]["path"] = str(folder)
+    settings["data"]["template"] = "none"
+    inputs = read_inputs(validate(settings))
+    assert inputs.stop_ids == (END,)
+    assert all(example.target_ids[-1] == END for example in inputs.examples)
+
+
+def test_the_last_token_of_the_vocabulary_may_be_used_and_no_later_one(settings, tmp_path):
+    examples = read_inputs(validate(settings)).examples
+    used = int(max(max(e.prompt_ids.max(), e.target_ids.max()) for e in examples))
+    settings.pop("evaluate")
+    settings["model"]["path"] = str(save_model(tmp_path / "m"))
+    make_model(vocab_size=used + 1).save_pretrained(tmp_path / "m")
+    assert len(read_inputs(validate(settings)).examples) == len(examples)
+    make_model(vocab_size=used).save_pretrained(tmp_path / "m")
+    with pytest.raises(InputError, match=f"gives token id {used}, the model has {used} tokens"):
+        read_inputs(validate(settings))
 
 
 def test_examples_survive_the_disk(tmp_path):

@@ -61,10 +61,14 @@ def test_exact_match_counts_item_by_item():
     items = exact_match_items(rows, completions, tokenizer.decode)
     assert [item["correct"] for item in items] == [True, False, False, True]
     assert [item["answer"] for item in items] == ["1", "5", None, "4"]
+    assert [item["expected"] for item in items] == ["1", "2", "3", "4"]
     start = [item | {"correct": False} for item in items[:3]] + [items[3]]
     results = exact_match_results(items, start)
     assert (results["accuracy"], results["correct"], results["items"]) == (0.5, 2, 4)
     assert (results["no_answer"], results["truncated"]) == (1, 1)
+    # Wilson's interval of 2 in 4: 1/2 ± z/2 / sqrt(4 + z²).
+    half = 1.959963984540054 / 2 / math.sqrt(4 + 1.959963984540054**2)
+    assert results["interval_95"] == pytest.approx([0.5 - half, 0.5 + half], abs=1e-9)
     assert results["versus_start"] == {"only_first": 0, "only_second": 1, "p_value": 1.0}
 
 
@@ -82,6 +86,9 @@ def test_gap_and_margin_by_hand():
     }
     assert logp_results(now, start)["gap"] == 5.0
     assert logp_results(now, start)["margin"] == 3.0
+    # A gap of exactly 0 is not positive.
+    even = logp_items(rows, np.array([-5.0, -5.0]), np.array([-5.0, -6.0]))
+    assert logp_results(even, start)["nonpositive_gap_share"] == 0.5
 
 
 def test_wilsons_interval_by_its_formula():

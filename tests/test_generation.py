@@ -107,6 +107,41 @@ def test_sampling_is_the_models_distribution_at_temperature_one():
     )
 
 
+@pytest.mark.parametrize(
+    "change", [{"temperature": 3.0}, {"temperature": 0.3}, {"top_p": 0.46}, {"top_k": 3}]
+)
+def test_temperature_top_p_and_top_k_shape_the_distribution(change):
+    model = make_model(seed=1)
+    with torch.no_grad():
+        model.lm_head.weight[:300] *= 0
+        model.lm_head.weight *= 30
+        prompt = prompts(1)[0]
+        logits = model(input_ids=torch.tensor(prompt)[None].long()).logits[0, -1].double()
+    likeliest = torch.softmax(logits, 0).sort(descending=True)
+    kept = likeliest.indices[: change.get("top_k", 320)].tolist()
+    if "top_p" in change:  # as many of the likeliest as it takes to reach top_p
+        before = likeliest.values.cumsum(0) - likeliest.values
+        kept = likeliest.indices[before < change["top_p"]].tolist()
+    expected = torch.zeros(320, dtype=torch.float64)
+    expected[kept] = torch.softmax(logits[kept] / change.get("temperature", 1.0), 0)
+    count = 4000
+    sampling = SAMPLING._replace(max_new_tokens=1, batch_size=1000, **change)
+    drawn = HFGenerator(model).generate([prompt] * count, sampling, 0, ignore)
+    frequency = torch.bincount(torch.tensor([c.token_ids[0] for c in drawn]), minlength=320) / count
+    plain = torch.softmax(logits, 0)
+    assert (expected - plain).abs().max() > 0.05  # the setting matters here
+    assert torch.all(
+        (frequency - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt() + 1e-3
+    )
+
+
+def test_top_k_0_leaves_every_token_possible():
+    # A random model's tokens are nearly equally likely; by itself `generate` would keep 50.
+    sampling = SAMPLING._replace(max_new_tokens=1, batch_size=1000)
+    drawn = HFGenerator(make_model(seed=1)).generate([prompts(1)[0]] * 3000, sampling, 0, ignore)
+    assert len({int(c.token_ids[0]) for c in drawn}) > 250
+
+
 def test_the_same_seed_gives_the_same_and_the_global_state_is_left_alone():
     generator = HFGenerator(make_model(seed=1))
     rows = prompts(7)
@@ -124,6 +159,14 @@ def test_a_long_prompt_leaves_less_room():
     found = HFGenerator(make_model()).generate(rows, sampling, 0, ignore)
     assert [len(c.token_ids) for c in found] == [4, 12]
     assert [c.finish_reason for c in found] == ["length", "length"]
+
+
+def test_no_model_is_asked_for_a_token_beyond_max_length():
+    # This GPT-2 has 256 positions; a token more is an index error.
+    rows = [token_ids([5] * 250), token_ids([6] * 250)]
+    sampling = GREEDY._replace(stop_token_ids=(319,), max_length=256)
+    found = HFGenerator(make_model("gpt2")).generate(rows, sampling, 0, ignore)
+    assert [len(c.token_ids) for c in found] == [6, 6]
 
 
 def test_finish_cuts_at_the_first_stop_token_and_adds_none():
@@ -172,12 +215,12 @@ def test_responses_are_one_per_example_in_order_with_what_was_counted(tmp_path):
     answer(
         tmp_path / "r",
         examples,
-        FakeGenerator(lambda prompt, seed: [int(prompt[0]), 7, *([4] * (prompt[0] % 2))]),
+        FakeGenerator(lambda prompt, seed: [int(prompt[0]), 7, *([4] * int(prompt[0] % 3 == 2))]),
     )
     responses = read_responses(tmp_path / "r")
     assert [r.example_id for r in responses] == [e.id for e in examples]
     assert [r.finish_reason for r in responses] == [
-        "stop" if i % 2 == 0 else "length" for i in range(10)
+        "stop" if i % 3 == 0 else "length" for i in range(10)
     ]
     assert responses[0].token_ids.tolist() == [5, 7, 4]
     assert responses[1].token_ids.tolist() == [
@@ -185,12 +228,12 @@ def test_responses_are_one_per_example_in_order_with_what_was_counted(tmp_path):
         7,
     ]
     facts = response_facts(tmp_path / "r")
-    # Even examples are answered with their target's very ids; odd ones without the last.
+    # Every third example is answered with its target's very ids; the others without the last.
     assert (facts["rows"], facts["identical"], facts["truncated"], facts["tokens"]) == (
         10,
-        5,
-        5,
-        25,
+        4,
+        6,
+        24,
     )
     assert read_manifest(tmp_path / "r")["player"] == 2
 
@@ -215,6 +258,29 @@ def test_a_kill_costs_one_shard_and_nothing_is_answered_twice(tmp_path):
     assert rest.answered == 6  # the second shard again, and the third
     for shard in (tmp_path / "whole").glob("*.parquet"):
         assert shard.read_bytes() == (tmp_path / "r" / shard.name).read_bytes()
+
+
+def test_the_model_is_loaded_once_and_only_if_a_shard_is_missing(tmp_path):
+    loads, done = [], []
+
+    def load():
+        loads.append(1)
+        return Counting()
+
+    for _ in range(2):
+        generate_responses(
+            tmp_path / "r",
+            Player(0, "", "f"),
+            make_examples(10),
+            load,
+            make_tokenizer().decode,
+            SAMPLING,
+            shard_size=4,
+            seed=0,
+            on_done=done.append,
+        )
+    assert len(loads) == 1
+    assert sum(done) == 20  # shards that are there count as done
 
 
 def test_shards_and_players_have_their_own_seeds(tmp_path):

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_model
 
+import tpaw.scoring
 from tpaw.artifacts import read_manifest
 from tpaw.config import ScoreConfig
 from tpaw.layout import batches_by_tokens, pad_rows
 from tpaw.logprob_store import LogprobStore, sequence_key
 from tpaw.logprobs import response_logps
 from tpaw.scoring import Precision, fill_store, score_sequences
-from tpaw.token_table import token_ids
+from tpaw.token_table import read_table, token_ids
 
 FP32 = Precision("cpu", use_bf16=False)
 
@@ -82,6 +85,19 @@ def test_a_sum_and_no_mean_and_no_prompt_tokens():
     assert logp(prompt, response) == pytest.approx(chained, abs=1e-4)
 
 
+def test_terms_are_float32_and_their_sum_float64_whatever_the_logits_are():
+    class Coin(torch.nn.Module):
+        """Two tokens, equally likely, in the type that autocast leaves logits in."""
+
+        def forward(self, input_ids, use_cache):
+            return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 2, dtype=torch.bfloat16))
+
+    rows = pad_rows([(token_ids([0]), token_ids([1] * 1000))])
+    # ln 2 is 0.691 in bf16, and float32 has steps of 6e-5 at 693.
+    logp = response_logps(Coin(), **rows).item()
+    assert logp == pytest.approx(-1000 * math.log(2), abs=4e-6)
+
+
 def test_batches_hold_every_row_once_within_the_budget():
     lengths = sorted(np.random.default_rng(0).integers(1, 50, 200).tolist(), reverse=True)
     batches = list(batches_by_tokens(lengths, 100))
@@ -105,6 +121,20 @@ def test_scoring_equals_the_oracle_in_the_order_given(tokens_per_batch):
     assert logps.dtype == np.float64
     assert np.allclose(logps, expected, rtol=1e-5, atol=1e-5)
     assert sum(done) == 17
+
+
+def test_scoring_keeps_every_padded_batch_within_the_budget(monkeypatch):
+    sizes = []
+
+    def response_logps_of(model, input_ids_BL, response_mask_BL):
+        sizes.append(input_ids_BL.numel())
+        return response_logps(model, input_ids_BL, response_mask_BL)
+
+    monkeypatch.setattr(tpaw.scoring, "response_logps", response_logps_of)
+    sequences = ragged(30, seed=4)
+    score_sequences(make_model(), sequences, tokens_per_batch=80, precision=FP32)
+    assert 1 < len(sizes) < 30
+    assert max(sizes) <= 80  # the longest row has 79 tokens at most
 
 
 def test_bf16_scoring_is_close_to_fp32():
@@ -157,6 +187,18 @@ def test_each_sequence_is_forwarded_once_in_the_life_of_the_store(tmp_path):
     assert np.allclose(store.logps(both), expected, atol=1e-5)
     with pytest.raises(KeyError):
         store.logps([b"unknown"])
+
+
+def test_shards_hold_rows_of_similar_length_longest_first(tmp_path):
+    wanted = {sequence_key(s): s for s in ragged(10, seed=0)}
+    fill(tmp_path, wanted, "s")
+    tables = [read_table(path) for path in sorted(tmp_path.glob("s-*.parquet"))]
+    assert [len(table["sequence"]) for table in tables] == [4, 4, 2]
+    stored = [wanted[key] for table in tables for key in table["sequence"]]
+    lengths = [len(prompt) + len(response) for prompt, response in stored]
+    assert lengths == sorted(lengths, reverse=True)
+    tokens = [count for table in tables for count in table["tokens"]]
+    assert tokens == [len(response) for _, response in stored]
 
 
 def test_a_stage_that_goes_on_after_a_crash_writes_the_same_bytes(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_model, make_tokenizer, save_model
+from safetensors.torch import save_file
 from transformers import BertConfig, Qwen2ForSequenceClassification, T5Config
 
 from tpaw.config import ModelConfig
@@ -60,6 +61,7 @@ def test_models_that_cannot_play(settings, tmp_path, model_folder):
         check(settings, tmp_path / "missing")
     with pytest.raises(InputError, match="max_length: 300 is beyond the 256 positions"):
         check(settings, model_folder, max_length=300)
+    check(settings, model_folder, max_length=256)  # all of them may be used
 
 
 def test_the_fingerprint_is_of_the_weights_and_not_of_their_place_or_shards(tmp_path):
@@ -80,6 +82,39 @@ def test_the_fingerprint_is_of_the_weights_and_not_of_their_place_or_shards(tmp_
         fingerprint(tmp_path)
 
 
+def test_names_types_and_shapes_are_part_of_the_fingerprint(tmp_path):
+    same_bytes = {
+        "a": {"x.weight": torch.zeros(2, 3)},
+        "renamed": {"y.weight": torch.zeros(2, 3)},
+        "reshaped": {"x.weight": torch.zeros(3, 2)},
+        "retyped": {"x.weight": torch.zeros(2, 3, dtype=torch.int32)},
+    }
+    for name, tensors in same_bytes.items():
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    assert len({fingerprint(tmp_path / name) for name in same_bytes}) == 4
+
+
+def test_pickled_weights_have_a_fingerprint_too(tmp_path):
+    for name, value in (("a", 1.0), ("copy", 1.0), ("b", 2.0)):
+        (tmp_path / name).mkdir()
+        torch.save({"x.weight": torch.tensor([value])}, tmp_path / name / "pytorch_model.bin")
+    a, copy, b = (fingerprint(tmp_path / name) for name in ("a", "copy", "b"))
+    assert a == copy != b
+
+
+def test_a_hub_id_is_recorded_with_its_commit_and_found_again(tmp_path, monkeypatch):
+    commit = save_model(tmp_path / "0123abc")  # the hub's cache names a snapshot by its commit
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda path, revision, allow_patterns: str(commit)
+    )
+    config, record = ModelConfig(path="org/model", revision="main"), tmp_path / "players" / "0.json"
+    player = initial_player(config, record)
+    assert player == Player(0, str(commit), fingerprint(commit))
+    assert json.loads(record.read_text())["revision"] == "0123abc"
+    assert initial_player(config, record) == player
+
+
 def test_the_initial_player_is_recorded_and_edited_weights_are_refused(tmp_path):
     folder = save_model(tmp_path / "model")
     config, record = ModelConfig(path=str(folder)), tmp_path / "run" / "players" / "0.json"
@@ -88,6 +123,7 @@ def test_the_initial_player_is_recorded_and_edited_weights_are_refused(tmp_path)
     assert player == Player(0, str(folder), fingerprint(folder))
     assert json.loads(record.read_text())["fingerprint"] == player.fingerprint
     assert initial_player(config, record) == player
+    assert not load_model(player, config, dtype=torch.float32, device=CPU).training
     make_model(seed=9).save_pretrained(folder)
     with pytest.raises(InputError, match="its weights are not those that this run began with"):
         initial_player(config, record)

@@ -87,6 +87,33 @@ def test_a_small_player_weight_becomes_zero_and_the_rest_sum_to_one():
     assert team.player_weight_BK.tolist() == [[0.5, 0.5, 0.0]]
 
 
+@pytest.mark.parametrize(
+    ("floor", "expected"),
+    [(0.1, [4 / 9, 4 / 9, 1 / 9]), (0.2, [0.5, 0.5, 0.0])],
+)
+def test_the_smallest_player_weight_is_the_one_that_was_set(floor, expected):
+    # Margins 0, 0 and ln 4 with γ = 1: the softmax is 1 : 1 : 1/4.
+    zero = torch.zeros(1, dtype=torch.float64)
+    players = torch.tensor([[0.0, 0.0, -math.log(4)]], dtype=torch.float64)
+    settings = {"lambda_": 1.0, "eta": 6.0, "gamma": 1.0, "min_player_weight": floor}
+    team = team_loss(zero, zero, players, torch.zeros_like(players), **settings)
+    assert team.player_weight_BK[0].tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_player_weight_of_exactly_the_smallest_stays():
+    # Two players that judge alike have 1/2 each, the most that min_player_weight may be.
+    logps = torch.zeros(1, dtype=torch.float64)
+    players = torch.zeros(1, 2, dtype=torch.float64)
+    team = team_loss(logps, logps, players, players, **PAPER, min_player_weight=0.5)
+    assert team.player_weight_BK.tolist() == [[0.5, 0.5]]
+
+
+def test_a_team_without_players_is_refused():
+    logps, nobody = torch.zeros(2), torch.zeros(2, 0)
+    with pytest.raises(ValueError, match=r"it must be \(B, K\), K ≥ 1"):
+        team_loss(logps, logps, nobody, nobody, **PAPER)
+
+
 def test_weights_carry_no_gradient():
     y, g, ys, gs = random_batch(4, 3, seed=0)
     team = team_loss(y.requires_grad_(), g.requires_grad_(), ys, gs, **PAPER)
@@ -191,11 +218,14 @@ def test_variants_switch_the_weights_off():
         ({"eta": 0.99}, "eta is 0.99; it must be at least 1"),
         ({"eta": math.nan}, "eta is nan"),
         ({"eta": math.inf}, "finite"),
+        ({"lambda_": math.inf}, "finite"),
+        ({"gamma": math.inf}, "finite"),
         ({"gamma": -0.1}, "gamma is -0.1; it must be at least 0"),
         ({"lambda_": 0.0}, "lambda_ is 0.0; it must be greater than 0"),
         ({"lambda_": -1.0}, "lambda_ is -1.0"),
         ({"min_player_weight": 0.4}, "with 3 players at most 1/3"),
         ({"min_player_weight": -0.1}, "min_player_weight is -0.1"),
+        ({"min_player_weight": 1.0}, r"min_player_weight is 1.0; it must be in \[0, 1\)"),
         ({"target_weight": "two"}, "target_weight is 'two'"),
         ({"player_weight": "max"}, "player_weight is 'max'"),
     ],

@@ -135,6 +135,9 @@ def test_prompt_and_completion_as_text_and_as_messages():
     assert convert({"prompt": "p", "completion": "c"}) == Dialogue("p", "c", False)
     row = {"prompt": [SYSTEM, USER], "completion": [ASSISTANT]}
     assert convert(row) == Dialogue([SYSTEM, USER], "a", True)
+    # What stands in the prompt is prompt, earlier answers included.
+    row = {"prompt": [USER, ASSISTANT, USER], "completion": "b"}
+    assert convert(row) == Dialogue([USER, ASSISTANT, USER], "b", True)
 
 
 def test_first_round_is_the_default_and_a_system_message_is_kept():
@@ -167,6 +170,9 @@ def test_sharegpt():
         "no assistant turn"
     )
     assert convert({"conversations": "text"}) == Unusable("the conversation is not a list of turns")
+    assert convert({"conversations": [{"from": "human"}, turns[1]]}) == Unusable(
+        "the assistant turn does not follow a user turn"
+    )
 
 
 def test_alpaca_joins_instruction_and_input():
@@ -212,6 +218,11 @@ def test_question_and_answer_and_named_columns():
 )
 def test_rows_that_cannot_be_used_say_why(row, reason):
     assert convert(row) == Unusable(reason)
+
+
+def test_a_shape_fits_if_all_its_columns_are_there():
+    row = {"prompt": "x", "instruction": "y", "question": "u", "answer": "a"}
+    assert convert(row) == Dialogue([USER], "a", False)
 
 
 def test_columns_that_do_not_fit():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -8,6 +9,8 @@ import sys
 
 import pytest
 
+import tpaw.rundir
+from tpaw.artifacts import ShardedArtifact
 from tpaw.config_file import validate
 from tpaw.errors import InputError, RunLockedError
 from tpaw.rundir import RunDirectory, check_output, open_run
@@ -79,9 +82,39 @@ def test_a_run_that_never_came_to_begin_is_no_foreign_folder(tmp_path, config):
     (tmp_path / "r" / "lock").write_text('{"host": "h", "pid": 1, "since": "x"}')
     (tmp_path / "r" / "config.yaml").write_text("half")
     (tmp_path / "r" / ".tmp-run.json").write_text("{")
+    (tmp_path / "r" / ".tmp-inputs").mkdir()
     with open_run(tmp_path / "r", config) as run:
         assert run.load_config() == config
-        assert not (tmp_path / "r" / ".tmp-run.json").exists()
+        assert not list((tmp_path / "r").glob(".tmp-*"))
+
+
+def test_a_run_that_began_between_the_look_and_the_lock_is_refused(
+    tmp_path, settings, config, monkeypatch
+):
+    lock = tpaw.rundir._lock
+
+    @contextlib.contextmanager
+    def late(path):
+        monkeypatch.setattr(tpaw.rundir, "_lock", lock)
+        with open_run(tmp_path / "r", changed(settings, seed=3)):
+            pass
+        with lock(path):
+            yield
+
+    monkeypatch.setattr(tpaw.rundir, "_lock", late)
+    with pytest.raises(InputError, match="seed: 3 → 0"), open_run(tmp_path / "r", config):
+        pass
+
+
+def test_growing_artifacts_are_checked_too(tmp_path):
+    run = RunDirectory(tmp_path)
+    ShardedArtifact(run.responses(1)).publish("0", lambda path: path.write_text("a") and None)
+    store = ShardedArtifact(run.logprobs("f"), always_growing=True)
+    store.publish("0", lambda path: path.write_text("b") and None)
+    assert run.manifests() == [
+        run.responses(1) / "manifest.partial.json",
+        run.logprobs("f") / "manifest.json",
+    ]
 
 
 def test_a_format_of_the_future_is_refused(tmp_path, config):

@@ -18,16 +18,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tpaw.stages
 import tpaw.train_stage
-from tpaw.artifacts import read_manifest
+from tpaw.artifacts import read_manifest, write_manifest
 from tpaw.config_file import validate
 from tpaw.data import read_examples
 from tpaw.errors import ArtifactError, DivergenceError, PolicyMismatchError, TpawError
+from tpaw.evaluation.heldout import write_items
+from tpaw.generation.base import FakeGenerator, Sampling
 from tpaw.generation.responses import read_responses
 from tpaw.logprob_store import LogprobStore, sequence_key
 from tpaw.model import fingerprint
 from tpaw.plan import plan_run
 from tpaw.rundir import RunDirectory
 from tpaw.selfplay import self_play
+from tpaw.token_table import read_table
 from tpaw.trainer import TeamTrainer
 
 N = 24
@@ -123,6 +126,42 @@ def test_the_stored_log_probs_are_the_players_own(finished, model_folder):
             assert store.logps([sequence_key(sequence)])[0] == pytest.approx(expected, abs=1e-4)
 
 
+def test_each_triple_is_trained_on_with_the_log_probs_of_its_own_under_every_player(
+    settings, tmp_path, monkeypatch, model_folder
+):
+    class Seen(Exception):
+        pass
+
+    original = tpaw.stages.train_iteration
+
+    def second(model, inputs, rows, config, t, **kwargs):
+        if t == 1:
+            raise Seen(rows)
+        return original(model, inputs, rows, config, t, **kwargs)
+
+    monkeypatch.setattr(tpaw.stages, "train_iteration", second)
+    with pytest.raises(Seen) as seen:
+        self_play(validate(settings), tmp_path / "r")
+    rows, run = seen.value.args[0], RunDirectory(tmp_path / "r")
+    assert [triple.opponent for triple in rows.triples] == [1] * N + [0] * N
+    answers = {opponent: read_responses(run.responses(opponent + 1)) for opponent in (0, 1)}
+    # Newest first: θ_1, then θ_0.
+    players = [
+        AutoModelForCausalLM.from_pretrained(folder).double()
+        for folder in (run.checkpoint(1), model_folder)
+    ]
+    for n in (0, 5, N, N + 5):
+        triple, row = rows.triples[n], rows[n]
+        assert row["generated_ids"].tolist() == (answers[triple.opponent][n % N].token_ids.tolist())
+        for kind in ("target", "generated"):
+            with torch.no_grad():
+                expected = [
+                    oracle(model, row["prompt_ids"], row[f"{kind}_ids"]).item() for model in players
+                ]
+            assert row[f"player_{kind}_logps"].tolist() == pytest.approx(expected, abs=1e-4)
+            assert abs(expected[0] - expected[1]) > 0.01
+
+
 def test_the_log_starts_as_the_method_says_and_has_every_metric(finished):
     run, config = finished
     for i, plan in enumerate(plan_run(config, N), start=1):
@@ -178,6 +217,93 @@ def test_evaluation_keeps_every_item_and_the_summary_adds_up(finished):
             {"evaluate"} if i == 0 else {"generate", "score", "train", "evaluate"}
         )
     assert summary["players"][0]["evaluation"]["logps"]["margin"] == 0.0
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_held_out_log_probs_are_the_players_own_and_the_margin_is_against_the_start(
+    finished, model_folder
+):
+    run, _ = finished
+    heldout = read_examples(run.inputs / "heldout.parquet")
+    answers = read_table(run.evaluation(0) / "initial_answers.parquet")["token_ids"]
+    gaps = {}
+    for i, folder in ((0, model_folder), (2, run.checkpoint(2))):
+        model = AutoModelForCausalLM.from_pretrained(folder).double()
+        items = read_lines(run.evaluation(i) / "logps.jsonl")
+        with torch.no_grad():
+            targets = [oracle(model, e.prompt_ids, e.target_ids).item() for e in heldout]
+            initial = [
+                oracle(model, e.prompt_ids, answer).item()
+                for e, answer in zip(heldout, answers, strict=True)
+            ]
+        assert [x["target_logp"] for x in items] == pytest.approx(targets, abs=1e-4)
+        assert [x["initial_answer_logp"] for x in items] == pytest.approx(initial, abs=1e-4)
+        gaps[i] = np.mean(targets) - np.mean(initial)
+    results = json.loads((run.evaluation(2) / "results.json").read_text())
+    assert results["logps"]["margin"] == pytest.approx(gaps[2] - gaps[0], abs=1e-4)
+    assert abs(gaps[2] - gaps[0]) > 0.01
+
+
+def test_exact_match_is_compared_with_the_starts_own_outcomes(finished, tmp_path):
+    run, config = finished
+    shutil.copytree(run.root, tmp_path / "run")
+    run = RunDirectory(tmp_path / "run")
+    # A start that got everything right, which a random model does not.
+    start = run.evaluation(0) / "exact_match.jsonl"
+    write_items(start, [item | {"correct": True} for item in read_lines(start)])
+    meta = read_manifest(run.evaluation(0))
+    meta.pop("files")
+    write_manifest(run.evaluation(0), meta)
+    shutil.rmtree(run.evaluation(4))
+    self_play(config, run.root)
+    found = json.loads((run.evaluation(4) / "results.json").read_text())["exact_match"]
+    assert found["correct"] == 0
+    assert found["versus_start"] == {
+        "only_first": 10,
+        "only_second": 0,
+        "p_value": pytest.approx(2 / 2**10),
+    }
+
+
+def test_every_setting_reaches_the_generator(settings, tmp_path, monkeypatch):
+    calls = []
+
+    class Recording(FakeGenerator):
+        def __init__(self, model):
+            super().__init__(lambda prompt, seed: [10, 11, 4])
+            self.dtype = model.dtype
+
+        def generate(self, prompts, sampling, seed, on_done):
+            calls.append((sampling, seed, self.dtype))
+            return super().generate(prompts, sampling, seed, on_done)
+
+    monkeypatch.setattr(tpaw.stages, "HFGenerator", Recording)
+    settings |= {"iterations": 1, "precision": "bf16", "deterministic": False}
+    settings["generate"] |= {"temperature": 0.7, "top_p": 0.8, "top_k": 9}
+    settings["evaluate"] |= {"max_new_tokens": 6, "batch_size": 3}
+    for seed in (5, 6):
+        self_play(validate(settings | {"seed": seed}), tmp_path / str(seed))
+    # θ_0 answers and solves the held-out rows, three shards of answers, θ_1 solves.
+    sampled, greedy = [calls[i] for i in (0, 2, 3, 4)], [calls[i] for i in (1, 5)]
+    expected = Sampling(0.7, 0.8, 9, 12, 128, (4,), 4)
+    assert all(sampling == expected for sampling, _, _ in sampled)
+    for sampling, _, _ in greedy:
+        assert (sampling.temperature, sampling.max_new_tokens) == (0, 6)
+        assert (sampling.batch_size, sampling.stop_token_ids) == (3, (4,))
+    assert {dtype for _, _, dtype in calls} == {torch.bfloat16}
+    assert len({calls[i + k][1] for i in (0, 6) for k in (0, 2, 3, 4)}) == 8
+    responses = read_responses(RunDirectory(tmp_path / "5").responses(1))
+    assert all("<|end|>" not in response.text for response in responses)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_kernels_that_vary_are_refused_where_that_is_asked(settings, tmp_path, wanted):
+    settings |= {"iterations": 1, "deterministic": wanted}
+    self_play(validate(settings), tmp_path / "r")
+    assert torch.are_deterministic_algorithms_enabled() is wanted
 
 
 def test_training_raises_the_targets_of_the_training_rows(finished, model_folder):
@@ -297,6 +423,15 @@ def test_variants_run(settings, tmp_path):
         assert counts[2] <= (3 * N if variant == "spin" else 2 * N)
 
 
+def test_whoever_loads_a_checkpoint_stops_where_the_self_play_did(settings, tmp_path):
+    settings.pop("evaluate")
+    settings["model"]["eos_token"] = "<|bos|>"
+    player = self_play(validate(settings | {"iterations": 1}), tmp_path / "r")
+    model = AutoModelForCausalLM.from_pretrained(player.path)
+    assert model.generation_config.eos_token_id == [5, 4]
+    assert AutoTokenizer.from_pretrained(player.path).eos_token == "<|bos|>"
+
+
 def test_without_held_out_rows_nothing_is_evaluated(settings, tmp_path):
     settings.pop("evaluate")
     settings["iterations"] = 1
@@ -304,6 +439,13 @@ def test_without_held_out_rows_nothing_is_evaluated(settings, tmp_path):
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
     assert "evaluation" not in summary["players"][1]
     assert "training" in summary["players"][1]
+
+
+def test_exact_match_can_be_switched_off(settings, tmp_path):
+    settings["evaluate"]["exact_match"] = False
+    self_play(validate(settings | {"iterations": 1}), tmp_path / "r")
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert "exact_match" not in summary["players"][1]["evaluation"]
 
 
 def test_data_without_answers_is_evaluated_by_its_log_probs(settings, tmp_path, heldout_file):

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainingArguments
 from tpaw.errors import PolicyMismatchError
 from tpaw.scoring import Precision, score_sequences
 from tpaw.token_table import token_ids
-from tpaw.trainer import COLUMNS, FIRST_STEP_TOLERANCE, TeamTrainer
+from tpaw.trainer import COLUMNS, FIRST_STEP_TOLERANCE, TeamTrainer, collate_triples
 
 PAPER = {"lambda_": 0.1, "eta": 6.0, "gamma": 0.5}
 
@@ -194,6 +194,28 @@ def test_metrics_are_means_over_triples_with_trls_names(tmp_path):
     assert logged["weights/player_0"] + logged["weights/player_1"] == pytest.approx(1)
 
 
+def test_a_line_of_the_log_is_about_the_triples_since_the_last_one(tmp_path):
+    rows = triples(8, [make_model(seed=2)])
+    trainer = train(make_model(seed=1), rows, arguments(tmp_path, learning_rate=1e-30))
+    first, second = (x["logps/target"] for x in trainer.state.log_history if "loss" in x)
+    reference = make_model(seed=1).double()
+    with torch.no_grad():
+        y = [oracle(reference, r["prompt_ids"], r["target_ids"]).item() for r in rows]
+    # Two steps of four triples: the mean of both is the mean over all.
+    assert (first + second) / 2 == pytest.approx(np.mean(y), abs=1e-4)
+    assert abs(first - second) > 1
+
+
+def test_a_loss_that_is_not_finite_is_logged_as_it_is(tmp_path):
+    rows = triples(8, [make_model(seed=1)])
+    for row in rows:  # a player that gives the response no probability: t is −∞, the loss is ∞
+        row["player_generated_logps"] = [-math.inf]
+    trainer = train(
+        make_model(seed=1), rows, arguments(tmp_path), PAPER | {"player_weight": "uniform"}
+    )
+    assert trainer.state.log_history[0]["loss"] == math.inf
+
+
 def test_the_first_step_check_stops_a_policy_that_is_not_its_newest_player(tmp_path):
     rows = triples(8, [make_model(seed=1), make_model(seed=2)])
     tolerance = FIRST_STEP_TOLERANCE["fp32"]
@@ -212,6 +234,62 @@ def test_the_first_step_check_stops_a_policy_that_is_not_its_newest_player(tmp_p
     ]
     with pytest.raises(PolicyMismatchError):
         train(make_model(seed=1), shifted, arguments(tmp_path), first_step_tolerance=tolerance)
+
+
+def test_a_batch_keeps_float64_and_tells_identical_answers_by_their_ids():
+    row = {"prompt_ids": [1], "target_ids": [2, 3]}
+    row |= {"player_target_logps": [-1234.123456789], "player_generated_logps": [-0.1]}
+    batch = collate_triples([row | {"generated_ids": ids} for ids in ([2, 3], [2, 4], [2])])
+    assert batch["is_identical_B"].tolist() == [True, False, False]
+    assert batch["player_target_logps_BK"].tolist() == [[-1234.123456789]] * 3
+    assert batch["player_generated_logps_BK"].tolist() == [[-0.1]] * 3
+
+
+def test_dropout_is_off_whatever_the_model_brings(tmp_path):
+    policy = make_model("gpt2", seed=1)
+    assert policy.config.resid_pdrop > 0
+    rows = triples(8, [make_model("gpt2", seed=1)])
+    train(policy, rows, arguments(tmp_path), first_step_tolerance=FIRST_STEP_TOLERANCE["fp32"])
+
+
+def test_the_first_step_check_is_per_token_and_stops_a_nan(tmp_path):
+    rows = triples(4, [make_model(seed=1)])
+    tokens = [len(row["target_ids"]) + len(row["generated_ids"]) for row in rows]
+    for row in rows:  # one triple is off by 0.01 nats a token of the whole micro-batch
+        row["player_target_logps"] = list(row["player_target_logps"])
+    rows[0]["player_target_logps"][0] += 0.01 * sum(tokens)
+    train(make_model(seed=1), rows, arguments(tmp_path), first_step_tolerance=0.011)
+    with pytest.raises(PolicyMismatchError, match=r"by 0.01 nats a token"):
+        train(make_model(seed=1), rows, arguments(tmp_path), first_step_tolerance=0.009)
+
+    class Impossible(torch.nn.Module):  # gives the target's first token no probability at all
+        def __init__(self):
+            super().__init__()
+            self.model = make_model(seed=1)
+            self.config = self.model.config
+
+        def forward(self, input_ids, use_cache):
+            out = self.model(input_ids=input_ids, use_cache=use_cache)
+            out.logits[..., int(rows[0]["target_ids"][0])] = -math.inf
+            return out
+
+    rows[0]["player_target_logps"][0] = -math.inf  # −∞ − (−∞) is NaN
+    with pytest.raises(PolicyMismatchError, match="by nan nats a token"):
+        train(Impossible(), rows[:1], arguments(tmp_path), first_step_tolerance=0.011)
+
+
+def test_the_processes_average_is_the_mean_over_all_triples(tmp_path, monkeypatch):
+    rows = triples(6, [make_model(seed=2)])
+    trainer = TeamTrainer(make_model(seed=1), arguments(tmp_path), rows, None, PAPER)
+    trainer.model.eval()
+
+    def loss(part):
+        return trainer.compute_loss(trainer.model, collate_triples(part), num_items_in_batch=6)
+
+    whole = loss(rows).item()
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", property(lambda self: 2))
+    assert (loss(rows[:2]) + loss(rows[2:])).item() / 2 == pytest.approx(whole, rel=1e-6)
+    assert not trainer._sums  # a model that is not in training mode leaves no metrics
 
 
 def test_bf16_computation_passes_the_first_step_check_and_moves_fp32_weights(tmp_path):
