@@ -74,13 +74,6 @@ def test_of_several_stop_tokens_a_target_gets_the_tokenizers_own(tmp_path):
         assert example.target_ids[-1] == END
 
 
-def test_an_end_of_turn_inside_an_answer_does_not_cut_it(tmp_path):
-    tokenizer = make_tokenizer()
-    path = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": "one<|end|>two"}])
-    target_ids = prepare(path, tokenizer).examples[0].target_ids
-    assert tokenizer.decode(target_ids) == "one<|end|>two<|end|>"
-
-
 def test_templates_are_used_as_asked(tmp_path):
     tokenizer = make_tokenizer()
     user = tokenizer.convert_tokens_to_ids("<|user|>")

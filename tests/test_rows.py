@@ -171,7 +171,7 @@ def test_sharegpt():
     )
     assert convert({"conversations": "text"}) == Unusable("the conversation is not a list of turns")
     assert convert({"conversations": [{"from": "human"}, turns[1]]}) == Unusable(
-        "the assistant turn does not follow a user turn"
+        "a message whose content is not text"
     )
 
 

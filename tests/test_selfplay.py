@@ -134,10 +134,10 @@ def test_each_triple_is_trained_on_with_the_log_probs_of_its_own_under_every_pla
 
     original = tpaw.stages.train_iteration
 
-    def second(model, inputs, rows, config, t, **kwargs):
+    def second(model, inputs, rows, config, run, t, **kwargs):
         if t == 1:
             raise Seen(rows)
-        return original(model, inputs, rows, config, t, **kwargs)
+        return original(model, inputs, rows, config, run, t, **kwargs)
 
     monkeypatch.setattr(tpaw.stages, "train_iteration", second)
     with pytest.raises(Seen) as seen:

@@ -25,7 +25,6 @@ from tpaw.train_stage import (
     TripleRows,
     _json_line,
     _Recorder,
-    last_saved_step,
     train_iteration,
 )
 from tpaw.trainer import TeamTrainer
@@ -70,14 +69,14 @@ def arguments_of(config, t, folder, monkeypatch):
     monkeypatch.setattr(tpaw.train_stage, "TeamTrainer", trainer)
     with pytest.raises(Seen) as seen:
         train_iteration(
-            None,
-            SimpleNamespace(tokenizer=None),
+            SimpleNamespace(),
+            SimpleNamespace(
+                stop_ids=(4,), tokenizer=SimpleNamespace(pad_token_id=0, bos_token_id=None)
+            ),
             None,
             config,
+            RunDirectory(folder),
             t,
-            use_cpu=True,
-            saved_steps=folder,
-            log_file=folder / "log",
             publish_to=folder,
             on_step=lambda count, note: None,
             stop=StopSignal(),
@@ -136,20 +135,23 @@ def test_every_iteration_of_every_seed_shuffles_otherwise(settings, tmp_path, mo
 
 
 def test_the_newest_saved_step_that_is_whole_counts(tmp_path):
-    assert last_saved_step(tmp_path) is None
+    run = RunDirectory(tmp_path)
+    assert run.last_saved_step(1) is None
     for step in (8, 9, 10, 11):
-        (tmp_path / f"checkpoint-{step}").mkdir()
+        (run.training(1) / f"checkpoint-{step}").mkdir(parents=True)
     for step in (9, 10, 8):
-        write_manifest(tmp_path / f"checkpoint-{step}", {"seconds": 1.0})
-    assert last_saved_step(tmp_path).name == "checkpoint-10"
+        write_manifest(run.training(1) / f"checkpoint-{step}", {"seconds": 1.0})
+    assert run.last_saved_step(1).name == "checkpoint-10"
 
 
 def test_an_older_saved_step_goes_only_when_the_newer_is_whole(tmp_path, monkeypatch):
-    recorder = _Recorder(tmp_path, tmp_path / "log", lambda count, note: None, StopSignal(), 0.0)
+    run = RunDirectory(tmp_path)
+    folder = run.training(1)
+    recorder = _Recorder(folder, tmp_path / "log", lambda count, note: None, StopSignal(), 0.0)
     for step in (2, 4):
-        (tmp_path / f"checkpoint-{step}").mkdir()
+        (folder / f"checkpoint-{step}").mkdir(parents=True)
     recorder_state = SimpleNamespace(global_step=4)
-    write_manifest(tmp_path / "checkpoint-2", {"seconds": 1.0})
+    write_manifest(folder / "checkpoint-2", {"seconds": 1.0})
 
     def die(folder, meta):
         raise KeyboardInterrupt
@@ -158,9 +160,9 @@ def test_an_older_saved_step_goes_only_when_the_newer_is_whole(tmp_path, monkeyp
         patch.setattr(tpaw.train_stage, "write_manifest", die)
         with pytest.raises(KeyboardInterrupt):
             recorder.on_save(None, recorder_state, None)
-    assert last_saved_step(tmp_path).name == "checkpoint-2"
+    assert run.last_saved_step(1).name == "checkpoint-2"
     recorder.on_save(None, recorder_state, None)
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
 
 
 def stopped_in_step(number, config, folder, monkeypatch):
@@ -204,7 +206,7 @@ def test_training_goes_on_from_the_saved_step_and_logs_each_step_once(
 ):
     config = validate(settings | {"iterations": 1})
     run = stopped_in_step(2, config, tmp_path / "r", monkeypatch)
-    saved = last_saved_step(run.training(1))
+    saved = run.last_saved_step(1)
     assert saved.name == "checkpoint-2"
     before = lines_of(run.training_log(1))
     # As after a kill: a step was logged that no saved step knows of, and training took long.

@@ -135,13 +135,17 @@ def initial_player(config: ModelConfig, record: Path) -> Player:
         InputError: the weights differ from those that the run began with.
     """
     recorded = read_json(record) if record.exists() else None
-    if recorded is not None and not {"fingerprint", "revision"} <= set(recorded):
+    if recorded is not None and not {"fingerprint", "path", "revision"} <= set(recorded):
         raise ArtifactError(f"{record}: damaged: it names no fingerprint and revision")
     path = resolve_package_path(config.path)
     if recorded and recorded["revision"] is None and not Path(path).is_dir():
         # Iterations far from θ_0 do without it; those that need it say that it is not there.
         return Player(0, path, recorded["fingerprint"])
-    folder, revision = _locate(config)
+    # A branch may have moved since the run began; the commit that it was has not.
+    commit = config.revision
+    if recorded and recorded["path"] == config.path:
+        commit = recorded["revision"]
+    folder, revision = _locate(config, commit)
     player = Player(0, str(folder), fingerprint(folder))
     if recorded:
         if recorded["fingerprint"] != player.fingerprint:
@@ -291,16 +295,14 @@ def _check_attention(found: PreTrainedConfig, config: ModelConfig) -> None:
         ) from None
 
 
-def _locate(config: ModelConfig) -> tuple[Path, str | None]:
+def _locate(config: ModelConfig, revision: str | None) -> tuple[Path, str | None]:
     path = Path(resolve_package_path(config.path))
     if path.is_dir():
         return path, None
     from huggingface_hub import snapshot_download
 
     # The snapshot's folder is named after the commit, which is the revision for good.
-    folder = Path(
-        snapshot_download(config.path, revision=config.revision, allow_patterns=_HUB_FILES)
-    )
+    folder = Path(snapshot_download(config.path, revision=revision, allow_patterns=_HUB_FILES))
     return folder, folder.name
 
 
