@@ -51,6 +51,7 @@ from tpaw.scoring import Precision, fill_store, score_sequences
 from tpaw.team import Player, Team
 from tpaw.token_table import TokenIds, read_table, write_table
 from tpaw.train_stage import Triple, TripleRows, train_iteration
+from tpaw.training_arguments import check_training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,6 +73,8 @@ def opened_stages(config: RunConfig, output: str | Path, stop: StopSignal) -> It
         with progress("reading and tokenising", None, "rows") as advance:
             inputs = read_inputs(config, _stoppable(advance, stop))
         plan_run(config, len(inputs.examples))  # for what it refuses
+    else:
+        check_training(config)  # some of its settings may have changed
     with open_run(output, config) as run:
         _verify(run, config.iterations)
         if inputs is not None and not is_published(run.inputs):
