@@ -162,7 +162,10 @@ class ScoreConfig(Section):
     """How reference log-probs are computed; changes nothing but speed and rounding."""
 
     tokens_per_batch: int = Field(
-        16384, ge=1, description="Tokens, padding included, in one forward pass."
+        8192,
+        ge=1,
+        json_schema_extra=CHANGEABLE,
+        description="Tokens, padding included, in one forward pass. Lower it when memory is short.",
     )
     shard_size: int = Field(
         8192, ge=1, description="Sequences in a shard; a kill costs at most one shard."

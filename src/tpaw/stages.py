@@ -27,6 +27,7 @@ from tpaw.artifacts import (
 )
 from tpaw.config import RunConfig
 from tpaw.data import Example
+from tpaw.errors import ArtifactError
 from tpaw.evaluation.exact_match import has_answers
 from tpaw.evaluation.heldout import (
     exact_match_items,
@@ -134,7 +135,9 @@ class Stages:
         for opponent in opponents:
             responses = read_responses(self.run.responses(opponent.index + 1))
             for example, response in zip(examples, responses, strict=True):
-                assert example.id == response.example_id
+                if example.id != response.example_id:
+                    folder = self.run.responses(opponent.index + 1)
+                    raise ArtifactError(f"{folder}: answers other examples than {self.run.inputs}")
                 triples.append(Triple(example, response, opponent.index))
         return triples
 
