@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -262,3 +263,13 @@ def test_a_revision_that_looks_like_a_number_survives(tmp_path):
     config = load_config(["starter"], ["model.revision='1e10'"])
     (tmp_path / "c.yaml").write_text(to_yaml(config, comments=False))
     assert RunConfig.load(str(tmp_path / "c.yaml")).model.revision == "1e10"
+
+
+def test_the_configuration_in_the_readme_loads(tmp_path):
+    readme = Path(__file__).parent.parent / "README.md"
+    block = readme.read_text().partition("```yaml\n")[2].partition("```")[0]
+    assert len([line for line in block.splitlines() if not line.startswith("#")]) < 10
+    (tmp_path / "mine.yaml").write_text(block)
+    config = RunConfig.load(str(tmp_path / "mine.yaml"))
+    assert config.train.epochs == (2, 2, 1, 1)
+    assert config.evaluate.data.path == "heldout.jsonl"
