@@ -132,6 +132,7 @@ def test_instruction_data_of_other_shapes(shared, small_qwen, tmp_path, name, li
         "train.epochs=1",
         "train.batch_size=16",
         "train.activation_checkpointing=false",
+        "precision=fp32",
     ]
     flags = [part for setting in settings for part in ("--set", setting)]
     tpaw("run", "ultrachat-qwen2.5-1.5b", "-o", tmp_path / "run", *flags)
