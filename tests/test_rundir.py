@@ -70,6 +70,13 @@ def test_somebody_elses_folder_a_file_and_an_unwritable_place(tmp_path, config):
     check_output(tmp_path / "empty", config)
 
 
+def test_a_crash_at_the_very_first_write_leaves_no_foreign_folder(tmp_path, config):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "lock").write_text("")
+    with open_run(tmp_path / "r", config):
+        pass
+
+
 def test_an_unwritable_folder(tmp_path, config, monkeypatch):
     # As root every folder is writable, so the answer of the system is given here.
     monkeypatch.setattr(os, "access", lambda path, mode: False)

@@ -100,8 +100,9 @@ class RunDirectory:
 
     def iterations_begun(self) -> int:
         """How many iterations have begun to train."""
-        begun = (int(path.name) for path in (self.root / "iterations").glob("*"))
-        return max((i for i in begun if self.training_log(i).exists()), default=0)
+        names = (path.name for path in (self.root / "iterations").glob("*"))
+        numbers = (int(name) for name in names if name.isdecimal())
+        return max((i for i in numbers if self.training_log(i).exists()), default=0)
 
     def has_begun(self) -> bool:
         """Whether a run lies here."""
@@ -197,7 +198,8 @@ def _foreign(root: Path) -> list[str]:
     """What lies in a folder that never came to begin, and is not left from trying to."""
     names = sorted(path.name for path in root.iterdir() if not path.name.startswith(".tmp-"))
     holder = (root / "lock").read_text(errors="replace") if "lock" in names else ""
-    left_by_us = {"lock", "config.yaml"} if '"pid"' in holder else set()
+    # An empty lock is what a crash at the very first write leaves.
+    left_by_us = ["lock", "config.yaml"] if '"pid"' in holder else ["lock"] if not holder else []
     return [name for name in names if name not in left_by_us]
 
 
