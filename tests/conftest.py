@@ -144,3 +144,35 @@ def settings(model_folder: Path, data_file: Path, heldout_file: Path) -> dict:
         "device": "cpu",
         "deterministic": True,
     }
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, model_folder, data_file, heldout_file):
+    """A run of four iterations, and its configuration."""
+    from tpaw.config_file import validate
+    from tpaw.rundir import RunDirectory
+    from tpaw.selfplay import self_play
+
+    config = validate(
+        {
+            "model": {"path": str(model_folder)},
+            "data": {"path": str(data_file)},
+            "max_length": 128,
+            "generate": {"max_new_tokens": 12, "batch_size": 8, "shard_size": 16},
+            "objective": {"lambda": [0.1, 0.1, 0.1, 5.0]},
+            "train": {
+                "learning_rate": 1e-3,
+                "epochs": [2, 1, 1, 1],
+                "batch_size": 8,
+                "micro_batch_size": 4,
+                "log_every": 2,
+            },
+            "evaluate": {"data": {"path": str(heldout_file)}},
+            "precision": "fp32",
+            "device": "cpu",
+        }
+    )
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    last = self_play(config, folder)
+    assert last.index == 4
+    return RunDirectory(folder), config
