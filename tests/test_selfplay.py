@@ -149,8 +149,9 @@ def test_the_log_starts_as_the_method_says_and_has_every_metric(finished):
                 assert line[name] == pytest.approx(mean, abs=1e-9)
         assert sum(lines[0][f"weights/player_{k}"] for k in range(players)) == pytest.approx(1)
         assert f"weights/player_{players}" not in lines[0]
-        # θ is the newest player before the first update.
-        assert lines[0]["rewards/target/player_0"] == pytest.approx(0, abs=1e-4)
+        # θ is the newest player before the first update: rewards of exactly 0, weights of η.
+        assert lines[0]["rewards/target/player_0"] == 0
+        assert lines[0]["weights/target"] >= 1 / players
         for name in (
             "loss",
             "grad_norm",
@@ -161,6 +162,7 @@ def test_the_log_starts_as_the_method_says_and_has_every_metric(finished):
         ):
             assert math.isfinite(lines[0][name])
     first = json.loads(run.training_log(1).read_text().splitlines()[0])
+    assert first["weights/target"] == 1.0
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 

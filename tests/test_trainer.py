@@ -369,3 +369,27 @@ def test_any_optimizer_and_schedule_of_transformers(tmp_path):
         )
         assert trainer.state.global_step == 2
     json.dumps(trainer.state.log_history)
+
+
+@pytest.mark.parametrize(("warmup", "at_rest"), [(0.5, 2), (0, 1)])
+def test_while_the_policy_is_its_newest_player_every_target_weight_of_that_player_is_eta(
+    tmp_path, warmup, at_rest
+):
+    """Equation 4 at a reward of 0, where rounding would make it a coin's toss."""
+    rows = triples(16, [make_model(seed=1)])
+    for row in rows:  # what scoring in other batches may differ by
+        row["player_target_logps"] = [row["player_target_logps"][0] - 1e-5]
+    trainer = train(
+        make_model(seed=1),
+        rows,
+        arguments(tmp_path, warmup_steps=warmup, learning_rate=1e-3),
+        first_step_tolerance=FIRST_STEP_TOLERANCE["fp32"],
+    )
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert [line["weights/target"] for line in lines[:at_rest]] == [1.0] * at_rest
+    assert [line["rewards/target"] for line in lines[:at_rest]] == [0.0] * at_rest
+    assert lines[at_rest]["rewards/target"] != 0
+    without = train(
+        make_model(seed=1), rows, arguments(tmp_path, warmup_steps=warmup, learning_rate=1e-3)
+    )
+    assert without.state.log_history[0]["weights/target"] == 0.0  # 1e-5 above 0, all of them

@@ -70,8 +70,9 @@ class TeamTrainer(Trainer):
         processing_class: the tokenizer, to be saved with the model; it is not used otherwise.
         objective: keyword arguments of `tpaw.objective.team_loss`.
         first_step_tolerance: stop if, before the first update, |log π_θ − log π_j| of the newest
-            player exceeds this, in nats per token, averaged over a micro-batch. None switches the
-            check off, for loops in which the policy does not start as a player.
+            player exceeds this, in nats per token, averaged over a micro-batch. Within it the two
+            count as equal. None switches this off, for loops in which the policy does not start as
+            a player.
 
     Raises:
         ValueError: the dataset lacks a column, or is not one that can be indexed.
@@ -138,16 +139,21 @@ class TeamTrainer(Trainer):
         if not bool(logps_2B.isfinite().all()):
             step = self.state.global_step + 1
             raise DivergenceError(f"step {step}: a log-prob of the policy is no number; {ADVICE}")
+        player_target_logps_BK = inputs["player_target_logps_BK"]
+        player_generated_logps_BK = inputs["player_generated_logps_BK"]
+        if self.model.training and self.first_step_tolerance is not None and self._is_untouched():
+            self._check_policy_is_newest_player(target_logps_B, generated_logps_B, inputs)
+            # The newest player's rewards are 0 here, and [4] asks for their sign: not of rounding.
+            player_target_logps_BK = _with_newest(player_target_logps_BK, target_logps_B)
+            player_generated_logps_BK = _with_newest(player_generated_logps_BK, generated_logps_B)
         team = team_loss(
             target_logps_B,
             generated_logps_B,
-            inputs["player_target_logps_BK"],
-            inputs["player_generated_logps_BK"],
+            player_target_logps_BK,
+            player_generated_logps_BK,
             **self.objective,
         )
         if self.model.training:
-            if self.state.global_step == 0:
-                self._check_policy_is_newest_player(target_logps_B, generated_logps_B, inputs)
             self._record(team, target_logps_B, generated_logps_B, inputs)
         triples = len(team.loss_B) if num_items_in_batch is None else num_items_in_batch
         # Gradients are averaged over processes; each holds only its part of the sum.
@@ -198,11 +204,19 @@ class TeamTrainer(Trainer):
         for name, value in zip(names, torch.stack(stacked).sum(dim=1).tolist(), strict=True):
             self._sums[name] += value
 
+    def _is_untouched(self) -> bool:
+        """Whether the weights are still those that training began with.
+
+        That is so before the first update, and before the second where warming up makes the first
+        at a learning rate of 0. A function of the step alone, so that resuming changes nothing.
+        """
+        rates: Any = getattr(self.lr_scheduler, "lr_lambdas", None)
+        first_rate_is_zero = rates is not None and rates[0](0) == 0
+        return bool(self.state.global_step <= int(first_rate_is_zero))
+
     def _check_policy_is_newest_player(
         self, target_logps_B: Tensor, generated_logps_B: Tensor, inputs: TripleBatch
     ) -> None:
-        if self.first_step_tolerance is None:
-            return
         newest_2B = torch.cat(
             [inputs["player_target_logps_BK"][:, 0], inputs["player_generated_logps_BK"][:, 0]]
         )
@@ -210,13 +224,18 @@ class TeamTrainer(Trainer):
         tokens = inputs["rows"]["response_mask_BL"].sum().clamp(min=1)
         difference = float((policy_2B - newest_2B).abs().sum() / tokens)
         # Written as "not (allowed)", so that a NaN stops the run too.
-        if not difference <= self.first_step_tolerance:
+        if not difference <= (self.first_step_tolerance or 0.0):
             raise PolicyMismatchError(
                 f"before the first update the policy's log-probs differ from its newest player's "
                 f"by {difference:.2g} nats a token; rounding alone stays below "
                 f"{self.first_step_tolerance:.2g}. The two were computed from different weights, "
                 "token ids, masks, templates or dtypes."
             )
+
+
+def _with_newest(player_logps_BK: Tensor, policy_logps_B: Tensor) -> Tensor:
+    """The players' log-probs, with the policy's own in the place of the newest player's."""
+    return torch.cat([policy_logps_B.detach()[:, None], player_logps_BK[:, 1:]], dim=1)
 
 
 def collate_triples(triples: Sequence[Mapping[str, Any]]) -> TripleBatch:
