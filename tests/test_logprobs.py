@@ -1,26 +1,28 @@
-"""Layout, log-probs, scoring and the store against one float64 sequence at a time."""
+"""Log-probs and how they are read, against one float64 sequence at a time."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 from types import SimpleNamespace
 
 import numpy as np
+import peft
 import pytest
 import torch
+import transformers
 from conftest import make_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-import tpaw.scoring
-from tpaw.artifacts import read_manifest
-from tpaw.config import ScoreConfig
-from tpaw.layout import batches_by_tokens, pad_rows
-from tpaw.logprob_store import LogprobStore, sequence_key
-from tpaw.logprobs import response_logps
-from tpaw.scoring import Precision, fill_store, score_sequences
-from tpaw.token_table import read_table, token_ids
+import tpaw.logprobs
+import tpaw.token_logps
+from tpaw.layout import PACKED_ROWS, PADDED_ROWS, packed_row, padded_rows
+from tpaw.logprob_model import prepare
+from tpaw.logprobs import answer_with_logps, response_logps
+from tpaw.token_logps import token_logps
+from tpaw.token_table import token_ids
 
-FP32 = Precision("cpu", use_bf16=False)
+LAYOUTS = pytest.mark.parametrize("layout", [PACKED_ROWS, PADDED_ROWS], ids=["packed", "padded"])
 
 
 def oracle(model, prompt, response):
@@ -44,32 +46,74 @@ def ragged(count, seed, vocab_size=320, longest=40):
     ]
 
 
+
+
+def ragged_team(players, seed, vocab_size=320):
+    """Prompts, each with a target and a response of every player; the first are hostile."""
+    rng = np.random.default_rng(seed)
+
+    def ids(length):
+        return token_ids(rng.integers(0, vocab_size, length))
+
+    sequences = []
+    for prompt_length, target_length in [(1, 6), (3, 1), (2, 5), (int(rng.integers(1, 30)), 9)]:
+        prompt, target = ids(prompt_length), ids(target_length)
+        generated = [ids(rng.integers(0, 25)) for _ in range(players)]
+        if prompt_length == 2:
+            generated[0] = target  # the opponent has learned it by heart
+        if prompt_length == 3:
+            generated[0] = ids(0)
+        sequences += [(prompt, target), *((prompt, g) for g in generated)]
+    return sequences
+
+
+def expected_logps(model, sequences):
+    return torch.stack([oracle(model, *sequence) for sequence in sequences])
+
+
+@LAYOUTS
+@pytest.mark.parametrize("players", [1, 2, 3, 4])
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt2"])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_values_and_gradients_equal_the_oracle_on_ragged_rows(kind, seed):
-    model = make_model(kind, seed).double()
-    sequences = ragged(9, seed)
-    rows = pad_rows(sequences)
-    logps_B = response_logps(model, **rows)
-    expected_B = torch.stack([oracle(model, *sequence) for sequence in sequences])
-    # Logits are taken to float32 before the softmax, so float32 is the precision to expect.
-    assert torch.allclose(logps_B, expected_B, rtol=1e-5, atol=1e-5)
-    assert logps_B[1] == 0  # the empty response
+def test_values_and_gradients_equal_the_oracle_on_ragged_rows(kind, players, layout):
+    sequences = ragged_team(players, seed=players)
+    reference = make_model(kind, seed=players).double()
+    expected_S = expected_logps(reference, sequences)
+    weights_S = torch.linspace(-1, 1, len(sequences), dtype=torch.float64)
+    expected = torch.autograd.grad((weights_S * expected_S).sum(), list(reference.parameters()))
 
-    weights = torch.linspace(-1, 1, 9, dtype=torch.float64)
-    gradients = torch.autograd.grad((weights * logps_B).sum(), list(model.parameters()))
-    expected = torch.autograd.grad((weights * expected_B).sum(), list(model.parameters()))
+    model = make_model(kind, seed=players)
+    assert prepare(model, 99) == (PACKED_ROWS, ())
+    logps_S = response_logps(model, layout.rows(sequences))
+    assert logps_S.dtype == torch.float64
+    assert torch.allclose(logps_S, expected_S, rtol=1e-5, atol=0)
+    assert logps_S[players + 2] == 0  # the empty response
+    assert logps_S[2 * players + 2] == logps_S[2 * players + 3]  # the one learned by heart
+    gradients = torch.autograd.grad((weights_S * logps_S).sum(), list(model.parameters()))
     for found, wanted in zip(gradients, expected, strict=True):
-        assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
+        assert torch.allclose(
+            found.double(), wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item()
+        )
 
 
-def test_neither_padding_nor_the_pad_id_changes_anything():
-    model = make_model("llama").eval()
-    sequences = ragged(6, seed=2)
-    alone = torch.cat([response_logps(model, **pad_rows([s], 0)) for s in sequences])
-    for pad_id in (0, 7):
-        together = response_logps(model, **pad_rows(sequences, pad_id))
-        assert torch.allclose(alone, together, rtol=1e-5, atol=1e-5)
+@LAYOUTS
+def test_values_equal_the_oracle_to_the_last_digits_of_float64(layout):
+    sequences = ragged_team(3, seed=0)
+    model = make_model("llama").double()
+    prepare(model, 99)
+    expected_S = expected_logps(make_model("llama").double(), sequences)
+    assert torch.allclose(
+        response_logps(model, layout.rows(sequences)), expected_S, rtol=1e-12, atol=0
+    )
+
+
+def test_what_lies_beside_a_sequence_changes_nothing():
+    model = make_model("llama").double()
+    prepare(model, 99)
+    sequences = ragged_team(3, seed=2)
+    together = response_logps(model, packed_row(sequences))
+    for rows_of in (packed_row, padded_rows):
+        alone = torch.cat([response_logps(model, rows_of([s])) for s in sequences])
+        assert torch.allclose(alone, together, rtol=1e-12, atol=0)
 
 
 def test_a_sum_and_no_mean_and_no_prompt_tokens():
@@ -78,7 +122,7 @@ def test_a_sum_and_no_mean_and_no_prompt_tokens():
     one, two = token_ids([4, 5]), token_ids([6, 7])
 
     def logp(p, r):
-        return response_logps(model, **pad_rows([(p, r)], 0)).item()
+        return response_logps(model, padded_rows([(p, r)])).item()
 
     # The chain rule: log π(ab|x) = log π(a|x) + log π(b|xa).
     chained = logp(prompt, one) + logp(np.concatenate([prompt, one]), two)
@@ -92,137 +136,249 @@ def test_terms_are_float32_and_their_sum_float64_whatever_the_logits_are():
         def forward(self, input_ids, use_cache):
             return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 2, dtype=torch.bfloat16))
 
-    rows = pad_rows([(token_ids([0]), token_ids([1] * 1000))])
+    rows = padded_rows([(token_ids([0]), token_ids([1] * 1000))])
     # ln 2 is 0.691 in bf16, and float32 has steps of 6e-5 at 693.
-    logp = response_logps(Coin(), **rows).item()
+    logp = response_logps(Coin(), rows).item()
     assert logp == pytest.approx(-1000 * math.log(2), abs=4e-6)
 
 
-def test_batches_hold_every_row_once_within_the_budget():
-    lengths = sorted(np.random.default_rng(0).integers(1, 50, 200).tolist(), reverse=True)
-    batches = list(batches_by_tokens(lengths, 100))
-    assert [i for batch in batches for i in batch] == list(range(200))
-    assert all(len(batch) * lengths[batch[0]] <= 100 for batch in batches)
-    assert [list(b) for b in batches_by_tokens([500, 3, 2], 100)] == [[0], [1, 2]]
-    assert list(batches_by_tokens([], 100)) == []
+def reference_token_logps(hidden, weight, bias, labels):
+    logits = hidden @ weight.T + (0 if bias is None else bias)
+    return torch.log_softmax(logits, dim=1)[torch.arange(len(labels)), labels]
 
 
-@pytest.mark.parametrize("tokens_per_batch", [1, 64, 10_000])
-def test_scoring_equals_the_oracle_in_the_order_given(tokens_per_batch):
-    model = make_model(seed=3)
-    sequences = ragged(17, seed=4)
-    done = []
-    logps = score_sequences(
-        model, sequences, tokens_per_batch=tokens_per_batch, precision=FP32, on_done=done.append
-    )
-    reference = make_model(seed=3).double()
+@pytest.mark.parametrize("tokens_in_a_chunk", [1, 3, 10, 11, 100])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_chunked_log_probs_and_their_gradients(tokens_in_a_chunk, has_bias, dtype, monkeypatch):
+    monkeypatch.setattr(tpaw.token_logps, "LOGITS_IN_A_CHUNK", tokens_in_a_chunk * 23 + 22)
+    torch.manual_seed(tokens_in_a_chunk)
+    leaves = [torch.randn(10, 7) * 3, torch.randn(23, 7), *([torch.randn(23)] if has_bias else [])]
+    labels = torch.randint(0, 23, (10,))
+    labels[3] = labels[4]
+    upstream = torch.randn(10)
+
+    def run(function, of):
+        hidden, weight, bias = [x.detach().to(of).requires_grad_() for x in leaves] + [None] * (
+            not has_bias
+        )
+        logps = function(hidden, weight, bias, labels)
+        inputs = [x for x in (hidden, weight, bias) if x is not None]
+        return [logps, *torch.autograd.grad((logps * upstream.to(of)).sum(), inputs)]
+
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    for found, wanted in zip(
+        run(token_logps, dtype), run(reference_token_logps, torch.float64), strict=True
+    ):
+        assert found.dtype == dtype
+        assert torch.allclose(found.double(), wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_a_second_backward_gives_the_same_gradient_again():
+    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4)
+    logps = token_logps(hidden, weight, None, torch.arange(6))
+    [first] = torch.autograd.grad(logps.sum(), hidden, retain_graph=True)
+    [second] = torch.autograd.grad(logps.sum(), hidden)
+    assert torch.allclose(first, second, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e4, -1e4])
+def test_large_logits_do_not_overflow(scale):
+    hidden, weight = torch.tensor([[scale, 0.0]]), torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    logps = token_logps(hidden, weight, None, torch.tensor([0]))
+    assert logps.item() == (0 if scale > 0 else -2e4)
+
+
+@pytest.mark.parametrize("by", ["weights", "autocast"])
+def test_bf16_loses_what_its_operands_round_and_no_more(by):
+    """Logits from rounded operands, in fp32; a bf16 logit would be off by up to 0.06 at 16."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(200, 64), torch.randn(500, 64)
+    labels = torch.randint(0, 500, (200,))
+    rounded = (x.bfloat16() for x in (hidden, weight)) if by == "weights" else (hidden, weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=by == "autocast"):
+        found = token_logps(*rounded, None, labels)
+    assert found.dtype == torch.float32
+    operands = [x.bfloat16() if by == "weights" else x for x in (hidden, weight)]
+    expected = reference_token_logps(*(x.double() for x in operands), None, labels)
+    # A CPU multiplies in fp32, so only the rounding of the operands, if any, is lost.
+    assert (found - expected).abs().max() < 1e-4
+    in_bf16 = torch.log_softmax(hidden.bfloat16() @ weight.bfloat16().T, dim=1).double()
+    assert (in_bf16[torch.arange(200), labels] - expected).abs().max() > 1e-2
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation made."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.elements = max(self.elements, leaf.untyped_storage().nbytes() // 4)
+        return result
+
+
+@LAYOUTS
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_no_tensor_is_as_large_as_the_logits(kind, layout, monkeypatch):
+    V, H, C = 5000, 32, 16
+    monkeypatch.setattr(tpaw.token_logps, "LOGITS_IN_A_CHUNK", C * V)
+    model = make_model(kind, vocab_size=V)
+    prepare(model, 99)
+    sequences = [(token_ids(range(9)), token_ids(range(i, i + 30))) for i in range(8)]
+    with Largest() as largest:
+        response_logps(model, layout.rows(sequences)).sum().backward()
+    assert V * H <= largest.elements <= max(V * H, C * V)  # the head's gradient, or a chunk
+    assert largest.elements < 8 * 30 * V / 4
+
+
+@LAYOUTS
+@pytest.mark.parametrize("target", ["all-linear", ["lm_head", "q_proj"]])
+def test_lora_on_the_body_and_on_the_head(target, layout, monkeypatch):
+    monkeypatch.setattr(tpaw.logprobs, "TOKENS_IN_A_CHUNK", 7)
+    sequences = ragged_team(2, seed=5)
+    results = []
+    for is_oracle in (True, False):
+        torch.manual_seed(1)
+        model = peft.get_peft_model(
+            make_model("llama", seed=5),
+            peft.LoraConfig(r=4, target_modules=target, init_lora_weights=False),
+        ).double()
+        if is_oracle:
+            logps_S = expected_logps(model, sequences)
+        else:
+            assert prepare(model, 99) == (PACKED_ROWS, ())
+            logps_S = response_logps(model, layout.rows(sequences))
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        assert any("lora" in name for name in trained)
+        results.append([logps_S, *torch.autograd.grad(logps_S.sum(), list(trained.values()))])
+    for wanted, found in zip(*results, strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max().item())
+
+
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+ONE_A_ROW = "one sequence a row, prompts not shared: "
+ALL_LOGITS = "all logits are held: the model changes what its output head gives"
+ARCHITECTURES = {
+    "mistral": ({"sliding_window": 8}, [ONE_A_ROW + "its window of 8 tokens is shorter than 40"]),
+    "mistral-wide": ({"sliding_window": 40}, []),
+    "phi3": ({"sliding_window": None}, []),
+    "qwen3": ({}, []),
+    "olmo2": ({}, []),
+    "gemma3_text": (
+        {"sliding_window": 8, "query_pre_attn_scalar": 8},
+        [ONE_A_ROW + "its window of 8 tokens is shorter than 40"],
+    ),
+    "gemma2": (
+        {"sliding_window": 64, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
+        [ALL_LOGITS, ONE_A_ROW + "its attention is 'eager', not sdpa"],
+    ),
+    "granite": ({"logits_scaling": 4.0}, [ALL_LOGITS]),
+    "cohere": ({"logit_scale": 0.5}, [ALL_LOGITS]),
+    "bloom": (
+        {"n_layer": 2, "n_head": 4},
+        [ONE_A_ROW + "its attention is 'eager', not sdpa"],
+    ),
+    "falcon": (
+        {"alibi": True, "head_dim": None, "new_decoder_architecture": False, "multi_query": True},
+        [ONE_A_ROW + "its attention does not follow transformers' interface"],
+    ),
+    "mamba": (
+        {"state_size": 4},
+        [ONE_A_ROW + "its attention is 'eager', not sdpa"],
+    ),
+    "opt": ({"ffn_dim": 48, "word_embed_proj_dim": 32}, []),
+    "gpt_neox": ({"rotary_pct": 0.5}, []),
+    "qwen3_moe": ({"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}, []),
+    "gpt_oss": (
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64},
+        [ONE_A_ROW + "its attention is 'eager', not sdpa"],
+    ),
+}
+
+
+def architecture(name, seed=0):
+    kind = name.partition("-")[0]
+    settings = TINY | ARCHITECTURES[name][0]
+    if settings["head_dim"] is None:
+        del settings["head_dim"]
+    config = transformers.AutoConfig.for_model(kind, **settings)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():  # small weights would hide what a layer does
+        if parameter.dim() > 1:
+            parameter.data.normal_(std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_architecture_is_packed_if_it_can_be_and_right_in_any_case(name):
+    model, reference = architecture(name), architecture(name)
+    layout, notes = prepare(model, 40)
+    expected_notes = ARCHITECTURES[name][1]
+    assert len(notes) == len(expected_notes), notes
+    for note, expected in zip(notes, expected_notes, strict=True):
+        assert note.startswith(expected)
+    assert (layout is PACKED_ROWS) == (not any(ONE_A_ROW in note for note in notes))
+    sequences = [s for s in ragged_team(3, seed=1, vocab_size=64) if sum(map(len, s)) <= 40]
     with torch.no_grad():
-        expected = [oracle(reference, *sequence).item() for sequence in sequences]
-    assert logps.dtype == np.float64
-    assert np.allclose(logps, expected, rtol=1e-5, atol=1e-5)
-    assert sum(done) == 17
+        expected_S = expected_logps(reference, sequences)
+        logps_S = response_logps(model, layout.rows(sequences))
+    assert torch.allclose(logps_S, expected_S, rtol=1e-5, atol=1e-4)
 
 
-def test_scoring_keeps_every_padded_batch_within_the_budget(monkeypatch):
-    sizes = []
-
-    def response_logps_of(model, input_ids_BL, response_mask_BL):
-        sizes.append(input_ids_BL.numel())
-        return response_logps(model, input_ids_BL, response_mask_BL)
-
-    monkeypatch.setattr(tpaw.scoring, "response_logps", response_logps_of)
-    sequences = ragged(30, seed=4)
-    score_sequences(make_model(), sequences, tokens_per_batch=80, precision=FP32)
-    assert 1 < len(sizes) < 30
-    assert max(sizes) <= 80  # the longest row has 79 tokens at most
-
-
-def test_bf16_scoring_is_close_to_fp32():
-    model = make_model(seed=3)
-    sequences = ragged(17, seed=4)
-    fp32, bf16 = (
-        score_sequences(model, sequences, tokens_per_batch=999, precision=Precision("cpu", use))
-        for use in (False, True)
-    )
-    tokens = np.array([max(1, len(response)) for _, response in sequences])
-    assert np.abs(bf16 - fp32).max() > 0
-    assert (np.abs(bf16 - fp32) / tokens).max() < 0.02
+def test_a_prepared_model_generates_and_gives_logits_as_before():
+    model, reference = make_model("llama"), make_model("llama")
+    prepare(model, 99)
+    ids = torch.randint(5, 320, (3, 12))
+    mask = torch.ones_like(ids)
+    ids[0, :5] = mask[0, :5] = 0
+    for call in (
+        lambda m: m.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False),
+        lambda m: m(input_ids=ids, attention_mask=mask).logits,
+        lambda m: m(input_ids=ids).logits,
+    ):
+        assert torch.equal(call(model), call(reference))
 
 
-def test_a_key_is_of_the_ids_and_the_border():
-    a = sequence_key((token_ids([1, 2]), token_ids([3])))
-    assert a == sequence_key((token_ids([1, 2]), token_ids([3])))
-    others = [([1], [2, 3]), ([1, 2], [4]), ([1, 2], []), ([2, 1], [3])]
-    keys = {sequence_key((token_ids(p), token_ids(r))) for p, r in others}
-    assert a not in keys
-    assert len(keys) == 4
+def test_preparing_twice_is_as_once_and_can_be_undone():
+    model = make_model("llama")
+    forward = model.lm_head.forward
+    first, second = prepare(model, 99), prepare(model, 99)
+    assert first == second
+    answer_with_logps(model.lm_head)()
+    assert model.lm_head.forward == forward
 
 
-def fill(folder, wanted, stage, model=None, shard_size=4, on_done=lambda n: None, loads=None):
-    store = LogprobStore(folder)
-
-    def load():
-        if loads is not None:
-            loads.append(stage)
-        return model or make_model(seed=5)
-
-    config = ScoreConfig(shard_size=shard_size, tokens_per_batch=100)
-    fill_store(store, stage, wanted, load, config=config, precision=FP32, on_done=on_done)
-    return store
+def test_a_choice_of_attention_is_respected():
+    model = make_model("llama")
+    model.set_attn_implementation("eager")
+    layout, notes = prepare(model, 99)
+    assert layout is PADDED_ROWS
+    assert notes == (ONE_A_ROW + "its attention is 'eager', not sdpa",)
+    assert model.config._attn_implementation == "eager"
 
 
-def test_each_sequence_is_forwarded_once_in_the_life_of_the_store(tmp_path):
-    first = {sequence_key(s): s for s in ragged(10, seed=0)}
-    both = first | {sequence_key(s): s for s in ragged(8, seed=1)}
-    forwarded, loads = [], []
-    fill(tmp_path, first, "one", on_done=forwarded.append, loads=loads)
-    assert sum(forwarded) == len(first)
-    fill(tmp_path, both, "two", on_done=forwarded.append, loads=loads)
-    assert sum(forwarded) == len(both)
-    store = fill(tmp_path, both, "three", on_done=forwarded.append, loads=loads)
-    assert sum(forwarded) == len(both) == len(store)
-    assert loads == ["one", "two"]  # nothing missing: the model is not even loaded
-    model = make_model(seed=5)
-    expected = score_sequences(model, list(both.values()), tokens_per_batch=1, precision=FP32)
-    assert np.allclose(store.logps(both), expected, atol=1e-5)
-    with pytest.raises(KeyError):
-        store.logps([b"unknown"])
-
-
-def test_shards_hold_rows_of_similar_length_longest_first(tmp_path):
-    wanted = {sequence_key(s): s for s in ragged(10, seed=0)}
-    fill(tmp_path, wanted, "s")
-    tables = [read_table(path) for path in sorted(tmp_path.glob("s-*.parquet"))]
-    assert [len(table["sequence"]) for table in tables] == [4, 4, 2]
-    stored = [wanted[key] for table in tables for key in table["sequence"]]
-    lengths = [len(prompt) + len(response) for prompt, response in stored]
-    assert lengths == sorted(lengths, reverse=True)
-    tokens = [count for table in tables for count in table["tokens"]]
-    assert tokens == [len(response) for _, response in stored]
-
-
-def test_a_stage_that_goes_on_after_a_crash_writes_the_same_bytes(tmp_path):
-    wanted = {sequence_key(s): s for s in ragged(30, seed=0)}
-    fill(tmp_path / "whole", wanted, "s")
-
-    class Killed(Exception):
-        pass
-
-    for limit in (1, 9, 20, 29):
-        done = 0
-
-        def count(n, limit=limit):
-            nonlocal done
-            done += n
-            if done >= limit:
-                raise Killed
-
-        with contextlib.suppress(Killed):
-            fill(tmp_path / "killed", wanted, "s", on_done=count)
-    fill(tmp_path / "killed", wanted, "s")
-    whole = {p.name: p.read_bytes() for p in (tmp_path / "whole").glob("*.parquet")}
-    killed = {p.name: p.read_bytes() for p in (tmp_path / "killed").glob("*.parquet")}
-    assert len(whole) == 8
-    assert whole == killed
-    entries = read_manifest(tmp_path / "killed")["files"]
-    assert sum(entry["sequences"] for entry in entries) == len(wanted)
+def test_a_model_that_lies_about_its_attention_is_found_out(monkeypatch):
+    """One that ignores positions gives other numbers from packed rows, so it must not get any."""
+    model = make_model("gpt2")
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda position_ids=None, **kw: forward(**kw))
+    layout, notes = prepare(model, 99)
+    assert layout is PADDED_ROWS
+    assert notes == (ONE_A_ROW + "its attention gives other results from packed rows",)

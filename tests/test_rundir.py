@@ -47,9 +47,9 @@ def test_another_configuration_is_refused_with_the_difference(tmp_path, settings
 def test_what_may_change_is_taken_over(tmp_path, settings, config):
     with open_run(tmp_path / "r", config):
         pass
-    other = changed(settings, train=settings["train"] | {"micro_batch_size": 2})
+    other = changed(settings, train=settings["train"] | {"tokens_per_row": 99})
     with open_run(tmp_path / "r", other) as run:
-        assert run.load_config().train.micro_batch_size == 2
+        assert run.load_config().train.tokens_per_row == 99
 
 
 def test_somebody_elses_folder_a_file_and_an_unwritable_place(tmp_path, config):

@@ -45,7 +45,8 @@ NO_DEFAULTS = {
         "learning_rate": [1e-3, 1e-4],
         "epochs": [1, 3],
         "batch_size": 8,
-        "micro_batch_size": 2,
+        "tokens_per_row": 50,
+        "group_by_prompt": True,
         "optimizer": "sgd",
         "schedule": "constant_with_warmup",
         "warmup": 0.25,
@@ -107,11 +108,11 @@ def test_every_setting_reaches_the_trainer(settings, tmp_path, monkeypatch):
     objective["lambda_"] = objective.pop("lambda")[1]
     assert found["objective"] == objective
     assert found["first_step_tolerance"] == 2e-2
+    assert (found["tokens_per_row"], found["group_by_prompt"]) == (50, True)
     expected = {
         "learning_rate": 1e-4,
         "num_train_epochs": 3,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 4,
+        "per_device_train_batch_size": 8,
         "optim": "sgd",
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": 0.25,

@@ -18,7 +18,9 @@ from transformers import TrainerCallback, TrainingArguments
 from tpaw.errors import DivergenceError, PolicyMismatchError
 from tpaw.scoring import Precision, score_sequences
 from tpaw.token_table import token_ids
-from tpaw.trainer import COLUMNS, FIRST_STEP_TOLERANCE, TeamTrainer, collate_triples
+from tpaw.layout import PACKED_ROWS
+from tpaw.trainer import FIRST_STEP_TOLERANCE, TeamTrainer
+from tpaw.triple_batches import COLUMNS, collate_triples
 
 PAPER = {"lambda_": 0.1, "eta": 6.0, "gamma": 0.5}
 
@@ -41,7 +43,7 @@ def triples(count, players, seed=0):
                     score_sequences(
                         player,
                         [(prompt, row[f"{kind}_ids"])],
-                        tokens_per_batch=1,
+                        tokens_per_row=1,
                         precision=Precision("cpu", use_bf16=False),
                     )[0]
                 )
@@ -236,15 +238,6 @@ def test_the_first_step_check_stops_a_policy_that_is_not_its_newest_player(tmp_p
         train(make_model(seed=1), shifted, arguments(tmp_path), first_step_tolerance=tolerance)
 
 
-def test_a_batch_keeps_float64_and_tells_identical_answers_by_their_ids():
-    row = {"prompt_ids": [1], "target_ids": [2, 3]}
-    row |= {"player_target_logps": [-1234.123456789], "player_generated_logps": [-0.1]}
-    batch = collate_triples([row | {"generated_ids": ids} for ids in ([2, 3], [2, 4], [2])])
-    assert batch["is_identical_B"].tolist() == [True, False, False]
-    assert batch["player_target_logps_BK"].tolist() == [[-1234.123456789]] * 3
-    assert batch["player_generated_logps_BK"].tolist() == [[-0.1]] * 3
-
-
 def test_dropout_is_off_whatever_the_model_brings(tmp_path):
     policy = make_model("gpt2", seed=1)
     assert policy.config.resid_pdrop > 0
@@ -283,7 +276,8 @@ def test_the_processes_average_is_the_mean_over_all_triples(tmp_path, monkeypatc
     trainer.model.eval()
 
     def loss(part):
-        return trainer.compute_loss(trainer.model, collate_triples(part), num_items_in_batch=6)
+        row = collate_triples(part, PACKED_ROWS)
+        return trainer.compute_loss(trainer.model, row, num_items_in_batch=6)
 
     whole = loss(rows).item()
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", property(lambda self: 2))
@@ -300,7 +294,7 @@ def test_bf16_computation_passes_the_first_step_check_and_moves_fp32_weights(tmp
         for kind in ("target", "generated"):
             sequence = [(row["prompt_ids"], row[f"{kind}_ids"])]
             row[f"player_{kind}_logps"] = score_sequences(
-                make_model(seed=1), sequence, tokens_per_batch=1, precision=bf16
+                make_model(seed=1), sequence, tokens_per_row=1, precision=bf16
             )
     train(
         policy,

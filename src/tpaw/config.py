@@ -161,11 +161,11 @@ class GenerateConfig(Section):
 class ScoreConfig(Section):
     """How reference log-probs are computed; changes nothing but speed and rounding."""
 
-    tokens_per_batch: int = Field(
+    tokens_per_row: int = Field(
         8192,
         ge=1,
         json_schema_extra=CHANGEABLE,
-        description="Tokens, padding included, in one forward pass. Lower it when memory is short.",
+        description="Tokens in one forward pass. Lower it when memory is short.",
     )
     shard_size: int = Field(
         8192, ge=1, description="Sequences in a shard; a kill costs at most one shard."
@@ -180,11 +180,17 @@ class TrainConfig(Section):
     )
     epochs: PerIteration[Annotated[int, Field(ge=1)]] = Field(2, description="Passes over D_O.")
     batch_size: int = Field(64, ge=1, description="Triples in an optimizer step.")
-    micro_batch_size: int = Field(
-        8,
+    tokens_per_row: int = Field(
+        8192,
         ge=1,
         json_schema_extra=CHANGEABLE,
-        description="Triples in a forward pass; divides batch_size. Lower it when memory is short.",
+        description="Tokens in one forward pass. A batch is shared out to rows of about as many. "
+        "Lower it when memory is short.",
+    )
+    group_by_prompt: bool = Field(
+        False,
+        description="Shuffle prompts instead of triples, so that a target goes through the model "
+        "once for all its opponents.",
     )
     optimizer: str = Field(
         "rmsprop", description="Any optimizer of transformers' TrainingArguments.optim."
@@ -216,10 +222,6 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> TrainConfig:
-        if self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"micro_batch_size {self.micro_batch_size} must divide batch_size {self.batch_size}"
-            )
         for name in self.training_arguments:
             if name in OWNED_TRAINING_ARGUMENTS:
                 raise ValueError(

@@ -1,35 +1,123 @@
 """The one place that computes log π(y|x). Scoring and training both call it.
 
-Shape suffixes: B rows, L tokens in a row, T response tokens in the batch, V vocabulary.
+Shape suffixes: R tokens that are read, U distinct sequences, S sequences, V vocabulary.
+
+The model is entered by its own forward, so that DDP, FSDP and DeepSpeed see the call. What its
+output head is asked for travels beside that call: once `answer_with_logps` has changed the head, it
+gives log-probs of the labels in place of logits while a question is open.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from tpaw.layout import Rows
+from tpaw.token_logps import token_logps
+
+# Of a head that is no plain matrix.
+TOKENS_IN_A_CHUNK = 1024
 
 
-def response_logps(model: nn.Module, input_ids_BL: Tensor, response_mask_BL: Tensor) -> Tensor:
+class _Question:
+    """Which tokens are read, what they should predict, and the head's answer."""
+
+    def __init__(self, read_R: Tensor, labels_R: Tensor) -> None:
+        self.read_R = read_R
+        self.labels_R = labels_R
+        self.logps_R: Tensor | None = None
+
+
+_QUESTION: ContextVar[_Question | None] = ContextVar("question", default=None)
+
+
+def response_logps(model: nn.Module, rows: Rows) -> Tensor:
     """log π(y|x): the sum over response tokens, end-of-sequence included where there is one.
 
-    The model is entered by its own forward, so that DDP, FSDP and DeepSpeed see the call.
-
     Args:
-        model: a causal language model of transformers, wrapped or not.
-        input_ids_BL: int64, rows as `layout.pad_rows` makes them.
-        response_mask_BL: bool, true on response tokens; never on the first token of a row.
+        model: a causal language model of transformers, wrapped or not. Packed rows need one that
+            `logprob_model.prepare` gave that layout.
+        rows: as `layout` makes them.
 
     Returns:
-        float64 of shape (B,), natural logs; differentiable. A row without response tokens is 0.
+        float64 of shape (S,), natural logs in the order in which the sequences were given;
+        differentiable. A sequence without response tokens is 0.
     """
-    logits_BLV = model(input_ids=input_ids_BL, use_cache=False).logits
-    # The logits at a token predict the next one.
-    is_response_BL = response_mask_BL[:, 1:]
-    logits_TV = logits_BLV[:, :-1][is_response_BL].float()
-    labels_T = input_ids_BL[:, 1:][is_response_BL]
-    logps_T = -F.cross_entropy(logits_TV, labels_T, reduction="none")
+    inputs: dict[str, Any] = {"input_ids": rows["input_ids_BL"]}
+    if "spans" in rows:
+        inputs["position_ids"] = rows["position_ids_BL"]
+        inputs["tpaw_spans"] = rows["spans"]
+        # Nobody looks at it; a mask of four dimensions keeps transformers from making one.
+        inputs["attention_mask"] = rows["input_ids_BL"].new_ones(1, 1, 1, 1, dtype=torch.bool)
+    question = _Question(rows["read_R"], rows["labels_R"])
+    token = _QUESTION.set(question)
+    try:
+        output = model(**inputs, use_cache=False).logits
+    finally:
+        _QUESTION.reset(token)
+    if question.logps_R is None:
+        logps_R = _label_logps(output.flatten(0, 1)[rows["read_R"]], rows["labels_R"])
+    elif output.dtype == question.logps_R.dtype:
+        logps_R = output
+    else:
+        # FSDP2 rounds what a wrapped model returns; its hooks need that output in the graph.
+        logps_R = question.logps_R + 0 * output
     # Summed in float64: rewards are small differences of these sums.
-    logps_BL = torch.zeros(is_response_BL.shape, dtype=torch.float64, device=logps_T.device)
-    logps_BL[is_response_BL] = logps_T.double()
-    return logps_BL.sum(dim=1)
+    logps_U = torch.zeros(rows["distinct"], dtype=torch.float64, device=logps_R.device)
+    logps_U = logps_U.index_add(0, rows["sequence_R"], logps_R.double())
+    return logps_U[rows["distinct_S"]]
+
+
+def answer_with_logps(head: nn.Module) -> Callable[[], None]:
+    """Make an output head answer `response_logps` with log-probs; nothing else notices.
+
+    Returns:
+        A function that undoes it.
+    """
+    logits_of = head.forward
+    if hasattr(logits_of, "undo"):
+        return logits_of.undo  # it does already
+    # Decided now: a wrapper may change the class of a module.
+    is_linear = type(head) is nn.Linear
+
+    def forward(hidden: Tensor) -> Tensor:
+        question = _QUESTION.get()
+        if question is None:
+            return logits_of(hidden)
+        hidden_RH = hidden.flatten(0, -2)[question.read_R]
+        if is_linear:
+            logps_R = token_logps(hidden_RH, head.weight, head.bias, question.labels_R)
+        else:
+            logps_R = _logps_by_logits(logits_of, hidden_RH, question.labels_R)
+        question.logps_R = logps_R
+        return logps_R
+
+    def undo() -> None:
+        head.forward = logits_of  # type: ignore[method-assign]
+
+    forward.undo = undo  # type: ignore[attr-defined]
+    head.forward = forward  # type: ignore[method-assign]
+    return undo
+
+
+def _logps_by_logits(
+    logits_of: Callable[[Tensor], Tensor], hidden_RH: Tensor, labels_R: Tensor
+) -> Tensor:
+    """For heads that are no plain matrix (LoRA, quantised): in chunks, again in backward."""
+
+    def logps(hidden_CH: Tensor, labels_C: Tensor) -> Tensor:
+        return _label_logps(logits_of(hidden_CH), labels_C)
+
+    pieces = zip(hidden_RH.split(TOKENS_IN_A_CHUNK), labels_R.split(TOKENS_IN_A_CHUNK), strict=True)
+    return torch.cat([checkpoint(logps, *piece, use_reentrant=False) for piece in pieces])
+
+
+def _label_logps(logits_RV: Tensor, labels_R: Tensor) -> Tensor:
+    logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
+    return -F.cross_entropy(logits_RV, labels_R, reduction="none")

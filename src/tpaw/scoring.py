@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 from torch import nn
 
 from tpaw.config import ScoreConfig
-from tpaw.layout import PromptAndResponse, batches_by_tokens, pad_rows
+from tpaw.layout import PACKED_ROWS, PromptAndResponse, Rows, Unit
+from tpaw.logprob_model import prepare
 from tpaw.logprob_store import Key, LogprobStore
 from tpaw.logprobs import response_logps
 
@@ -37,7 +40,7 @@ def score_sequences(
     model: nn.Module,
     sequences: Sequence[PromptAndResponse],
     *,
-    tokens_per_batch: int,
+    tokens_per_row: int,
     precision: Precision,
     on_done: OnDone = lambda count: None,
 ) -> NDArray[np.float64]:
@@ -47,18 +50,21 @@ def score_sequences(
         on_done: called with the number of sequences after each forward pass.
     """
     device = next(model.parameters()).device
-    lengths = [len(prompt) + len(response) for prompt, response in sequences]
-    order = sorted(range(len(sequences)), key=lambda i: -lengths[i])
+    longest = max((len(prompt) + len(response) for prompt, response in sequences), default=0)
+    layout = prepare(model, longest).layout
+    units: list[list[int]] = []
+    for unit in _same_prompt(sequences):
+        fits = _unit([sequences[i] for i in unit]).tokens <= tokens_per_row
+        units += [unit] if fits and layout is PACKED_ROWS else [[i] for i in unit]
+    sizes = [_unit([sequences[i] for i in unit]) for unit in units]
+    batches = [[i for u in row for i in units[u]] for row in layout.cut(sizes, tokens_per_row, 1)]
+    rows_of = (layout.rows([sequences[i] for i in batch]) for batch in batches)
     logps = np.empty(len(sequences), dtype=np.float64)
-    for batch in batches_by_tokens([lengths[i] for i in order], tokens_per_batch):
-        chosen = [order[i] for i in batch]
-        rows = pad_rows([sequences[i] for i in chosen])
+    for batch, rows in zip(batches, _prepared_ahead(rows_of), strict=True):
         with torch.inference_mode(), precision.autocast():
-            logps_B = response_logps(
-                model, rows["input_ids_BL"].to(device), rows["response_mask_BL"].to(device)
-            )
-        logps[chosen] = logps_B.cpu().numpy()
-        on_done(len(chosen))
+            logps_S = response_logps(model, send_to_device(rows, device))
+        logps[batch] = logps_S.cpu().numpy()
+        on_done(len(batch))
     return logps
 
 
@@ -79,9 +85,12 @@ def fill_store(
         load_model: called only if something is missing.
         on_done: called with the number of sequences forwarded.
     """
-    # Sorted across the shards too, so that a shard holds rows of similar length.
     todo = store.missing_before(stage, wanted)
-    todo.sort(key=lambda key: -sum(map(len, wanted[key])))
+    sequences = [wanted[key] for key in todo]
+    # Prompts stay together and lengths similar across the shards too.
+    units = _same_prompt(sequences)
+    units.sort(key=lambda unit: -max(len(sequences[i][1]) for i in unit))
+    todo = [todo[i] for unit in units for i in unit]
     model: nn.Module | None = None
     for number, begin in enumerate(range(0, len(todo), config.shard_size)):
         name = f"{stage}-{number:05d}.parquet"
@@ -93,10 +102,31 @@ def fill_store(
         logps = score_sequences(
             model,
             [wanted[key] for key in keys],
-            tokens_per_batch=config.tokens_per_batch,
+            tokens_per_row=config.tokens_per_row,
             precision=precision,
             on_done=on_done,
         )
         token_counts = [len(wanted[key][1]) for key in keys]
         seconds = time.monotonic() - started
         store.publish(name, stage, keys, logps, token_counts, seconds)
+
+
+def _same_prompt(sequences: Sequence[PromptAndResponse]) -> list[list[int]]:
+    """Indices of the sequences of each prompt."""
+    by_prompt: dict[bytes, list[int]] = {}
+    for i, (prompt, _) in enumerate(sequences):
+        by_prompt.setdefault(prompt.tobytes(), []).append(i)
+    return list(by_prompt.values())
+
+
+def _unit(sequences: Sequence[PromptAndResponse]) -> Unit:
+    return Unit.of(len(sequences[0][0]), [len(response) for _, response in sequences])
+
+
+def _prepared_ahead(items: Iterator[Rows]) -> Iterator[Rows]:
+    """The same items, each made while the one before is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(next, items, None)
+        while (item := future.result()) is not None:
+            future = pool.submit(next, items, None)
+            yield item

@@ -262,7 +262,7 @@ class Stages:
             logps = score_sequences(
                 self._model(player, torch.float32),
                 sequences,
-                tokens_per_batch=self.config.score.tokens_per_batch,
+                tokens_per_row=self.config.score.tokens_per_row,
                 precision=self.precision,
                 on_done=on_done,
             )

@@ -130,6 +130,8 @@ def train_iteration(
                 "lambda_": at_iteration(config.objective.lambda_, t),
                 **config.objective.model_dump(exclude={"lambda_"}),
             },
+            tokens_per_row=config.train.tokens_per_row,
+            group_by_prompt=config.train.group_by_prompt,
             first_step_tolerance=FIRST_STEP_TOLERANCE[config.precision],
             callbacks=[recorder],
         )

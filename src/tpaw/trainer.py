@@ -3,32 +3,38 @@
 It trains on any dataset with the columns of `COLUMNS`, so it also serves people who keep their own
 loop. Batching, optimizer, schedule, saving, resuming and trackers are the Trainer's own.
 
-Shape suffixes: B triples in a micro-batch, K main players, L tokens in a row.
+Shape suffixes: B triples in a row, K main players.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypedDict
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.utils import logging
 
 from tpaw.errors import DivergenceError, PolicyMismatchError
-from tpaw.layout import PaddedRows, pad_rows
+from tpaw.logprob_model import prepare
 from tpaw.logprobs import response_logps
 from tpaw.model import disable_dropout
 from tpaw.objective import TeamLoss, team_loss
-
-COLUMNS = (
-    "prompt_ids",
-    "target_ids",
-    "generated_ids",
-    "player_target_logps",
-    "player_generated_logps",
+from tpaw.triple_batches import (
+    COLUMNS,
+    BatchedTriples,
+    TripleBatch,
+    TripleBatchSampler,
+    TripleRow,
+    TripleSizes,
 )
+
+logger = logging.get_logger(__name__)
 
 # At the first step the policy is the newest player, so |log π_θ − log π_θt| per token is rounding
 # alone: 1e-8 in fp32 and 4e-5 in bf16 on a CPU (docs/log.md). GPUs choose kernels by batch shape,
@@ -41,21 +47,12 @@ ADVICE = (
 )
 
 
-class TripleBatch(TypedDict):
-    """A micro-batch: rows 0…B-1 hold targets, rows B…2B-1 the generated responses.
+class _Batches(DataLoader[TripleBatch]):
+    """One batch of triples at a time, in an order of its own each epoch."""
 
-    Attributes:
-        rows: see `layout.PaddedRows`.
-        player_target_logps_BK, player_generated_logps_BK: float64, newest player first.
-        is_truncated_B: bool, the generated response was cut at the length limit.
-        is_identical_B: bool, the generated response equals the target.
-    """
-
-    rows: PaddedRows
-    player_target_logps_BK: Tensor
-    player_generated_logps_BK: Tensor
-    is_truncated_B: Tensor
-    is_identical_B: Tensor
+    def set_epoch(self, epoch: int) -> None:
+        sampler: Any = self.batch_sampler
+        sampler.set_epoch(epoch)
 
 
 class TeamTrainer(Trainer):
@@ -69,8 +66,13 @@ class TeamTrainer(Trainer):
             two one summed log-prob per main player, newest first. `is_truncated` is optional.
         processing_class: the tokenizer, to be saved with the model; it is not used otherwise.
         objective: keyword arguments of `tpaw.objective.team_loss`.
+        tokens_per_row: what goes through the model at a time. A batch of triples is shared out to
+            rows of about this many tokens; more per row is faster until memory runs out, and
+            changes results by rounding alone. A triple that is longer gets a row of its own.
+        group_by_prompt: shuffle prompts instead of triples, so that a target that occurs with
+            several generated responses goes through the model once for all of them.
         first_step_tolerance: stop if, before the first update, |log π_θ − log π_j| of the newest
-            player exceeds this, in nats per token, averaged over a micro-batch. Within it the two
+            player exceeds this, in nats per token, averaged over a row. Within it the two
             count as equal. None switches this off, for loops in which the policy does not start as
             a player.
 
@@ -90,6 +92,8 @@ class TeamTrainer(Trainer):
         train_dataset: Any,
         processing_class: PreTrainedTokenizerBase | None,
         objective: Mapping[str, Any],
+        tokens_per_row: int = 8192,
+        group_by_prompt: bool = False,
         first_step_tolerance: float | None = None,
         **kwargs: Any,
     ) -> None:
@@ -104,37 +108,83 @@ class TeamTrainer(Trainer):
         args.remove_unused_columns = False
         args.logging_nan_inf_filter = False
         disable_dropout(model)
+        self._sizes = TripleSizes(train_dataset)
+        self._layout, notes = prepare(model, self._sizes.longest)
+        for note in notes:
+            logger.warning(note)
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             processing_class=processing_class,
-            data_collator=collate_triples,
             **kwargs,
         )
+        self.tokens_per_row = tokens_per_row
+        self.group_by_prompt = group_by_prompt
         self.objective = dict(objective)
         self.first_step_tolerance = first_step_tolerance
         self._sums: defaultdict[str, float] = defaultdict(float)
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | int | None]:
-        """The micro-batches of a step, and the number of triples in it over all processes."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = torch.tensor(
-            sum(len(batch["is_truncated_B"]) for batch in batches), device=self.args.device
+    def get_train_dataloader(self) -> DataLoader[TripleBatch]:
+        """Batches of `per_device_train_batch_size` triples a process, each in rows.
+
+        Not prepared by accelerate, which would share them out a second time.
+        """
+        sampler = TripleBatchSampler(
+            self._sizes,
+            self._layout,
+            triples_per_batch=self.args.train_batch_size * self.accelerator.num_processes,
+            tokens_per_row=self.tokens_per_row,
+            group_by_prompt=self.group_by_prompt,
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            process=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
         )
-        return batches, self.accelerator.reduce(count, reduction="sum")
+        return _Batches(
+            BatchedTriples(self.train_dataset, self._layout),
+            batch_sampler=sampler,
+            collate_fn=_as_it_is,
+            num_workers=self.args.dataloader_num_workers,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[TripleBatch], num_batches: int, device: torch.device
+    ) -> tuple[list[TripleBatch], int]:
+        """The batches of a step, and the number of triples in it over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, sum(batch["triples"] for batch in batches)
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: TripleBatch,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Forward and backward of each row; processes exchange gradients at the last."""
+        state = self.accelerator.gradient_state
+        is_end_of_step = state.sync_gradients
+        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        losses = []
+        for i, row in enumerate(inputs["rows"], start=1):
+            is_last = i == len(inputs["rows"])
+            # DeepSpeed updates the weights in `backward` unless told otherwise, in this way alone.
+            state._set_sync_gradients(is_end_of_step and is_last)
+            is_exchange = is_last or is_deepspeed
+            with contextlib.nullcontext() if is_exchange else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, row, num_items_in_batch))
+        return torch.stack(losses).sum()
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: TripleBatch,
+        inputs: TripleRow,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """This micro-batch's share of the mean over the global batch; float32 scalar."""
-        logps_2B = response_logps(model, **inputs["rows"])
+        """This row's share of the mean over the global batch; float32 scalar."""
+        logps_2B = response_logps(model, inputs["rows"])
         target_logps_B, generated_logps_B = logps_2B.chunk(2)
         if not bool(logps_2B.isfinite().all()):
             step = self.state.global_step + 1
@@ -153,11 +203,11 @@ class TeamTrainer(Trainer):
             player_generated_logps_BK,
             **self.objective,
         )
-        if self.model.training:
+        if self.model.training and inputs["counts"]:
             self._record(team, target_logps_B, generated_logps_B, inputs)
         triples = len(team.loss_B) if num_items_in_batch is None else num_items_in_batch
         # Gradients are averaged over processes; each holds only its part of the sum.
-        loss = team.loss_B.sum() * self.accelerator.num_processes / triples
+        loss = team.loss_B.sum() * inputs["counts"] * self.accelerator.num_processes / triples
         return (loss.float(), team) if return_outputs else loss.float()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -177,7 +227,7 @@ class TeamTrainer(Trainer):
         super().log(logs, start_time)
 
     def _record(
-        self, team: TeamLoss, target_logps_B: Tensor, generated_logps_B: Tensor, inputs: TripleBatch
+        self, team: TeamLoss, target_logps_B: Tensor, generated_logps_B: Tensor, inputs: TripleRow
     ) -> None:
         by_player = {
             "rewards/target": team.target_reward_BK,
@@ -197,8 +247,8 @@ class TeamTrainer(Trainer):
         values["logps/generated"] = generated_logps_B.detach()
         values["share/truncated"] = inputs["is_truncated_B"].double()
         values["share/identical"] = inputs["is_identical_B"].double()
-        tokens_2B = inputs["rows"]["response_mask_BL"].sum(dim=1).double()
-        values["tokens/target"], values["tokens/generated"] = tokens_2B.chunk(2)
+        values["tokens/target"] = inputs["target_tokens_B"].double()
+        values["tokens/generated"] = inputs["generated_tokens_B"].double()
         values["triples"] = torch.ones_like(target_logps_B)
         names, stacked = zip(*values.items(), strict=True)
         for name, value in zip(names, torch.stack(stacked).sum(dim=1).tolist(), strict=True):
@@ -215,14 +265,14 @@ class TeamTrainer(Trainer):
         return bool(self.state.global_step <= int(first_rate_is_zero))
 
     def _check_policy_is_newest_player(
-        self, target_logps_B: Tensor, generated_logps_B: Tensor, inputs: TripleBatch
+        self, target_logps_B: Tensor, generated_logps_B: Tensor, inputs: TripleRow
     ) -> None:
         newest_2B = torch.cat(
             [inputs["player_target_logps_BK"][:, 0], inputs["player_generated_logps_BK"][:, 0]]
         )
         policy_2B = torch.cat([target_logps_B, generated_logps_B]).detach()
-        tokens = inputs["rows"]["response_mask_BL"].sum().clamp(min=1)
-        difference = float((policy_2B - newest_2B).abs().sum() / tokens)
+        tokens = int(inputs["target_tokens_B"].sum() + inputs["generated_tokens_B"].sum())
+        difference = float((policy_2B - newest_2B).abs().sum()) / max(1, tokens)
         # Written as "not (allowed)", so that a NaN stops the run too.
         if not difference <= (self.first_step_tolerance or 0.0):
             raise PolicyMismatchError(
@@ -233,25 +283,10 @@ class TeamTrainer(Trainer):
             )
 
 
+def _as_it_is(batch: TripleBatch) -> TripleBatch:
+    return batch
+
+
 def _with_newest(player_logps_BK: Tensor, policy_logps_B: Tensor) -> Tensor:
     """The players' log-probs, with the policy's own in the place of the newest player's."""
     return torch.cat([policy_logps_B.detach()[:, None], player_logps_BK[:, 1:]], dim=1)
-
-
-def collate_triples(triples: Sequence[Mapping[str, Any]]) -> TripleBatch:
-    """Rows of the dataset to a `TripleBatch`."""
-    targets = [(t["prompt_ids"], t["target_ids"]) for t in triples]
-    generated = [(t["prompt_ids"], t["generated_ids"]) for t in triples]
-
-    def stacked(name: str) -> Tensor:
-        return torch.tensor([[float(x) for x in t[name]] for t in triples], dtype=torch.float64)
-
-    return {
-        "rows": pad_rows(targets + generated),
-        "player_target_logps_BK": stacked("player_target_logps"),
-        "player_generated_logps_BK": stacked("player_generated_logps"),
-        "is_truncated_B": torch.tensor([bool(t.get("is_truncated", False)) for t in triples]),
-        "is_identical_B": torch.tensor(
-            [list(t["target_ids"]) == list(t["generated_ids"]) for t in triples]
-        ),
-    }
