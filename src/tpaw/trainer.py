@@ -203,7 +203,7 @@ class TeamTrainer(Trainer):
             player_generated_logps_BK,
             **self.objective,
         )
-        if self.model.training and inputs["counts"]:
+        if self.model.training:
             self._record(team, target_logps_B, generated_logps_B, inputs)
         triples = len(team.loss_B) if num_items_in_batch is None else num_items_in_batch
         # Gradients are averaged over processes; each holds only its part of the sum.
@@ -252,7 +252,8 @@ class TeamTrainer(Trainer):
         values["triples"] = torch.ones_like(target_logps_B)
         names, stacked = zip(*values.items(), strict=True)
         for name, value in zip(names, torch.stack(stacked).sum(dim=1).tolist(), strict=True):
-            self._sums[name] += value
+            # The name is there in any case: `log` adds up over all processes.
+            self._sums[name] += value if inputs["counts"] else 0.0
 
     def _is_untouched(self) -> bool:
         """Whether the weights are still those that training began with.
