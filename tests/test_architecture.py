@@ -11,7 +11,7 @@ PACKAGE = Path(tpaw.__file__).parent
 
 # Lower layers first. A module may import from its own layer and those before it.
 LAYERS = [
-    ["errors", "objective", "owned_arguments", "team", "token_table"],
+    ["errors", "objective", "owned_arguments", "split_weights", "team", "token_table"],
     ["config", "config_file", "artifacts", "interrupt", "plan"],
     ["rows", "layout", "logprobs", "rundir"],
     ["data", "logprob_store", "model"],
