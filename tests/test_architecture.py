@@ -11,9 +11,12 @@ PACKAGE = Path(tpaw.__file__).parent
 
 # Lower layers first. A module may import from its own layer and those before it.
 LAYERS = [
-    ["errors", "objective", "owned_arguments", "team", "token_table"],
+    ["errors", "objective", "owned_arguments", "split_weights", "team", "token_table"],
     ["config", "config_file", "artifacts", "interrupt", "plan"],
-    ["rows", "layout", "logprobs", "rundir"],
+    ["packed_attention", "rows", "rundir", "token_logps"],
+    ["layout"],
+    ["logprobs", "triple_batches"],
+    ["logprob_model"],
     ["data", "logprob_store", "model"],
     ["scoring", "trainer", "generation", "evaluation"],
     ["training_arguments"],

@@ -101,7 +101,6 @@ def test_a_variant_alone_says_what_it_lacks():
         ("iterations=true", "iterations: True is not allowed"),
         ("iterations='4'", "iterations: '4' is not allowed"),
         ("team.opponents.last=0", "team.opponents.last: 0 is not allowed"),
-        ("train.micro_batch_size=7", "micro_batch_size 7 must divide batch_size 64"),
         ("generate.max_new_tokens=256", "leaves no room for a prompt"),
         ("data.columns={prompt: a}", "data.columns: give prompt and target, or messages alone"),
         ("data.columns={prompt: a, messages: c}", "data.columns: give prompt and target, or"),
@@ -231,7 +230,7 @@ def test_only_what_changes_results_counts_as_a_difference():
     old = load_config(["starter"], [])
     assert (
         differences(
-            old, load_config(["starter"], ["train.micro_batch_size=32", "train.save_every=7"])
+            old, load_config(["starter"], ["train.tokens_per_row=32", "train.save_every=7"])
         )
         == []
     )

@@ -46,8 +46,6 @@ def ragged(count, seed, vocab_size=320, longest=40):
     ]
 
 
-
-
 def ragged_team(players, seed, vocab_size=320):
     """Prompts, each with a target and a response of every player; the first are hostile."""
     rng = np.random.default_rng(seed)

@@ -142,7 +142,7 @@ def test_one_player_with_eta_one_is_trls_sigmoid_dpo_loss(tmp_path):
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    from tpaw.layout import pad_rows
+    from tpaw.layout import padded_rows
     from tpaw.logprobs import response_logps
     from tpaw.token_table import token_ids
 
@@ -175,9 +175,9 @@ def test_one_player_with_eta_one_is_trls_sigmoid_dpo_loss(tmp_path):
 
     def logps(model, column):
         answers = [token_ids(row[column]) for row in prepared]
-        padded = pad_rows(list(zip(prompts, answers, strict=True)), 0)
+        rows = padded_rows(list(zip(prompts, answers, strict=True)))
         with torch.no_grad():
-            return response_logps(model, **padded)
+            return response_logps(model, rows)
 
     team = team_loss(
         logps(policy, "chosen_ids"),

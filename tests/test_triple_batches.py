@@ -58,11 +58,7 @@ def test_an_epoch_holds_every_triple_once_in_batches_of_the_asked_size(
 ):
     rows = team_rows(15, 3)
     parts = [
-        list(
-            sampler(
-                rows, layout, group_by_prompt=group_by_prompt, process=p, processes=processes
-            )
-        )
+        list(sampler(rows, layout, group_by_prompt=group_by_prompt, process=p, processes=processes))
         for p in range(processes)
     ]
     assert len({len(part) for part in parts}) == 1

@@ -23,7 +23,7 @@ OnDone = Callable[[int], None]
 
 
 class Precision(NamedTuple):
-    """The type of the computation; weights stay fp32 and autocast does the rest.
+    """The type of the computation, by autocast; weights are those that training computes with.
 
     Scoring and training must round alike, or a policy would differ from the player that it is.
     """

@@ -49,6 +49,7 @@ from tpaw.report.progress import note, progress
 from tpaw.report.summary import write_summary
 from tpaw.rundir import RunDirectory, check_output, open_run
 from tpaw.scoring import Precision, fill_store, score_sequences
+from tpaw.split_weights import round_weights
 from tpaw.team import Player, Team
 from tpaw.token_table import TokenIds, read_table, write_table
 from tpaw.train_stage import Triple, TripleRows, train_iteration
@@ -276,6 +277,8 @@ class Stages:
         if self._loaded is None or self._loaded[:2] != (player.fingerprint, dtype):
             self._loaded = None
             model = load_model(player, self.config.model, dtype=dtype, device=self.device)
+            if dtype == torch.float32 and self.config.train.weights == "split":
+                round_weights(model)  # scored as it trains
             self._loaded = (player.fingerprint, dtype, model)
         return self._loaded[2]
 

@@ -32,9 +32,10 @@ from tpaw.generation.responses import Response
 from tpaw.inputs import Inputs
 from tpaw.interrupt import StopSignal
 from tpaw.rundir import RunDirectory
+from tpaw.split_weights import restore_fp32
 from tpaw.token_table import TokenIds
 from tpaw.trainer import ADVICE, FIRST_STEP_TOLERANCE, TeamTrainer
-from tpaw.training_arguments import training_arguments
+from tpaw.training_arguments import split_optimizer, training_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,7 +99,7 @@ def train_iteration(
     on_step: Callable[[int, str], None],
     stop: StopSignal,
 ) -> float:
-    """Train θ_{t+1} from `policy`, which is θ_t, and save it into `publish_to`.
+    """Train θ_{t+1} from `policy`, which is θ_t in fp32, and save it into `publish_to` in fp32.
 
     Goes on from the last saved step, if there is one.
 
@@ -120,10 +121,11 @@ def train_iteration(
         pad_token_id=inputs.tokenizer.pad_token_id,
         bos_token_id=inputs.tokenizer.bos_token_id,
     )
+    arguments = training_arguments(config, t, run.training(t + 1))
     with _tensorboard_in(run.iteration(t + 1) / "tensorboard"):
         trainer = TeamTrainer(
             model=policy,
-            args=training_arguments(config, t, run.training(t + 1)),
+            args=arguments,
             train_dataset=rows,
             processing_class=inputs.tokenizer,
             objective={
@@ -134,11 +136,14 @@ def train_iteration(
             group_by_prompt=config.train.group_by_prompt,
             first_step_tolerance=FIRST_STEP_TOLERANCE[config.precision],
             callbacks=[recorder],
+            optimizer_cls_and_kwargs=split_optimizer(config, arguments),
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     if trainer.state.global_step < trainer.state.max_steps:
         stop.check()
+    if config.train.weights == "split":
+        restore_fp32(trainer.optimizer)
     if not all(bool(p.isfinite().all()) for p in policy.parameters()):
         raise DivergenceError(f"θ_{t + 1} has weights that are not numbers; {ADVICE}")
     trainer.save_model(str(publish_to))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from tpaw.config import RunConfig, at_iteration
 from tpaw.config_file import explain_unknown
 from tpaw.errors import InputError
 from tpaw.model import pick_device
+from tpaw.split_weights import SplitRMSprop
 
 # They follow a metric of evaluations during training, and there are none.
 _SCHEDULES_BY_METRIC = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
@@ -64,6 +66,15 @@ def training_arguments(config: RunConfig, t: int, output: Path) -> TrainingArgum
     return arguments
 
 
+def split_optimizer(
+    config: RunConfig, arguments: TrainingArguments
+) -> tuple[type[SplitRMSprop], dict[str, Any]] | None:
+    """The optimizer of `train.weights: split` and its options; None where transformers chooses."""
+    if config.train.weights == "fp32":
+        return None
+    return SplitRMSprop, Trainer.get_optimizer_cls_and_kwargs(arguments)[1]
+
+
 def check_training(config: RunConfig) -> None:
     """Refuse an optimizer, schedule, tracker or passed-through argument that cannot work.
 
@@ -86,7 +97,9 @@ def check_training(config: RunConfig) -> None:
             raise InputError(f"train.report_to: {list(train.report_to)}: {error}") from None
         model = torch.nn.Linear(1, 1)
         try:
-            optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+            optimizer_class, options = split_optimizer(
+                config, arguments
+            ) or Trainer.get_optimizer_cls_and_kwargs(arguments, model)
             optimizer = optimizer_class(model.parameters(), **options)
         except (ImportError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"train.optimizer: {train.optimizer}: {error}") from None
