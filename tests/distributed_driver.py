@@ -1,4 +1,4 @@
-"""A few steps of TeamTrainer in one process or several: `torchrun distributed_driver.py OUT MODE`."""
+"""A few steps of TeamTrainer: `torchrun distributed_driver.py OUT OPTIONS`."""
 
 from __future__ import annotations
 

@@ -340,6 +340,28 @@ def test_an_architecture_is_packed_if_it_can_be_and_right_in_any_case(name):
     assert torch.allclose(logps_S, expected_S, rtol=1e-5, atol=1e-4)
 
 
+def test_a_wrapper_that_rounds_what_the_model_returns_does_not_round_log_probs():
+    """FSDP2 does so in mixed precision."""
+
+    class Rounding(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, **inputs):
+            return SimpleNamespace(logits=self.model(**inputs).logits.bfloat16())
+
+    model = make_model("llama")
+    prepare(model, 99)
+    rows = packed_row(ragged_team(2, seed=0))
+    results = []
+    for entered in (model, Rounding(model)):
+        logps_S = response_logps(entered, rows)
+        results.append([logps_S, *torch.autograd.grad(logps_S.sum(), list(model.parameters()))])
+    for plain, rounded in zip(*results, strict=True):
+        assert torch.equal(plain, rounded)
+
+
 def test_a_prepared_model_generates_and_gives_logits_as_before():
     model, reference = make_model("llama"), make_model("llama")
     prepare(model, 99)

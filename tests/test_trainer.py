@@ -16,9 +16,9 @@ from test_objective import paper_loss
 from transformers import TrainerCallback, TrainingArguments
 
 from tpaw.errors import DivergenceError, PolicyMismatchError
+from tpaw.layout import PACKED_ROWS
 from tpaw.scoring import Precision, score_sequences
 from tpaw.token_table import token_ids
-from tpaw.layout import PACKED_ROWS
 from tpaw.trainer import FIRST_STEP_TOLERANCE, TeamTrainer
 from tpaw.triple_batches import COLUMNS, collate_triples
 

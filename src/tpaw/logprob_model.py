@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tpaw.layout import PACKED_ROWS, PADDED_ROWS, Layout
@@ -35,13 +35,14 @@ class Preparation(NamedTuple):
     notes: tuple[str, ...]
 
 
-def prepare(model: nn.Module, longest: int) -> Preparation:
+def prepare(model: Any, longest: int) -> Preparation:
     """Make a model answer with log-probs, from packed rows if it can.
 
     To be called before the model is wrapped (DDP, FSDP, DeepSpeed). For everything but
     `response_logps` the model stays what it was.
 
     Args:
+        model: a causal language model of transformers, also one that PEFT has wrapped.
         longest: tokens of the longest prompt and response.
     """
     notes = []
@@ -68,7 +69,7 @@ def prepare(model: nn.Module, longest: int) -> Preparation:
 class _Trial:
     """A few tokens whose log-probs a model gave while it was still untouched."""
 
-    def __init__(self, model: nn.Module, layout: Layout) -> None:
+    def __init__(self, model: Any, layout: Layout) -> None:
         self.model = model
         vocabulary = model.get_input_embeddings().num_embeddings
         rng = np.random.default_rng(0)

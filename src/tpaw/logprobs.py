@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,9 +80,10 @@ def answer_with_logps(head: nn.Module) -> Callable[[], None]:
     Returns:
         A function that undoes it.
     """
-    logits_of = head.forward
-    if hasattr(logits_of, "undo"):
-        return logits_of.undo  # it does already
+    logits_of: Callable[[Tensor], Tensor] = head.forward
+    undo_earlier: Callable[[], None] | None = getattr(logits_of, "undo", None)
+    if undo_earlier is not None:
+        return undo_earlier
     # Decided now: a wrapper may change the class of a module.
     is_linear = type(head) is nn.Linear
 
@@ -92,17 +93,19 @@ def answer_with_logps(head: nn.Module) -> Callable[[], None]:
             return logits_of(hidden)
         hidden_RH = hidden.flatten(0, -2)[question.read_R]
         if is_linear:
-            logps_R = token_logps(hidden_RH, head.weight, head.bias, question.labels_R)
+            # Read now: FSDP and DeepSpeed put whole weights in their place for the call.
+            weight_VH, bias_V = cast(Tensor, head.weight), cast("Tensor | None", head.bias)
+            logps_R = token_logps(hidden_RH, weight_VH, bias_V, question.labels_R)
         else:
             logps_R = _logps_by_logits(logits_of, hidden_RH, question.labels_R)
         question.logps_R = logps_R
         return logps_R
 
     def undo() -> None:
-        head.forward = logits_of  # type: ignore[method-assign]
+        head.forward = logits_of
 
     forward.undo = undo  # type: ignore[attr-defined]
-    head.forward = forward  # type: ignore[method-assign]
+    head.forward = forward
     return undo
 
 
@@ -114,7 +117,8 @@ def _logps_by_logits(
     def logps(hidden_CH: Tensor, labels_C: Tensor) -> Tensor:
         return _label_logps(logits_of(hidden_CH), labels_C)
 
-    pieces = zip(hidden_RH.split(TOKENS_IN_A_CHUNK), labels_R.split(TOKENS_IN_A_CHUNK), strict=True)
+    chunks = (torch.split(x, TOKENS_IN_A_CHUNK) for x in (hidden_RH, labels_R))
+    pieces = zip(*chunks, strict=True)
     return torch.cat([checkpoint(logps, *piece, use_reentrant=False) for piece in pieces])
 
 

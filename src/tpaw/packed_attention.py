@@ -59,7 +59,7 @@ def make_spans(spans: Sequence[Span]) -> Spans:
         queries.append(span.end - span.begin)
         keys.append(span.prefix_end - span.prefix_begin + queries[-1])
     return {
-        "spans": tuple(tuple(span) for span in spans),
+        "spans": tuple((s.begin, s.end, s.prefix_begin, s.prefix_end) for s in spans),
         "key_index_K": torch.cat(index),
         "query_ends_N": F.pad(torch.tensor(queries).cumsum(0), (1, 0)).int(),
         "key_ends_N": F.pad(torch.tensor(keys).cumsum(0), (1, 0)).int(),
@@ -135,7 +135,7 @@ def _one_by_one(
     # Split and not sliced: the gradient of a slice is as large as the row.
     lengths = [end - begin for begin, end, _, _ in spans["spans"]]
     first_of = {begin: i for i, (begin, _, _, _) in enumerate(spans["spans"])}
-    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
+    queries, keys, values = (torch.split(x, lengths, dim=2) for x in (query, key, value))
     outputs = []
     for i, (_, _, prefix_begin, prefix_end) in enumerate(spans["spans"]):
         k, v, prefix = keys[i], values[i], prefix_end - prefix_begin

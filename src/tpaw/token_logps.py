@@ -36,7 +36,7 @@ def token_logps(
         bias_V: the output head's bias, if it has one.
         labels_T: int64 token ids.
     """
-    logps_T: Tensor = _TokenLogps.apply(hidden_TH, weight_VH, bias_V, labels_T)
+    logps_T: Tensor = _TokenLogps.apply(hidden_TH, weight_VH, bias_V, labels_T)  # type: ignore[no-untyped-call]
     return logps_T
 
 
@@ -66,7 +66,7 @@ class _TokenLogps(torch.autograd.Function):
         return logps_T
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TH, weight_VH, bias_V, labels_T, log_totals_T = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from tpaw.layout import Layout, PromptAndResponse, Rows, Unit
-from tpaw.token_table import TokenIds, token_ids
+from tpaw.layout import Layout, Rows, Unit
+from tpaw.token_table import token_ids
 
 COLUMNS = (
     "prompt_ids",
@@ -107,7 +107,7 @@ class TripleSizes:
         return Unit.of(int(prompt), [int(target), *map(int, self.lengths[triples, 2])])
 
 
-class TripleBatchSampler(Sampler[_Part]):
+class TripleBatchSampler(Sampler[Any]):
     """Shuffles, cuts into batches of a number of triples, and shares each out to rows.
 
     Every process computes the same plan and takes its rows of it, so all have as many, whatever
@@ -170,7 +170,7 @@ class TripleBatchSampler(Sampler[_Part]):
         return _Part([[i for u in row for i in units[u]] for row in mine], len(triples))
 
 
-class BatchedTriples(Dataset[TripleBatch]):
+class BatchedTriples(Dataset[Any]):
     """A dataset of triples that is indexed by what `TripleBatchSampler` yields."""
 
     def __init__(self, dataset: Any, layout: Layout) -> None:
