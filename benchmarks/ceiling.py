@@ -48,8 +48,8 @@ def seconds_of_training(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     options_of = parser(__doc__)
-    options_of.add_argument("--triples", type=int, default=32)
-    options_of.add_argument("--batch", type=int, default=16, help="triples in an optimizer step")
+    options_of.add_argument("--triples", type=int, default=16)
+    options_of.add_argument("--batch", type=int, default=8, help="triples in an optimizer step")
     options_of.add_argument("--length-scale", type=float, default=1.0)
     options_of.add_argument("--checkpointing", action="store_true")
     options = parse(options_of, argv)

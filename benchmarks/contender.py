@@ -27,6 +27,8 @@ class Settings:
 
     Attributes:
         batch: triples in an optimizer step.
+        lean_optimizer: update tensor by tensor. On a GPU torch otherwise makes a temporary as large
+            as all weights; the speed is the same where tensors are large. Ours only.
         watch: keep each step's loss, the first step's gradient and the final weights, for the gate.
     """
 
@@ -36,6 +38,7 @@ class Settings:
     learning_rate: float = 1e-6
     epochs: int = 1
     checkpointing: bool = False
+    lean_optimizer: bool = False
     watch: bool = False
 
 

@@ -140,6 +140,7 @@ def train(
     ]
     device = next(model.parameters()).device
     clock = StepClock(device, settings.watch)
+    lean = (torch.optim.RMSprop, {"lr": settings.learning_rate, "foreach": False})
     with TemporaryDirectory() as folder:
         trainer = TeamTrainer(
             model=model,
@@ -153,6 +154,7 @@ def train(
             processing_class=None,
             objective=settings.objective,
             callbacks=[clock],
+            optimizer_cls_and_kwargs=lean if settings.lean_optimizer else None,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()

@@ -85,11 +85,11 @@ def run(point: Point, batch: int, bf16: bool, work: str) -> Timing:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     options_of = parser(__doc__, size="39m")
-    options_of.add_argument("--prompts", type=int, nargs="+", default=[32, 8, 16, 64])
+    options_of.add_argument("--prompts", type=int, nargs="+", default=[16, 8, 32])
     options_of.add_argument("--teams", type=int, nargs="+", default=[1, 2, 3, 4])
     options_of.add_argument("--vocabs", type=int, nargs="+", default=[32_000, 8_000, 152_000])
     options_of.add_argument("--length-scales", type=float, nargs="+", default=[1.0, 0.5, 2.0])
-    options_of.add_argument("--batch", type=int, default=16, help="triples in an optimizer step")
+    options_of.add_argument("--batch", type=int, default=8, help="triples in an optimizer step")
     options_of.epilog = "The first value of each is that of the point that the others differ from."
     options = parse(options_of, argv)
     axes = {

@@ -12,10 +12,11 @@ fp32 weights, gradients and RMSprop's state are 12 bytes a parameter: 96 GB at 8
 holds. On an H100, --weights bf16 halves that; it measures speed, but at learning rates of 1e-6
 such weights do not move, so do not train like that. FLOPs are those of flops.py.
 
-On a machine that has PyTorch with CUDA and reaches no package index, carry these wheels (versions
-in constraints.txt): transformers, tokenizers, huggingface-hub, accelerate, safetensors, pydantic,
-pydantic-core, annotated-types, typing-inspection, scipy, pyarrow, rich, markdown-it-py, mdurl,
-pygments and what `pip check` then names; run with PYTHONPATH=src. TRL and datasets are not needed.
+On a machine that has PyTorch with CUDA but reaches no package index, carry wheels of these at the
+versions of constraints.txt: transformers, tokenizers, huggingface-hub, httpx2, httpcore2,
+truststore, pydantic, pydantic-core, annotated-types, typing-inspection, and accelerate, pyarrow,
+scipy, rich, safetensors where they are absent or old; run with PYTHONPATH=src. train_step.py needs
+trl, datasets, dill and multiprocess too.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.bf16,
         epochs=options.steps,
         checkpointing=options.checkpointing,
+        lean_optimizer=True,
     )
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -109,9 +109,9 @@ def check(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
-    options_of = parser(__doc__)
-    options_of.add_argument("--prompts", type=int, default=16, help="three triples each")
-    options_of.add_argument("--batch", type=int, default=16, help="triples in an optimizer step")
+    options_of = parser(__doc__, size="39m")
+    options_of.add_argument("--prompts", type=int, default=8, help="three triples each")
+    options_of.add_argument("--batch", type=int, default=8, help="triples in an optimizer step")
     options_of.add_argument("--length-scale", type=float, default=1.0)
     options_of.add_argument("--plain-micro-batches", type=int, nargs="+", default=[2, 8])
     options = parse(options_of, argv)

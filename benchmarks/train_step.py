@@ -122,8 +122,8 @@ def prepare_trl(case: Case, micro_batch: int, train: bool) -> Callable[[], objec
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     options_of = parser(__doc__)
-    options_of.add_argument("--triples", type=int, default=32, help="a multiple of --batch")
-    options_of.add_argument("--batch", type=int, default=16, help="triples in an optimizer step")
+    options_of.add_argument("--triples", type=int, default=16, help="a multiple of --batch")
+    options_of.add_argument("--batch", type=int, default=8, help="triples in an optimizer step")
     options_of.add_argument("--vocab", type=int, help="another vocabulary")
     options_of.add_argument("--hidden", type=int, help="another width")
     options_of.add_argument("--length-scale", type=float, default=1.0)

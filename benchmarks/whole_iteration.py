@@ -92,8 +92,8 @@ def score_anew(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     options_of = parser(__doc__, size="39m")
-    options_of.add_argument("--prompts", type=int, default=16, help="N")
-    options_of.add_argument("--batch", type=int, default=16, help="triples in an optimizer step")
+    options_of.add_argument("--prompts", type=int, default=8, help="N")
+    options_of.add_argument("--batch", type=int, default=8, help="triples in an optimizer step")
     options_of.add_argument("--length-scale", type=float, default=1.0)
     options = parse(options_of, argv)
     shape = shape_named(options.size)
