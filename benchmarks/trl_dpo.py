@@ -6,8 +6,10 @@ comparison (its default is bf16, on a CPU too), no logging. `padding_free` is sw
 computes response positions alone, elsewhere every position. Entropy, mean logits and top-1 accuracy
 are part of every training step and cannot be switched off.
 
-Reference log-probs are computed in the dataset's order, in batches of `precompute_ref_batch_size`
-pairs.
+Reference log-probs are computed in the dataset's order, in batches of as many pairs as training has
+in a micro-batch (the default of `precompute_ref_batch_size`); writing them to the dataset's cache,
+milliseconds, is part of that. Both need `sequential` order only to be comparable: sorting by length
+would spare TRL padding, and would be another training.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,12 @@ def test_contenders_alternate_and_ratios_are_within_a_repeat():
 
 def test_peak_memory_is_that_of_the_work_alone():
     assert 64 <= peak_bytes(memory_driver.keeps_little, 64) / 2**20 < 80
+
+
+def test_peak_memory_of_training_holds_gradients_and_optimizer_state():
+    shape = replace(SHAPES["tiny"], vocab=50_000)
+    weights_bytes = 4 * shape.parameters
+    assert 2 <= peak_bytes(memory_driver.trains, shape) / weights_bytes < 8
 
 
 def test_no_file_has_grown_past_350_lines():
