@@ -43,15 +43,21 @@ def print_timings(
     triples: int,
     tokens: int,
 ) -> None:
-    """A row a contender; the last ratios say how much longer it takes than `reference`."""
+    """A row a contender; the last ratios say how much longer it takes than `reference`.
+
+    Args:
+        timings: empty if only memory was measured.
+    """
     rows = []
-    for name, runs in timings.items():
-        totals = [run.total for run in runs]
-        row = [name]
-        for seconds in ([r.score for r in runs], [r.train for r in runs], totals):
-            row.append(spread([1000 * s / triples for s in seconds]).text(1))
-        row.append(spread([tokens / s for s in totals]).text(0))
-        row.append(ratios(totals, [run.total for run in timings[reference]]).text(2))
+    for name in timings or peaks:
+        row = [name] + ["–"] * 5
+        if timings:
+            runs = timings[name]
+            totals = [run.total for run in runs]
+            seconds = [[r.score for r in runs], [r.train for r in runs], totals]
+            row[1:4] = [spread([1000 * s / triples for s in part]).text(1) for part in seconds]
+            row[4] = spread([tokens / s for s in totals]).text(0)
+            row[5] = ratios(totals, [run.total for run in timings[reference]]).text(2)
         peak = peaks.get(name)
         row += [f"{b / 2**20:,.0f}" for b in peak] if peak else ["–", "–"]
         rows.append(row)
@@ -64,6 +70,8 @@ def as_json(
     timings: Mapping[str, Sequence[Timing]], peaks: Mapping[str, Peak], reference: str
 ) -> dict[str, Any]:
     """All single timings, and what the table shows."""
+    if not timings:
+        return {name: {"peak_bytes": peak._asdict()} for name, peak in peaks.items()}
     ours = [run.total for run in timings[reference]]
     return {
         name: {

@@ -10,8 +10,9 @@ making the model and the trainer, tokenising, TRL's hash of the weights. Ours is
 of cutting work, and TRL over 1, 2, 4 and 8 pairs in a micro-batch; "TRL, best of each" takes its
 best setting for scoring and its best for training.
 
-Memory is measured in processes of their own (memory.py). To see what the vocabulary does to it:
-    python benchmarks/train_step.py --size tiny --hidden 256 --vocab 152000 --triples 8 --batch 8
+Memory is measured in processes of their own (memory.py). To see what the vocabulary does to it,
+and time nothing:
+    python benchmarks/train_step.py --size tiny --hidden 256 --vocab 152000 --triples 8 --repeats 0
 """
 
 from __future__ import annotations
@@ -154,10 +155,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = {size: f"TRL, {size} pairs" for size in swept}
     names |= {AS_PEOPLE_RUN_IT: f"TRL, {AS_PEOPLE_RUN_IT} pairs (as people run it)"}
     contenders |= {names[size]: partial(run_trl, base, case.settings, size) for size in swept}
-    timings = interleaved(
-        contenders, triples, warm_up=triples[: options.batch], repeats=options.repeats
-    )
-    timings["TRL, best of each"] = best_of_each(timings, "TRL")
+    timings: dict[str, list[Timing]] = {}
+    if options.repeats:
+        timings = interleaved(
+            contenders, triples, warm_up=triples[: options.batch], repeats=options.repeats
+        )
+        timings["TRL, best of each"] = best_of_each(timings, "TRL")
     peaks: dict[str, Peak] = {}
     if not options.no_memory:
         for name, variant in ours.VARIANTS.items():

@@ -8,8 +8,8 @@ are part of every training step and cannot be switched off.
 
 Reference log-probs are computed in the dataset's order, in batches of as many pairs as training has
 in a micro-batch (the default of `precompute_ref_batch_size`); writing them to the dataset's cache,
-milliseconds, is part of that. Both need `sequential` order only to be comparable: sorting by length
-would spare TRL padding, and would be another training.
+milliseconds, is part of that. Training keeps the dataset's order: grouping by length would spare it
+padding, and would be another training.
 """
 
 from __future__ import annotations
