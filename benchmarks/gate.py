@@ -29,7 +29,7 @@ class Tolerance(NamedTuple):
 FP32 = Tolerance(loss=2e-5, gradient=1e-4, update=1e-3)
 BF16 = Tolerance(loss=5e-3, gradient=5e-2, update=2e-1)
 
-STEPS = 3
+STEPS = 2
 
 
 def gate_settings(settings: Settings) -> Settings:

@@ -1,7 +1,7 @@
 """SCORE and TRAIN with one player: ours against TRL's DPOTrainer.
 
 With one player and a target weight of one, TPAW's objective is DPO's sigmoid loss. Both get the
-same weights, triples, precision, batch size, optimizer (RMSprop) and clipping, and β = λ. Three
+same weights, triples, precision, batch size, optimizer (RMSprop) and clipping, and β = λ. Two
 steps of both on one batch are compared first; where they differ, nothing is timed.
 
 Timed are the reference log-probs of all 2N sequences, from ids in memory to log-probs in the
