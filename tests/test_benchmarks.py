@@ -1,0 +1,177 @@
+"""Each benchmark runs, on a tiny model; the gate refuses; the FLOP formula counts as torch does."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("trl")  # in the extra "dev"
+
+import common
+import flops
+import gate
+import memory_driver
+import ours
+import train_step
+from contender import Training
+from memory import peak_bytes
+from workload import SHAPES, make_model, make_triples, useful_tokens
+
+ONE_STEP = ["--triples", "4", "--batch", "4", "--length-scale", "0.1", "--no-memory"]
+SMOKE = {
+    "train_step": ONE_STEP,
+    "team_step": ["--prompts", "2", "--batch", "4", "--length-scale", "0.1"],
+    "whole_iteration": ["--prompts", "2", "--batch", "4", "--length-scale", "0.1"],
+    "ceiling": ["--triples", "4", "--batch", "2", "--length-scale", "0.1", "--checkpointing"],
+    "scaling": [
+        *("--prompts", "2", "1", "--teams", "1", "3", "--vocabs", "512", "700"),
+        *("--length-scales", "0.1", "--batch", "2"),
+    ],
+    "steps_per_second": ["--batch", "2", "--steps", "2", "--length-scale", "0.1"],
+}
+
+
+def run(name, folder, capsys):
+    options = ["--size", "tiny", "--repeats", "1", "--device", "cpu"]
+    file = folder / f"{name}.json"
+    code = importlib.import_module(name).main([*options, *SMOKE[name], "--json", str(file)])
+    printed = capsys.readouterr()
+    return code, printed, json.loads(file.read_text())["results"] if file.exists() else None
+
+
+@pytest.mark.parametrize("name", SMOKE)
+def test_it_runs_and_writes_what_it_measured(name, tmp_path, capsys):
+    code, printed, results = run(name, tmp_path, capsys)
+    assert code == 0, printed.err
+    assert "tiny" in printed.out
+    assert results
+    if name == "whole_iteration":
+        counts = {k: [i["sequences"] / 2 for i in runs[0]] for k, runs in results.items()}
+        assert counts == {"store": [2, 4, 6, 6], "no store": [2, 8, 18, 18]}
+
+
+@pytest.mark.parametrize("broken", ["lambda", "last token"])
+def test_nothing_is_timed_when_the_contenders_differ(broken, tmp_path, capsys, monkeypatch):
+    train = ours.train
+
+    def differently(model, triples, logps, settings, **variant):
+        if broken == "lambda":
+            object.__setattr__(settings, "objective", dict(settings.objective, lambda_=0.101))
+        else:
+            triples = [t._replace(target=t.target[:-1]) for t in triples]
+        return train(model, triples, logps, settings, **variant)
+
+    monkeypatch.setattr(ours, "train", differently)
+    monkeypatch.setattr(train_step, "interleaved", lambda *_, **__: pytest.fail("timed"))
+    code, printed, results = run("train_step", tmp_path, capsys)
+    assert code == 1
+    assert "REFUSED" in printed.err
+    assert results is None
+
+
+@pytest.mark.parametrize("what", ["losses", "gradient", "weights"])
+@pytest.mark.parametrize("by", [0.01, math.nan])
+def test_the_gate_looks_at_losses_gradient_and_weights(what, by):
+    def training(**changes):
+        values = {"losses": [0.6], "gradient": torch.ones(3), "weights": torch.ones(3)} | changes
+        return Training(seconds=0.0, step_seconds=[], **values)
+
+    start = torch.zeros(3)
+    gate.check_equal("the same", training(), training(), start, gate.FP32)
+    other = training(**{what: [0.6 + by] if what == "losses" else torch.ones(3) + by})
+    with pytest.raises(
+        gate.GateError, match={"losses": "loss", "weights": "update"}.get(what, what)
+    ):
+        gate.check_equal("the other", training(), other, start, gate.FP32)
+    with pytest.raises(gate.GateError, match="loss"):
+        gate.check_equal("a longer", training(losses=[0.6, 0.6]), training(), start, gate.FP32)
+
+
+@pytest.mark.parametrize("name", ["tiny", "untied"])
+def test_flops_are_those_that_torch_counts(name):
+    shape = SHAPES["tiny"]
+    if name == "untied":
+        shape = type(shape)(96, 3, 4, 1, 160, 700, tied=False, family="llama")
+    model = make_model(shape).train()
+    P, R = 30, 40
+    rows = [(P, [R])]
+    ids = torch.arange(P + R)[None]
+
+    def counted(backward, checkpointing=False):
+        model.set_attn_implementation("eager")
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        with FlopCounterMode(display=False) as counter:
+            # Its last R positions are as many as those that predict the response.
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=R).logits
+            if backward:
+                logits.sum().backward()
+        return counter.get_total_flops()
+
+    # Torch computes every pair of a query and a key, and masks half of them.
+    all_pairs, visible = (
+        flops.attention_flops(shape, n) for n in ((P + R) ** 2, flops.visible_keys(P, [R]))
+    )
+    masked = all_pairs - visible
+    # Beside the formula's, torch counts the table of rotary angles.
+    close = {"rel": 1e-3}
+    forward = flops.forward_flops(shape, rows)
+    assert counted(False) == pytest.approx(forward + masked, **close)
+    training = flops.training_flops(shape, rows)
+    assert counted(True) == pytest.approx(training + 3 * masked, **close)
+    hardware = flops.training_flops(shape, rows, recomputed=True)
+    assert counted(True, checkpointing=True) == pytest.approx(hardware + 4 * masked, **close)
+
+
+def test_visible_keys_are_those_of_the_mask():
+    P, lengths = 5, [3, 4]
+    separate = sum(torch.ones(P + R, P + R).tril().sum() for R in lengths)
+    prompt_again = torch.ones(P, P).tril().sum()
+    assert flops.visible_keys(P, lengths) == separate - prompt_again
+
+
+def test_sizes_and_lengths_are_those_that_are_stated():
+    tiny = SHAPES["tiny"]
+    weights = [p for p in make_model(tiny).parameters() if p.dim() == 2]
+    assert sum(p.numel() for p in weights) == tiny.parameters
+    assert SHAPES["qwen2.5-1.5b"].parameters == pytest.approx(1.54e9, rel=0.01)
+    assert SHAPES["llama-3.1-8b"].parameters == pytest.approx(8.03e9, rel=0.01)
+    triples = make_triples(3000, 1, 100)
+    assert useful_tokens(triples) / 3000 == pytest.approx(120 + 280 + 240, rel=0.02)
+    assert max(len(t.prompt) + max(len(t.target), len(t.generated)) for t in triples) <= 1024
+
+
+def test_contenders_alternate_and_ratios_are_within_a_repeat():
+    order = []
+
+    def named(name):
+        return lambda work: order.append((name, work)) or len(order)
+
+    found = common.interleaved({n: named(n) for n in "ab"}, "all", warm_up="few", repeats=3)
+    assert order[:2] == [("a", "few"), ("b", "few")]
+    assert "".join(name for name, _ in order[2:]) == "abbaab"
+    assert found == {"a": [3, 6, 7], "b": [4, 5, 8]}
+    assert common.ratios([2.0, 30.0, 8.0], [1.0, 10.0, 8.0]) == common.Spread(2.0, 1.0, 3.0)
+
+
+def test_peak_memory_is_that_of_the_work_alone():
+    assert 64 <= peak_bytes(memory_driver.keeps_little, 64) / 2**20 < 80
+
+
+def test_peak_memory_of_training_holds_gradients_and_optimizer_state():
+    shape = replace(SHAPES["tiny"], vocab=50_000)
+    weights_bytes = 4 * shape.parameters
+    assert 2 <= peak_bytes(memory_driver.trains, shape) / weights_bytes < 8
+
+
+def test_no_file_has_grown_past_350_lines():
+    files = list(Path(common.__file__).parent.glob("*.py"))
+    assert len(files) > 10
+    assert all(len(file.read_text().splitlines()) <= 350 for file in files)
