@@ -127,7 +127,6 @@ def train(
     settings: Settings,
     *,
     tokens_per_row: int = DEFAULT_VARIANT["tokens_per_row"],
-    group_by_prompt: bool = False,
 ) -> Training:
     """Train the model in place on the triples."""
     rows = [
@@ -155,7 +154,6 @@ def train(
             processing_class=None,
             objective=settings.objective,
             tokens_per_row=tokens_per_row,
-            group_by_prompt=group_by_prompt,
             callbacks=[clock],
             optimizer_cls_and_kwargs=lean if settings.lean_optimizer else None,
         )

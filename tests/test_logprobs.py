@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ import tpaw.logprobs
 import tpaw.token_logps
 from tpaw.layout import PACKED_ROWS, PADDED_ROWS, packed_row, padded_rows
 from tpaw.logprob_model import prepare
-from tpaw.logprobs import answer_with_logps, response_logps
+from tpaw.logprobs import answer_with_logits, response_logps
 from tpaw.token_logps import token_logps
 from tpaw.token_table import token_ids
 
@@ -381,8 +382,23 @@ def test_preparing_twice_is_as_once_and_can_be_undone():
     forward = model.lm_head.forward
     first, second = prepare(model, 99), prepare(model, 99)
     assert first == second
-    answer_with_logps(model.lm_head)()
+    answer_with_logits(model.lm_head)
     assert model.lm_head.forward == forward
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_a_copy_of_a_prepared_model_has_a_head_of_its_own(kind):
+    model = make_model(kind)
+    prepare(model, 99)
+    other = copy.deepcopy(model)
+    rows = packed_row(ragged_team(2, seed=0))
+    before = response_logps(other, rows)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    after = response_logps(other, rows)
+    assert torch.equal(before, after)
+    after.sum().backward()
+    assert other.lm_head.weight.grad.abs().max() > 0
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_a_choice_of_attention_is_respected():

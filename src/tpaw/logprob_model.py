@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tpaw.layout import PACKED_ROWS, PADDED_ROWS, Layout
-from tpaw.logprobs import answer_with_logps, response_logps
+from tpaw.logprobs import answer_with_logits, answer_with_logps, response_logps
 from tpaw.packed_attention import PACKED
 from tpaw.token_table import token_ids
 
@@ -50,9 +50,9 @@ def prepare(model: Any, longest: int) -> Preparation:
     if head is None:
         return Preparation(PADDED_ROWS, ("all logits are held: no output head is to be found",))
     plain = _Trial(model, PADDED_ROWS)
-    undo = answer_with_logps(head)
+    answer_with_logps(head)
     if not plain.agrees_with(PADDED_ROWS):
-        undo()
+        answer_with_logits(head)
         notes.append("all logits are held: the model changes what its output head gives")
     reason = _why_not_packed(model, longest)
     if reason is None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, cast
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,39 +75,34 @@ def response_logps(model: nn.Module, rows: Rows) -> Tensor:
     return logps_U[rows["distinct_S"]]
 
 
-def answer_with_logps(head: nn.Module) -> Callable[[], None]:
-    """Make an output head answer `response_logps` with log-probs; nothing else notices.
+def answer_with_logps(head: nn.Module) -> None:
+    """Make an output head answer `response_logps` with log-probs; nothing else notices."""
+    if not hasattr(head, "logits_of"):
+        head.logits_of = head.forward  # type: ignore[assignment]
+        # Decided now: a wrapper may change the class of a module.
+        head.is_plain_matrix = type(head) is nn.Linear  # type: ignore[assignment]
+        # A method, so that a copy of the model is bound to its own head.
+        head.forward = MethodType(_answer, head)
 
-    Returns:
-        A function that undoes it.
-    """
-    logits_of: Callable[[Tensor], Tensor] = head.forward
-    undo_earlier: Callable[[], None] | None = getattr(logits_of, "undo", None)
-    if undo_earlier is not None:
-        return undo_earlier
-    # Decided now: a wrapper may change the class of a module.
-    is_linear = type(head) is nn.Linear
 
-    def forward(hidden: Tensor) -> Tensor:
-        question = _QUESTION.get()
-        if question is None:
-            return logits_of(hidden)
-        hidden_RH = hidden.flatten(0, -2)[question.read_R]
-        if is_linear:
-            # Read now: FSDP and DeepSpeed put whole weights in their place for the call.
-            weight_VH, bias_V = cast(Tensor, head.weight), cast("Tensor | None", head.bias)
-            logps_R = token_logps(hidden_RH, weight_VH, bias_V, question.labels_R)
-        else:
-            logps_R = _logps_by_logits(logits_of, hidden_RH, question.labels_R)
-        question.logps_R = logps_R
-        return logps_R
+def answer_with_logits(head: nn.Module) -> None:
+    """Undo `answer_with_logps`."""
+    head.forward = head.logits_of  # type: ignore[assignment]
+    del head.logits_of
 
-    def undo() -> None:
-        head.forward = logits_of
 
-    forward.undo = undo  # type: ignore[attr-defined]
-    head.forward = forward
-    return undo
+def _answer(head: Any, hidden: Tensor) -> Any:
+    question = _QUESTION.get()
+    if question is None:
+        return head.logits_of(hidden)
+    hidden_RH = hidden.flatten(0, -2)[question.read_R]
+    if head.is_plain_matrix:
+        # Looked up in the call: FSDP and DeepSpeed put whole weights in their place for it.
+        logps_R = token_logps(hidden_RH, head.weight, head.bias, question.labels_R)
+    else:
+        logps_R = _logps_by_logits(head.logits_of, hidden_RH, question.labels_R)
+    question.logps_R = logps_R
+    return logps_R
 
 
 def _logps_by_logits(
