@@ -20,7 +20,7 @@ SAMPLING = Sampling(
     max_new_tokens=12,
     max_length=64,
     stop_token_ids=(4,),
-    batch_size=5,
+    tokens_per_batch=200,
 )
 GREEDY = SAMPLING._replace(temperature=0.0)
 
@@ -97,7 +97,7 @@ def test_sampling_is_the_models_distribution_at_temperature_one():
             model(input_ids=torch.tensor(prompt)[None].long()).logits[0, -1], 0
         )
     count = 4000
-    sampling = SAMPLING._replace(max_new_tokens=1, batch_size=1000)
+    sampling = SAMPLING._replace(max_new_tokens=1, tokens_per_batch=30000)
     drawn = HFGenerator(model).generate([prompt] * count, sampling, 0, ignore)
     frequency = torch.bincount(torch.tensor([c.token_ids[0] for c in drawn]), minlength=320) / count
     assert expected.max() < 0.9
@@ -125,7 +125,7 @@ def test_temperature_top_p_and_top_k_shape_the_distribution(change):
     expected = torch.zeros(320, dtype=torch.float64)
     expected[kept] = torch.softmax(logits[kept] / change.get("temperature", 1.0), 0)
     count = 4000
-    sampling = SAMPLING._replace(max_new_tokens=1, batch_size=1000, **change)
+    sampling = SAMPLING._replace(max_new_tokens=1, tokens_per_batch=30000, **change)
     drawn = HFGenerator(model).generate([prompt] * count, sampling, 0, ignore)
     frequency = torch.bincount(torch.tensor([c.token_ids[0] for c in drawn]), minlength=320) / count
     plain = torch.softmax(logits, 0)
@@ -137,7 +137,7 @@ def test_temperature_top_p_and_top_k_shape_the_distribution(change):
 
 def test_top_k_0_leaves_every_token_possible():
     # A random model's tokens are nearly equally likely; by itself `generate` would keep 50.
-    sampling = SAMPLING._replace(max_new_tokens=1, batch_size=1000)
+    sampling = SAMPLING._replace(max_new_tokens=1, tokens_per_batch=30000)
     drawn = HFGenerator(make_model(seed=1)).generate([prompts(1)[0]] * 3000, sampling, 0, ignore)
     assert len({int(c.token_ids[0]) for c in drawn}) > 250
 
