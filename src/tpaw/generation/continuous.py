@@ -63,8 +63,9 @@ def obstacle(model: PreTrainedModel) -> str | None:
         return "its cache is not one of keys and values"
     if getattr(config, "attention_chunk_size", None) is not None:
         return "it attends in chunks"
-    if getattr(config, "_attn_implementation", "") not in ("eager", "sdpa", "flash_attention_2"):
-        return "its attention is not eager, sdpa or flash_attention_2"
+    attention = str(config._attn_implementation)
+    if attention not in ("eager", "sdpa") and not attention.startswith("flash_attention_"):
+        return f"its attention is {attention}"
     return None
 
 
