@@ -5,8 +5,9 @@
 The models are random, so they would never stop by themselves. A hook on the model makes each
 emitted token the one before it less one, and 0 stops: a prompt's last token is the length of its
 answer. Every contender runs the whole model and its whole sampling, meets the same lengths, and
-cannot know them beforehand. Lengths are lognormal, prompts of 120 tokens in the mean and answers
-of 240. Every answer is checked.
+cannot know them beforehand. Lengths are lognormal, prompts of 120 tokens in the mean, answers of
+240 and at most 1024, all times `--scale`, which by default makes it a matter of minutes. Every
+answer is checked.
 
 Repeats are interleaved: a contender's ratio is to the plain `generate` of the same repeat.
 """
@@ -17,6 +18,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,9 +38,10 @@ from tpaw.generation.base import Sampling
 from tpaw.generation.hf import HFGenerator
 from tpaw.token_table import TokenIds, token_ids
 
-LONGEST_ANSWER = 1024
+LONGEST = 1024
 STOP = 0
 ROWS_OF_PLAIN = 64
+MEAN_PROMPT, MEAN_ANSWER = 120, 240
 # hidden size, layers, heads, intermediate size
 SIZES = {"0.1B": (640, 14, 10, 2560), "small": (256, 4, 4, 1024)}
 
@@ -76,20 +79,20 @@ def make_prompts(count: int, scale: float, seed: int = 0) -> list[TokenIds]:
     rng = np.random.default_rng(seed)
 
     def lengths(mean: float, sigma: float, longest: int) -> np.ndarray:
-        drawn = rng.lognormal(np.log(mean * scale) - sigma**2 / 2, sigma, count)
-        return drawn.clip(1, longest).astype(int)
+        drawn = rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, count).clip(1, longest)
+        return (drawn * scale).clip(1).astype(int)
 
-    prompts = lengths(120, 0.6, LONGEST_ANSWER)
-    answers = lengths(240, 0.7, LONGEST_ANSWER)
+    prompts = lengths(MEAN_PROMPT, 0.6, LONGEST)
+    answers = lengths(MEAN_ANSWER, 0.7, LONGEST)
     return [
-        token_ids([*rng.integers(2 * LONGEST_ANSWER, 32_000, n - 1), answer])
+        token_ids([*rng.integers(LONGEST + 1, 32_000, n - 1), answer])
         for n, answer in zip(prompts, answers, strict=True)
     ]
 
 
-def ours(model: Qwen2ForCausalLM, tokens_per_batch: int) -> Contender:
+def ours(model: Qwen2ForCausalLM, longest: int, tokens_per_batch: int) -> Contender:
     """`HFGenerator`, which knows the longest possible answer and no more."""
-    sampling = Sampling(1.0, 1.0, 0, LONGEST_ANSWER, 2 * LONGEST_ANSWER, (STOP,), tokens_per_batch)
+    sampling = Sampling(1.0, 1.0, 0, longest, 2 * longest, (STOP,), tokens_per_batch)
 
     def answer(prompts: Sequence[TokenIds], seed: int) -> list[list[int]]:
         found = HFGenerator(model).generate(prompts, sampling, seed, lambda count: None)
@@ -98,10 +101,10 @@ def ours(model: Qwen2ForCausalLM, tokens_per_batch: int) -> Contender:
     return answer
 
 
-def plain(model: Qwen2ForCausalLM) -> Contender:
+def plain(model: Qwen2ForCausalLM, longest: int) -> Contender:
     """`model.generate`, 64 rows at a time as they come."""
     config = GenerationConfig(
-        do_sample=True, top_k=0, max_new_tokens=LONGEST_ANSWER, eos_token_id=STOP, pad_token_id=STOP
+        do_sample=True, top_k=0, max_new_tokens=longest, eos_token_id=STOP, pad_token_id=STOP
     )
 
     def answer(prompts: Sequence[TokenIds], seed: int) -> list[list[int]]:
@@ -109,27 +112,27 @@ def plain(model: Qwen2ForCausalLM) -> Contender:
         answers: list[list[int]] = []
         for begin in range(0, len(prompts), ROWS_OF_PLAIN):
             rows = prompts[begin : begin + ROWS_OF_PLAIN]
-            longest = max(map(len, rows))
-            input_ids = torch.zeros((len(rows), longest), dtype=torch.int64, device=model.device)
+            width = max(map(len, rows))
+            input_ids = torch.zeros((len(rows), width), dtype=torch.int64, device=model.device)
             for row, prompt in enumerate(rows):
-                input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+                input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
             with torch.inference_mode():
                 output = model.generate(
                     input_ids=input_ids,
                     attention_mask=(input_ids > 0).long(),
                     generation_config=config,
                 )
-            for tokens in output[:, longest:].tolist():
+            for tokens in output[:, width:].tolist():
                 answers.append(tokens[: tokens.index(STOP) + 1])
         return answers
 
     return answer
 
 
-def continuous_batching(model: Qwen2ForCausalLM, tokens_per_batch: int) -> Contender:
+def continuous_batching(model: Qwen2ForCausalLM, longest: int, tokens_per_batch: int) -> Contender:
     """transformers' own continuous batching, with as many tokens of cache as ours."""
     config = GenerationConfig(
-        do_sample=True, top_k=0, max_new_tokens=LONGEST_ANSWER, eos_token_id=STOP, pad_token_id=STOP
+        do_sample=True, top_k=0, max_new_tokens=longest, eos_token_id=STOP, pad_token_id=STOP
     )
 
     def answer(prompts: Sequence[TokenIds], seed: int) -> list[list[int]]:
@@ -160,6 +163,7 @@ def measure(
             started = time.perf_counter()
             answers = contender(prompts, repeat)
             seconds[name].append(time.perf_counter() - started)
+            print(f"{name}: {seconds[name][-1]:.1f} s", file=sys.stderr, flush=True)
             if answers != expected:
                 raise SystemExit(f"{name}: wrong answers")
     return seconds
@@ -177,9 +181,9 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rows", type=int, default=128)
-    parser.add_argument("--scale", type=float, default=1.0, help="of the mean lengths")
+    parser.add_argument("--scale", type=float, default=0.2, help="of all lengths")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tokens-per-batch", type=int, nargs="+", default=[131072])
+    parser.add_argument("--tokens-per-batch", type=int, nargs="+")
     parser.add_argument("--only-ours", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("generation.json"))
     options = parser.parse_args()
@@ -188,12 +192,16 @@ def main() -> None:
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     model = make_model(options.size, dtype, options.device)
     prompts = make_prompts(options.rows, options.scale)
+    longest = int(LONGEST * options.scale)
+    # By default as many rows at a time as the plain `generate` has.
+    same_rows = int(ROWS_OF_PLAIN * (MEAN_PROMPT * options.scale + longest))
+    budgets = options.tokens_per_batch or [same_rows]
     contenders: dict[str, Contender] = {}
     if not options.only_ours:
-        contenders["generate"] = plain(model)
-        contenders["continuous batching"] = continuous_batching(model, options.tokens_per_batch[0])
-    for tokens in options.tokens_per_batch:
-        contenders[f"tpaw {tokens}"] = ours(model, tokens)
+        contenders["generate"] = plain(model, longest)
+        contenders["continuous batching"] = continuous_batching(model, longest, budgets[0])
+    for tokens in budgets:
+        contenders[f"tpaw {tokens}"] = ours(model, longest, tokens)
     seconds = measure(contenders, prompts, options.repeats)
 
     base = next(iter(seconds.values()))
