@@ -17,10 +17,10 @@ test: $(READY)  ## Every test; the repository's own checks too where their files
 check: format lint types test
 
 format: $(READY)
-	$(BIN)/ruff format --check src tests checks
+	$(BIN)/ruff format --check src tests checks benchmarks
 
 lint: $(READY)
-	$(BIN)/ruff check src tests checks
+	$(BIN)/ruff check src tests checks benchmarks
 
 types: $(READY)
 	$(BIN)/mypy

@@ -147,12 +147,20 @@ def test_greedy_equals_one_row_at_a_time_and_stops_where_the_model_does(kind, mo
     generator = HFGenerator(model)
     assert generator.obstacle is None
     widths = watch_rows(model)
+    joined, add = [], SlotCache.add
+
+    def watch_add(cache, filled, lengths):
+        joined.append(len(cache.starts))
+        add(cache, filled, lengths)
+
+    monkeypatch.setattr(SlotCache, "add", watch_add)
     found = generator.generate(rows, sampling._replace(stop_token_ids=stops), 0, ignore)
     assert [c.token_ids.tolist() for c in found] == expected
     assert len({len(tokens) for tokens in expected}) > 3
     # Five rows of 35 tokens fit, and shorter ones come in as rows end: no row is carried on.
     assert sum(widths) == sum(map(len, expected))
     assert widths[0] == 5 < max(widths)
+    assert sum(others > 0 for others in joined) > 3
     for completion in found:
         ended = completion.token_ids[-1] in stops
         assert completion.finish_reason == ("stop" if ended else "length")
