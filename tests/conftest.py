@@ -129,7 +129,7 @@ def settings(model_folder: Path, data_file: Path, heldout_file: Path) -> dict:
         "data": {"path": str(data_file)},
         "iterations": 3,
         "max_length": 128,
-        "generate": {"max_new_tokens": 12, "batch_size": 4, "shard_size": 10},
+        "generate": {"max_new_tokens": 12, "tokens_per_batch": 256, "shard_size": 10},
         "score": {"tokens_per_row": 512, "shard_size": 20},
         "train": {
             "learning_rate": 1e-3,
@@ -158,7 +158,7 @@ def finished(tmp_path_factory, model_folder, data_file, heldout_file):
             "model": {"path": str(model_folder)},
             "data": {"path": str(data_file)},
             "max_length": 128,
-            "generate": {"max_new_tokens": 12, "batch_size": 8, "shard_size": 16},
+            "generate": {"max_new_tokens": 12, "tokens_per_batch": 512, "shard_size": 16},
             "objective": {"lambda": [0.1, 0.1, 0.1, 5.0]},
             "train": {
                 "learning_rate": 1e-3,

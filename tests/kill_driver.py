@@ -20,14 +20,14 @@ import tpaw.scoring
 import tpaw.stages
 import tpaw.train_stage
 from tpaw.config_file import load_config
-from tpaw.generation.hf import HFGenerator
+from tpaw.generation.slots import SlotCache
 from tpaw.selfplay import self_play
 from tpaw.trainer import TeamTrainer
 
 PLACES: dict[str, tuple[Any, str]] = {
     "publish": (os, "replace"),  # every publication is a rename: just before it
     "published": (os, "replace"),  # and just after it
-    "generate": (HFGenerator, "_emit"),
+    "generate": (SlotCache, "step"),  # a token for every row
     "score": (tpaw.scoring, "response_logps"),
     "train": (TeamTrainer, "compute_loss"),
     "save": (transformers.Trainer, "_save_optimizer_and_scheduler"),

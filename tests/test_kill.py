@@ -14,7 +14,7 @@ DRIVER = Path(__file__).with_name("kill_driver.py")
 # Points of one run directory, one after the other; counts begin anew with each process.
 IN_EACH_STAGE = [
     "evaluate:1",  # θ_0's evaluation
-    "generate:5",  # inside the second shard of D_0
+    "generate:80",  # inside the second shard of D_0
     "publish:1",  # a shard is written and not yet there
     "published:1",  # it is there and not yet in the manifest
     "score:2",
@@ -24,7 +24,7 @@ IN_EACH_STAGE = [
     "saved:1",  # it is written and not yet declared whole
     "train:6",  # after a saved step
     "evaluate:1",  # θ_1's
-    "generate:2",
+    "generate:30",
     "score:3",
     "train:7",
 ]

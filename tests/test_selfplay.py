@@ -255,16 +255,16 @@ def test_every_setting_reaches_the_generator(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(tpaw.stages, "HFGenerator", Recording)
     settings |= {"iterations": 1, "precision": "bf16", "deterministic": False}
     settings["generate"] |= {"temperature": 0.7, "top_p": 0.8, "top_k": 9}
-    settings["evaluate"] |= {"max_new_tokens": 6, "batch_size": 3}
+    settings["evaluate"] |= {"max_new_tokens": 6}
     for seed in (5, 6):
         self_play(validate(settings | {"seed": seed}), tmp_path / str(seed))
     # θ_0 answers and solves the held-out rows, three shards of answers, θ_1 solves.
     sampled, greedy = [calls[i] for i in (0, 2, 3, 4)], [calls[i] for i in (1, 5)]
-    expected = Sampling(0.7, 0.8, 9, 12, 128, (4,), 4)
+    expected = Sampling(0.7, 0.8, 9, 12, 128, (4,), 256)
     assert all(sampling == expected for sampling, _, _ in sampled)
     for sampling, _, _ in greedy:
         assert (sampling.temperature, sampling.max_new_tokens) == (0, 6)
-        assert (sampling.batch_size, sampling.stop_token_ids) == (3, (4,))
+        assert (sampling.tokens_per_batch, sampling.stop_token_ids) == (256, (4,))
     assert {dtype for _, _, dtype in calls} == {torch.bfloat16}
     assert len({calls[i + k][1] for i in (0, 6) for k in (0, 2, 3, 4)}) == 8
     responses = read_responses(RunDirectory(tmp_path / "5").responses(1))

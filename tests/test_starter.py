@@ -62,7 +62,7 @@ def test_the_model_is_unfinished_on_purpose():
     assert inputs.heldout_prompts_in_training() == 0
     heldout = inputs.heldout[:400]
     model = AutoModelForCausalLM.from_pretrained(str(STARTER / "model"), dtype=torch.float32)
-    greedy = Sampling(0.0, 1.0, 0, 64, 256, inputs.stop_ids, 200)
+    greedy = Sampling(0.0, 1.0, 0, 64, 256, inputs.stop_ids, 32768)
     completions = HFGenerator(model).generate(
         [example.prompt_ids for example in heldout], greedy, 0, lambda count: None
     )

@@ -152,7 +152,12 @@ class GenerateConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; 1 is off.")
     top_k: int = Field(0, ge=0, description="Sample among the k likeliest tokens; 0 is off.")
     max_new_tokens: int = Field(1024, ge=1, description="Longest response, in tokens.")
-    batch_size: int = Field(64, ge=1, description="Prompts answered at a time.")
+    tokens_per_batch: int = Field(
+        131072,
+        ge=1,
+        description="Tokens answered at a time, padding included: of prompts and of their longest "
+        "possible answers, for which memory is kept. Lower it when memory is short.",
+    )
     shard_size: int = Field(
         1024, ge=1, description="Prompts in a shard; a kill costs at most one shard."
     )
@@ -256,9 +261,6 @@ class EvaluateConfig(Section):
     )
     max_new_tokens: int | None = Field(
         None, ge=1, description="Longest greedy answer. Default: generate.max_new_tokens."
-    )
-    batch_size: int = Field(
-        128, ge=1, json_schema_extra=CHANGEABLE, description="Prompts answered at a time."
     )
 
 

@@ -249,7 +249,6 @@ class Stages:
                     temperature=0.0,
                     max_new_tokens=self.config.evaluate.max_new_tokens
                     or self.config.generate.max_new_tokens,
-                    batch_size=self.config.evaluate.batch_size,
                 )
                 completions = self._generator(player).generate(prompts, greedy, 0, on_done)
             items = exact_match_items(heldout, completions, self._decode)
@@ -301,7 +300,7 @@ class Stages:
             max_new_tokens=generate.max_new_tokens,
             max_length=self.config.max_length,
             stop_token_ids=self.inputs.stop_ids,
-            batch_size=generate.batch_size,
+            tokens_per_batch=generate.tokens_per_batch,
         )
 
     def _decode(self, ids: TokenIds) -> str:

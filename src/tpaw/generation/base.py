@@ -21,7 +21,8 @@ class Sampling(NamedTuple):
         max_new_tokens: longest response, end-of-sequence included.
         max_length: longest prompt plus response; a long prompt gets a shorter response.
         stop_token_ids: any of them ends a response and is its last token.
-        batch_size: prompts answered at a time, for backends that have batches.
+        tokens_per_batch: of the prompts answered at a time and of their longest possible answers;
+            for backends that have batches.
     """
 
     temperature: float
@@ -30,7 +31,7 @@ class Sampling(NamedTuple):
     max_new_tokens: int
     max_length: int
     stop_token_ids: tuple[int, ...]
-    batch_size: int
+    tokens_per_batch: int
 
     def limit(self, prompt_ids: TokenIds) -> int:
         """Longest response to this prompt, in tokens."""

@@ -1,13 +1,16 @@
-"""Hugging Face `generate`: slow, exact, everywhere."""
+"""Generation with the Hugging Face model that is loaded."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from tpaw.generation.base import Completion, OnDone, Sampling, finish
+from tpaw.generation.continuous import answer, obstacle
+from tpaw.layout import batches_by_tokens
 from tpaw.token_table import TokenIds
 
 
@@ -21,45 +24,73 @@ class HFGenerator:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         model.generation_config = GenerationConfig()
+        self.obstacle = obstacle(model)
+        if self.obstacle:
+            warnings.warn(
+                f"answered by transformers' own generate, which is slower: {self.obstacle}",
+                stacklevel=2,
+            )
 
     def generate(
         self, prompts: Sequence[TokenIds], sampling: Sampling, seed: int, on_done: OnDone
     ) -> list[Completion]:
-        """See `Generator.generate`. Rows are batched by length, longest first."""
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        completions: dict[int, Completion] = {}
-        devices = [self.model.device] if self.model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
-            for begin in range(0, len(order), sampling.batch_size):
-                rows = order[begin : begin + sampling.batch_size]
-                emitted = self._emit([prompts[i] for i in rows], sampling)
-                for i, tokens in zip(rows, emitted, strict=True):
-                    completions[i] = finish(tokens, sampling, sampling.limit(prompts[i]))
-                on_done(len(rows))
-        return [completions[i] for i in range(len(prompts))]
+        """See `Generator.generate`."""
+        by = answer if self.obstacle is None else answer_by_generate
+        emitted = by(self.model, prompts, sampling, seed, on_done)
+        return [
+            finish(tokens, sampling, sampling.limit(prompt))
+            for prompt, tokens in zip(prompts, emitted, strict=True)
+        ]
 
-    def _emit(self, prompts: Sequence[TokenIds], sampling: Sampling) -> list[list[int]]:
-        longest = max(map(len, prompts))
-        input_ids = torch.zeros((len(prompts), longest), dtype=torch.int64)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, prompt in enumerate(prompts):  # padded on the left: all end where answers begin
-            input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            attention_mask[row, longest - len(prompt) :] = 1
-        is_greedy = sampling.temperature == 0
-        config = GenerationConfig(
-            do_sample=not is_greedy,
-            temperature=None if is_greedy else sampling.temperature,
-            top_p=None if is_greedy else sampling.top_p,
-            top_k=None if is_greedy else sampling.top_k,
-            max_new_tokens=max(sampling.limit(prompt) for prompt in prompts),
-            eos_token_id=list(sampling.stop_token_ids),
-            pad_token_id=0,  # emitted after a stop token only, where answers are cut
+
+def answer_by_generate(
+    model: PreTrainedModel,
+    prompts: Sequence[TokenIds],
+    sampling: Sampling,
+    seed: int,
+    on_done: OnDone,
+) -> list[list[int]]:
+    """What any model emits after each prompt, in their order; some emit more than they should.
+
+    Rows are batched by length, longest first, and a batch lasts as long as its longest answer.
+    """
+    lengths = [len(prompt) + sampling.limit(prompt) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
+    emitted: dict[int, list[int]] = {}
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        for batch in batches_by_tokens([lengths[i] for i in order], sampling.tokens_per_batch):
+            rows = [order[i] for i in batch]
+            answers = _emit(model, [prompts[i] for i in rows], sampling)
+            emitted.update(zip(rows, answers, strict=True))
+            on_done(len(rows))
+    return [emitted[i] for i in range(len(prompts))]
+
+
+def _emit(
+    model: PreTrainedModel, prompts: Sequence[TokenIds], sampling: Sampling
+) -> list[list[int]]:
+    longest = max(map(len, prompts))
+    input_ids = torch.zeros((len(prompts), longest), dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):  # padded on the left: all end where answers begin
+        input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        attention_mask[row, longest - len(prompt) :] = 1
+    is_greedy = sampling.temperature == 0
+    config = GenerationConfig(
+        do_sample=not is_greedy,
+        temperature=None if is_greedy else sampling.temperature,
+        top_p=None if is_greedy else sampling.top_p,
+        top_k=None if is_greedy else sampling.top_k,
+        max_new_tokens=max(sampling.limit(prompt) for prompt in prompts),
+        eos_token_id=list(sampling.stop_token_ids),
+        pad_token_id=0,  # emitted after a stop token only, where answers are cut
+    )
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            generation_config=config,
         )
-        with torch.inference_mode():
-            output = self.model.generate(
-                input_ids=input_ids.to(self.model.device),
-                attention_mask=attention_mask.to(self.model.device),
-                generation_config=config,
-            )
-        return list(output[:, longest:].tolist())
+    return list(output[:, longest:].tolist())
