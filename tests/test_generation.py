@@ -15,6 +15,7 @@ from tpaw.generation.continuous import SPARE_COLUMNS, draw
 from tpaw.generation.hf import HFGenerator
 from tpaw.generation.responses import generate_responses, read_responses, response_facts
 from tpaw.generation.slots import SlotCache
+from tpaw.logprob_model import prepare
 from tpaw.team import Player
 from tpaw.token_table import token_ids
 
@@ -490,3 +491,19 @@ def test_shards_and_players_have_their_own_seeds(tmp_path):
     a, b = ([int(r.token_ids[1]) for r in read_responses(tmp_path / x)] for x in "ab")
     assert len({a[0], a[4], b[0], b[4]}) == 4
     assert a[0] == a[3]
+
+
+def test_a_model_that_has_scored_answers_as_before():
+    """Scoring leaves an attention implementation of its own behind."""
+    model = make_model("llama")
+    asked = prompts(9)
+    sampling = SAMPLING._replace(temperature=0.0)
+    answers = []
+    for _ in range(2):
+        generator = HFGenerator(model)
+        assert generator.obstacle is None
+        answers.append(
+            [c.token_ids.tolist() for c in generator.generate(asked, sampling, 0, ignore)]
+        )
+        prepare(model, 99)
+    assert answers[0] == answers[1]

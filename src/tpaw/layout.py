@@ -136,6 +136,11 @@ class Unit(NamedTuple):
     longest: int
 
     @classmethod
+    def single(cls, length: int) -> Unit:
+        """The unit of one sequence."""
+        return cls(length, 1, length)
+
+    @classmethod
     def of(cls, prompt_length: int, response_lengths: Sequence[int]) -> Unit:
         """The unit of one prompt and its responses, by their numbers of tokens."""
         return cls(

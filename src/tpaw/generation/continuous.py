@@ -27,7 +27,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from tpaw.generation.base import OnDone, Sampling
 from tpaw.generation.slots import SlotCache
-from tpaw.layout import batches_by_tokens
+from tpaw.layout import Unit, batch
+from tpaw.packed_attention import PACKED
 from tpaw.token_table import TokenIds
 
 # Bounds the activations of one forward pass over prompts; more would not be faster.
@@ -64,7 +65,7 @@ def obstacle(model: PreTrainedModel) -> str | None:
     if getattr(config, "attention_chunk_size", None) is not None:
         return "it attends in chunks"
     attention = str(config._attn_implementation)
-    if attention not in ("eager", "sdpa") and not attention.startswith("flash_attention_"):
+    if attention not in ("eager", "sdpa", PACKED) and not attention.startswith("flash_attention_"):
         return f"its attention is {attention}"
     return None
 
@@ -158,19 +159,19 @@ class _Forward:
         its right.
         """
         lengths = [len(row.prompt) - 1 for row in rows]
-        for batch in batches_by_tokens(lengths, PROMPT_TOKENS_PER_PASS):
+        for chosen in batch([Unit.single(n) for n in lengths], PROMPT_TOKENS_PER_PASS):
             filled = DynamicCache()  # of no config: it keeps every token of a sliding window too
-            longest = lengths[batch.start]
+            longest = lengths[chosen[0]]
             if longest:
-                input_ids = torch.zeros((len(batch), longest), dtype=torch.int64)
-                for row, i in enumerate(batch):
+                input_ids = torch.zeros((len(chosen), longest), dtype=torch.int64)
+                for row, i in enumerate(chosen):
                     input_ids[row, : lengths[i]] = torch.tensor(rows[i].prompt[:-1])
                 self.model(
                     input_ids=input_ids.to(self.model.device),
                     past_key_values=filled,
                     **self._options,
                 )
-            self.cache.add(filled, [lengths[i] for i in batch])
+            self.cache.add(filled, [lengths[i] for i in chosen])
 
     def step(self, rows: Sequence[_Row]) -> Tensor:
         """Logits (N, V), float32, of the token after the last of each row."""

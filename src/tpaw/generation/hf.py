@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from tpaw.generation.base import Completion, OnDone, Sampling, finish
 from tpaw.generation.continuous import answer, obstacle
-from tpaw.layout import batches_by_tokens
+from tpaw.layout import Unit, batch
 from tpaw.token_table import TokenIds
 
 
@@ -55,13 +55,11 @@ def answer_by_generate(
     Rows are batched by length, longest first, and a batch lasts as long as its longest answer.
     """
     lengths = [len(prompt) + sampling.limit(prompt) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
     emitted: dict[int, list[int]] = {}
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        for batch in batches_by_tokens([lengths[i] for i in order], sampling.tokens_per_batch):
-            rows = [order[i] for i in batch]
+        for rows in batch([Unit.single(n) for n in lengths], sampling.tokens_per_batch):
             answers = _emit(model, [prompts[i] for i in rows], sampling)
             emitted.update(zip(rows, answers, strict=True))
             on_done(len(rows))
