@@ -202,6 +202,16 @@ def test_bf16_loses_what_its_operands_round_and_no_more(by):
     expected = reference_token_logps(*(x.double() for x in operands), None, labels)
     # A CPU multiplies in fp32, so only the rounding of the operands, if any, is lost.
     assert (found - expected).abs().max() < 1e-4
+    # Gradients are sums of products that were rounded to bf16 once.
+    leaves = [x.detach().requires_grad_() for x in operands]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=by == "autocast"):
+        gradients = torch.autograd.grad(token_logps(*leaves, None, labels).sum(), leaves)
+    exact = [x.double().detach().requires_grad_() for x in operands]
+    wanted = torch.autograd.grad(reference_token_logps(*exact, None, labels).sum(), exact)
+    for gradient, expected_gradient, leaf in zip(gradients, wanted, leaves, strict=True):
+        assert gradient.dtype == leaf.dtype
+        error = (gradient - expected_gradient).norm() / expected_gradient.norm()
+        assert error < 2**-8
     in_bf16 = torch.log_softmax(hidden.bfloat16() @ weight.bfloat16().T, dim=1).double()
     assert (in_bf16[torch.arange(200), labels] - expected).abs().max() > 1e-2
 

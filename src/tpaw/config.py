@@ -58,7 +58,9 @@ class ModelConfig(Section):
         "(e.g. <|im_end|> for a Qwen base model tuned on chats).",
     )
     attn_implementation: str | None = Field(
-        None, description="sdpa, eager, flash_attention_2, …; default: what transformers chooses."
+        None,
+        description="sdpa, eager, flash_attention_2, …; default: what transformers chooses. With "
+        "sdpa, rows are packed where the model allows it; any other has one sequence a row.",
     )
     trust_remote_code: bool = Field(
         False, description="Run code that comes with the model. Only for models you trust."
@@ -194,8 +196,9 @@ class TrainConfig(Section):
     )
     group_by_prompt: bool = Field(
         False,
-        description="Shuffle prompts instead of triples, so that a target goes through the model "
-        "once for all its opponents.",
+        description="Shuffle prompts instead of triples, so that prompt and target go through the "
+        "model once for all opponents. A third to a half faster with three of them; but a batch "
+        "then holds a third as many prompts, which learns less (docs/log.md).",
     )
     optimizer: str = Field(
         "rmsprop", description="Any optimizer of transformers' TrainingArguments.optim."

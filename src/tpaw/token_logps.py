@@ -28,7 +28,8 @@ def token_logps(
     """log softmax(hidden · weightᵀ + bias) at the labels; float32 (T,), float64 for float64 input.
 
     In bf16 (weights of that type, or autocast to it) a GPU multiplies bf16 and adds in fp32. A CPU
-    has no such product; there the operands are taken to fp32, so that the logits are no coarser.
+    has no such product: logits come from operands taken to fp32, so that they are no coarser, and
+    the products of the backward pass are rounded to bf16 one chunk at a time.
 
     Args:
         hidden_TH: hidden states of the tokens that predict the labels.
@@ -45,12 +46,13 @@ class _TokenLogps(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_T: Tensor
     ) -> Tensor:
-        ctx.operand_dtype, dtype = _dtypes(hidden_TH, weight_VH)
+        ctx.operand_dtype = operand_dtype = _operand_dtype(hidden_TH, weight_VH)
+        dtype = torch.promote_types(operand_dtype, torch.float32)
         ctx.kept = None
         logps_T = hidden_TH.new_empty(len(hidden_TH), dtype=dtype)
         log_totals_T = torch.empty_like(logps_T)
         with torch.autocast(hidden_TH.device.type, enabled=False):
-            weight = weight_VH.to(ctx.operand_dtype)
+            weight = _for_logits(weight_VH, operand_dtype)
             logits_CV = None
             for chunk in _chunks(len(hidden_TH), len(weight_VH)):
                 logits_CV = _logits(hidden_TH[chunk], weight, bias_V, dtype, logits_CV)
@@ -76,6 +78,7 @@ class _TokenLogps(torch.autograd.Function):
         d_bias_V = torch.zeros_like(weight_VH[:, 0], dtype=dtype) if needs_bias else None
         with torch.autocast(hidden_TH.device.type, enabled=False):
             weight = weight_VH.to(ctx.operand_dtype)
+            weight_for_logits = _for_logits(weight_VH, ctx.operand_dtype)
             kept, ctx.kept = ctx.kept, None
             softmax_CV = kept[1] if kept else None
             for chunk in reversed(list(_chunks(len(hidden_TH), len(weight_VH)))):
@@ -83,7 +86,9 @@ class _TokenLogps(torch.autograd.Function):
                     softmax_CV = kept[1].div_(kept[2][:, None])
                     kept = None
                 else:
-                    logits_CV = _logits(hidden_TH[chunk], weight, bias_V, dtype, softmax_CV)
+                    logits_CV = _logits(
+                        hidden_TH[chunk], weight_for_logits, bias_V, dtype, softmax_CV
+                    )
                     softmax_CV = logits_CV.sub_(log_totals_T[chunk, None]).exp_()
                 # d log softmax(z)[label] / dz = onehot(label) − softmax(z)
                 d_logits_CV = softmax_CV.mul_(-grad_T[chunk, None])
@@ -101,14 +106,19 @@ class _TokenLogps(torch.autograd.Function):
         return d_hidden_TH, d_weight_VH, d_bias_V, None
 
 
-def _dtypes(hidden_TH: Tensor, weight_VH: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """Of the operands of a product, and of its result."""
+def _operand_dtype(hidden_TH: Tensor, weight_VH: Tensor) -> torch.dtype:
+    """The type in which matrices are multiplied."""
     device_type = hidden_TH.device.type
-    operand_dtype = torch.promote_types(hidden_TH.dtype, weight_VH.dtype)
     if torch.is_autocast_enabled(device_type):
-        operand_dtype = torch.get_autocast_dtype(device_type)
-    dtype = torch.promote_types(operand_dtype, torch.float32)
-    return (operand_dtype if device_type == "cuda" else dtype), dtype
+        return torch.get_autocast_dtype(device_type)
+    return torch.promote_types(hidden_TH.dtype, weight_VH.dtype)
+
+
+def _for_logits(weight_VH: Tensor, operand_dtype: torch.dtype) -> Tensor:
+    """The weight as `_logits` multiplies it."""
+    if weight_VH.device.type == "cuda":
+        return weight_VH.to(operand_dtype)
+    return weight_VH.to(torch.promote_types(operand_dtype, torch.float32))
 
 
 def _chunks(T: int, V: int) -> Iterator[slice]:
@@ -137,11 +147,15 @@ def _logits(
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    return a @ b if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype)
+    if a.dtype == dtype:
+        return a @ b
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     else:
-        total += torch.mm(a, b, out_dtype=total.dtype)
+        total += _product(a, b, total.dtype)
