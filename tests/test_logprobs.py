@@ -20,6 +20,7 @@ import tpaw.token_logps
 from tpaw.layout import PACKED_ROWS, PADDED_ROWS, packed_row, padded_rows
 from tpaw.logprob_model import prepare
 from tpaw.logprobs import answer_with_logits, response_logps
+from tpaw.packed_attention import packed_attention
 from tpaw.token_logps import token_logps
 from tpaw.token_table import token_ids
 
@@ -360,8 +361,11 @@ def test_a_wrapper_that_rounds_what_the_model_returns_does_not_round_log_probs()
             self.model = model
 
         def forward(self, **inputs):
-            return SimpleNamespace(logits=self.model(**inputs).logits.bfloat16())
+            output = self.model(**inputs).logits.bfloat16()
+            output.register_hook(heard.append)  # as FSDP2 does, to gather weights for backward
+            return SimpleNamespace(logits=output)
 
+    heard = []
     model = make_model("llama")
     prepare(model, 99)
     rows = packed_row(ragged_team(2, seed=0))
@@ -371,6 +375,7 @@ def test_a_wrapper_that_rounds_what_the_model_returns_does_not_round_log_probs()
         results.append([logps_S, *torch.autograd.grad(logps_S.sum(), list(model.parameters()))])
     for plain, rounded in zip(*results, strict=True):
         assert torch.equal(plain, rounded)
+    assert len(heard) == 1
 
 
 def test_a_prepared_model_generates_and_gives_logits_as_before():
@@ -428,3 +433,14 @@ def test_a_model_that_lies_about_its_attention_is_found_out(monkeypatch):
     layout, notes = prepare(model, 99)
     assert layout is PADDED_ROWS
     assert notes == (ONE_A_ROW + "its attention gives other results from packed rows",)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("asked", [{"sliding_window": 7}, {"softcap": 30.0}, {"s_aux": 1.0}])
+def test_attention_that_spans_do_not_have_is_refused_and_never_left_out(asked):
+    rows = packed_row([(token_ids(range(4)), token_ids(range(5)))])  # 8 tokens
+    states = torch.randn(1, 2, 8, 4)
+    options = {"tpaw_spans": rows["spans"]}
+    packed_attention(None, states, states, states, None, sliding_window=8, **options)
+    with pytest.raises(ValueError, match="packed attention has no (softcap|s_aux|sliding window)"):
+        packed_attention(None, states, states, states, None, **asked, **options)
