@@ -315,6 +315,10 @@ ARCHITECTURES = {
     "opt": ({"ffn_dim": 48, "word_embed_proj_dim": 32}, []),
     "gpt_neox": ({"rotary_pct": 0.5}, []),
     "qwen3_moe": ({"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}, []),
+    "llama4_text": (
+        {"attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 48},
+        [ONE_A_ROW + "it has layers of chunked_attention"],
+    ),
     "gpt_oss": (
         {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64},
         [ONE_A_ROW + "its attention is 'eager', not sdpa"],
