@@ -172,7 +172,6 @@ def trainer_arguments(folder: str, device: torch.device, settings: Settings) -> 
         "optim": "rmsprop",
         "bf16": settings.bf16,
         "use_cpu": device.type == "cpu",
-        "train_sampling_strategy": "sequential",
         "logging_strategy": "steps" if settings.watch else "no",
         "logging_steps": 1,
         "save_strategy": "no",

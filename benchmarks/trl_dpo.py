@@ -88,6 +88,7 @@ def run(
             model=model,
             args=DPOConfig(
                 beta=settings.objective["lambda_"],
+                train_sampling_strategy="sequential",
                 precompute_ref_log_probs=True,
                 max_length=None,
                 per_device_train_batch_size=micro_batch,

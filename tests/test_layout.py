@@ -28,7 +28,7 @@ def seen_by(rows, place):
     ids = rows["input_ids_BL"].flatten().tolist()
     positions = rows["position_ids_BL"].flatten().tolist()
     [(begin, _, prefix_begin, prefix_end)] = [
-        span for span in rows["spans"]["spans"] if span[0] <= place < span[1]
+        span for span in rows["spans"].spans if span[0] <= place < span[1]
     ]
     places = [*range(prefix_begin, prefix_end), *range(begin, place + 1)]
     assert [positions[i] for i in places] == list(range(len(places)))
@@ -61,7 +61,7 @@ def test_a_packed_row_holds_each_prompt_and_each_sequence_once_and_no_last_token
     )
     assert rows["input_ids_BL"].shape == rows["position_ids_BL"].shape == (1, expected)
     assert rows["distinct"] == sum(map(len, responses.values()))
-    spans = rows["spans"]["spans"]
+    spans = rows["spans"].spans
     assert [begin for begin, *_ in spans] == [0, *(end for _, end, *_ in spans)][:-1]
     assert spans[-1][1] == expected
 
@@ -69,14 +69,14 @@ def test_a_packed_row_holds_each_prompt_and_each_sequence_once_and_no_last_token
 def test_kernels_for_unequal_lengths_are_told_the_same_as_the_spans():
     rows = packed_row(with_shared_prompts(8, 0))
     spans = rows["spans"]
-    index = spans["key_index_K"].tolist()
-    for n, (begin, end, prefix_begin, prefix_end) in enumerate(spans["spans"]):
-        queries = spans["query_ends_N"][n : n + 2].tolist()
-        keys = spans["key_ends_N"][n : n + 2].tolist()
+    index = spans.key_index_K.tolist()
+    for n, (begin, end, prefix_begin, prefix_end) in enumerate(spans.spans):
+        queries = spans.query_ends_N[n : n + 2].tolist()
+        keys = spans.key_ends_N[n : n + 2].tolist()
         assert queries == [begin, end]
         assert index[slice(*keys)] == [*range(prefix_begin, prefix_end), *range(begin, end)]
-        assert end - begin <= spans["most_queries"]
-        assert keys[1] - keys[0] <= spans["most_keys"]
+        assert end - begin <= spans.most_queries
+        assert keys[1] - keys[0] <= spans.most_keys
 
 
 def test_padded_rows_hold_one_sequence_each_and_read_what_predicts_its_response():

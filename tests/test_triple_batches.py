@@ -104,18 +104,20 @@ def test_triples_of_a_prompt_share_a_row_where_they_meet_and_fit():
     rows = team_rows(4, 3)
     sizes = TripleSizes(rows)
     everything = list(range(12))
-    assert sizes.units(everything, 10_000) == [[i, i + 4, i + 8] for i in range(4)]
-    assert sizes.units(everything, 1) == [[i] for p in range(4) for i in (p, p + 4, p + 8)]
+    assert sizes.units(everything, PACKED_ROWS, 10_000) == [[i, i + 4, i + 8] for i in range(4)]
+    assert sizes.units(everything, PACKED_ROWS, 1) == [
+        [i] for p in range(4) for i in (p, p + 4, p + 8)
+    ]
     [part] = sampler(rows, triples_per_batch=12, tokens_per_row=10_000)
     [row] = BatchedTriples(rows, PACKED_ROWS).__getitems__(part)["rows"]
-    expected = sum(sizes.unit(unit).tokens for unit in sizes.units(everything, 10_000))
+    expected = sum(sizes.unit(unit).tokens for unit in sizes.units(everything, PACKED_ROWS, 10_000))
     assert row["rows"]["input_ids_BL"].numel() == expected
 
 
 def test_prompts_with_other_targets_are_others():
     rows = team_rows(2, 2)
     rows[2]["target_ids"] = token_ids([7, 8, 9])
-    assert TripleSizes(rows).units([0, 1, 2, 3], 1000) == [[0], [1, 3], [2]]
+    assert TripleSizes(rows).units([0, 1, 2, 3], PACKED_ROWS, 1000) == [[0], [1, 3], [2]]
 
 
 def test_a_process_without_a_triple_gets_a_row_that_does_not_count():

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tpaw.packed_attention import Span, Spans, make_spans
+from tpaw.packed_attention import Span, Spans
 from tpaw.token_table import TokenIds
 
 PromptAndResponse = tuple[TokenIds, TokenIds]
@@ -57,7 +57,11 @@ class Rows(TypedDict):
 
 
 def packed_row(sequences: Sequence[PromptAndResponse]) -> Rows:
-    """All sequences in one row without padding. Every prompt has at least one token."""
+    """All sequences in one row without padding.
+
+    Raises:
+        ValueError: a prompt without tokens.
+    """
     groups, distinct_S = _share(sequences)
     ids: list[NDArray[np.int64]] = []
     positions: list[NDArray[np.int64]] = []
@@ -90,7 +94,7 @@ def packed_row(sequences: Sequence[PromptAndResponse]) -> Rows:
     return {
         "input_ids_BL": _tensor(ids)[None],
         "position_ids_BL": _tensor(positions)[None],
-        "spans": make_spans(spans),
+        "spans": Spans(spans),
         "read_R": _tensor(read),
         "labels_R": _tensor(labels),
         "sequence_R": torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)),
@@ -163,20 +167,33 @@ def pack(units: Sequence[Unit], tokens_per_row: int, multiple_of: int = 1) -> li
         The indices of each row's units.
     """
     order = sorted(range(len(units)), key=lambda i: -units[i].tokens)
-    count = min(len(units), math.ceil(sum(unit.tokens for unit in units) / tokens_per_row))
-    while True:
-        count = math.ceil(count / multiple_of) * multiple_of
-        rows: list[list[int]] = [[] for _ in range(count)]
-        emptiest = [(0, row) for row in range(count)]
-        for i in order:
-            tokens, row = heapq.heappop(emptiest)
-            if rows[row] and tokens + units[i].tokens > tokens_per_row:
-                break
-            rows[row].append(i)
-            heapq.heappush(emptiest, (tokens + units[i].tokens, row))
-        else:
-            return rows
-        count += 1
+    needed = math.ceil(sum(unit.tokens for unit in units) / tokens_per_row)
+    low = math.ceil(min(len(units), needed) / multiple_of)
+    high = math.ceil(len(units) / multiple_of)
+    found = None
+    while low < high:
+        middle = (low + high) // 2
+        rows = _share_out(units, order, middle * multiple_of, tokens_per_row)
+        low, high = (middle + 1, high) if rows is None else (low, middle)
+        found = rows or found
+    if found is None or len(found) != high * multiple_of:
+        found = _share_out(units, order, high * multiple_of, tokens_per_row)
+    return found or []
+
+
+def _share_out(
+    units: Sequence[Unit], order: Sequence[int], count: int, tokens_per_row: int
+) -> list[list[int]] | None:
+    """Each unit, in order, to the emptiest of so many rows; None where one would be too full."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    emptiest = [(0, row) for row in range(count)]
+    for i in order:
+        tokens, row = heapq.heappop(emptiest)
+        if rows[row] and tokens + units[i].tokens > tokens_per_row:
+            return None
+        rows[row].append(i)
+        heapq.heappush(emptiest, (tokens + units[i].tokens, row))
+    return rows
 
 
 def batch(units: Sequence[Unit], tokens_per_batch: int, multiple_of: int = 1) -> list[list[int]]:
@@ -204,16 +221,18 @@ class Layout(NamedTuple):
     """How sequences lie in rows: `PACKED_ROWS` or `PADDED_ROWS`.
 
     Attributes:
+        size: tokens of a unit that lies alone in a forward pass.
         cut: shares units out to forward passes, within a budget of tokens.
         rows: makes the input of one forward pass.
     """
 
+    size: Callable[[Unit], int]
     cut: Callable[[Sequence[Unit], int, int], list[list[int]]]
     rows: Callable[[Sequence[PromptAndResponse]], Rows]
 
 
-PACKED_ROWS = Layout(pack, packed_row)
-PADDED_ROWS = Layout(batch, padded_rows)
+PACKED_ROWS = Layout(lambda unit: unit.tokens, pack, packed_row)
+PADDED_ROWS = Layout(lambda unit: unit.sequences * unit.longest, batch, padded_rows)
 
 
 def _share(
@@ -222,6 +241,8 @@ def _share(
     """Distinct prompts with their distinct responses, and the place of each sequence there."""
     groups: dict[bytes, dict[bytes, list[int]]] = {}
     for i, (prompt, response) in enumerate(sequences):
+        if len(prompt) == 0:
+            raise ValueError("a prompt has no tokens: nothing predicts its response's first one")
         by_response = groups.setdefault(prompt.tobytes(), {})
         by_response.setdefault(response.tobytes(), []).append(i)
     shared: list[tuple[TokenIds, list[TokenIds]]] = []

@@ -1,7 +1,8 @@
 """Makes a model fit for `logprobs`: which layout its attention can take, and a head that answers.
 
-Everything that is decided from what a model says of itself is also tried on a few tokens, so that a
-model that is different from what it seems falls back to the slower way and not to wrong numbers.
+What a model says of itself is also tried on a few tokens, where its weights are all there, so that
+one that is different from what it seems falls back to the slower way and not to wrong numbers. A
+head whose answer a model changes is noticed in every call.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.func import functional_call
 
 from tpaw.layout import PACKED_ROWS, PADDED_ROWS, Layout
 from tpaw.logprobs import answer_with_logits, answer_with_logps, response_logps
@@ -49,6 +51,9 @@ def prepare(model: Any, longest: int) -> Preparation:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
         return Preparation(PADDED_ROWS, ("all logits are held: no output head is to be found",))
+    for module in model.modules():  # an earlier head, around which LoRA has been put since
+        if module is not head and "logits_of" in vars(module):
+            answer_with_logits(module)
     plain = _Trial(model, PADDED_ROWS)
     answer_with_logps(head)
     if not plain.agrees_with(PADDED_ROWS):
@@ -83,6 +88,7 @@ class _Trial:
         self.is_possible = not any(
             p.is_meta or isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()
         )
+        self.is_double = next(model.parameters()).dtype == torch.float64
         self.expected = self._logps(layout)
 
     def agrees_with(self, layout: Layout) -> bool:
@@ -91,17 +97,32 @@ class _Trial:
             return True
         try:
             found = self._logps(layout)
+            if next(self.model.parameters()).device.type == "cuda":
+                # A kernel for bf16 alone takes part too; what it rounds is no reason against it.
+                rounded = self._logps(layout, in_bf16=True)
+                if not torch.allclose(rounded, self.expected, rtol=0.02, atol=0.2):
+                    return False
         except (TypeError, ValueError, RuntimeError):
             return False
-        eps = torch.finfo(next(self.model.parameters()).dtype).eps
+        eps = torch.finfo(torch.float64 if self.is_double else torch.float32).eps
         return torch.allclose(found, self.expected, rtol=_ROUNDINGS * eps, atol=_ROUNDINGS * eps)
 
-    def _logps(self, layout: Layout) -> Tensor:
+    def _logps(self, layout: Layout, in_bf16: bool = False) -> Tensor:
         if not self.is_possible:
             return torch.empty(0)
         device = next(self.model.parameters()).device
-        with torch.no_grad():
-            return response_logps(self.model, send_to_device(layout.rows(self.sequences), device))
+        # In fp32, whatever the weights are: bf16 would hide a difference in its rounding.
+        wide = {
+            name: parameter.float()
+            for name, parameter in self.model.named_parameters()
+            if parameter.dtype in (torch.bfloat16, torch.float16)
+        }
+
+        def entered(**inputs: Any) -> Any:
+            return functional_call(self.model, wide, (), inputs)
+
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=in_bf16):
+            return response_logps(entered, send_to_device(layout.rows(self.sequences), device))
 
 
 def _why_not_packed(model: Any, longest: int) -> str | None:

@@ -26,19 +26,33 @@ from tpaw.token_logps import token_logps
 TOKENS_IN_A_CHUNK = 1024
 
 
+class HeadChangedError(RuntimeError):
+    """A model does something to what its output head gives, which log-probs would not survive."""
+
+
 class _Question:
     """Which tokens are read, what they should predict, and the head's answer."""
 
-    def __init__(self, read_R: Tensor, labels_R: Tensor) -> None:
-        self.read_R = read_R
-        self.labels_R = labels_R
+    def __init__(self, rows: Rows) -> None:
+        self.shape = rows["input_ids_BL"].shape
+        self.read_R = rows["read_R"]
+        self.labels_R = rows["labels_R"]
         self.logps_R: Tensor | None = None
+
+    def read(self, states_BLX: Tensor) -> Tensor:
+        """The hidden states, or logits, of the tokens that are read; (R, X)."""
+        if states_BLX.shape[:2] != self.shape:
+            raise ValueError(
+                f"the model has positions {tuple(states_BLX.shape[:2])} for tokens "
+                f"{tuple(self.shape)}; virtual tokens (prompt tuning) cannot be played with"
+            )
+        return states_BLX.flatten(0, 1)[self.read_R]
 
 
 _QUESTION: ContextVar[_Question | None] = ContextVar("question", default=None)
 
 
-def response_logps(model: nn.Module, rows: Rows) -> Tensor:
+def response_logps(model: Callable[..., Any], rows: Rows) -> Tensor:
     """log π(y|x): the sum over response tokens, end-of-sequence included where there is one.
 
     Args:
@@ -49,6 +63,10 @@ def response_logps(model: nn.Module, rows: Rows) -> Tensor:
     Returns:
         float64 of shape (S,), natural logs in the order in which the sequences were given;
         differentiable. A sequence without response tokens is 0.
+
+    Raises:
+        HeadChangedError: the model gives other numbers than its output head answered.
+        ValueError: the model has other positions than tokens.
     """
     inputs: dict[str, Any] = {"input_ids": rows["input_ids_BL"]}
     if "spans" in rows:
@@ -56,14 +74,18 @@ def response_logps(model: nn.Module, rows: Rows) -> Tensor:
         inputs["tpaw_spans"] = rows["spans"]
         # Nobody looks at it; a mask of four dimensions keeps transformers from making one.
         inputs["attention_mask"] = rows["input_ids_BL"].new_ones(1, 1, 1, 1, dtype=torch.bool)
-    question = _Question(rows["read_R"], rows["labels_R"])
+    question = _Question(rows)
     token = _QUESTION.set(question)
     try:
         output = model(**inputs, use_cache=False).logits
     finally:
         _QUESTION.reset(token)
     if question.logps_R is None:
-        logps_R = _label_logps(output.flatten(0, 1)[rows["read_R"]], rows["labels_R"])
+        logps_R = _label_logps(question.read(output), rows["labels_R"])
+    elif not _same(output, question.logps_R):
+        raise HeadChangedError(
+            "the model changes what its output head gives (a soft cap or scale, say)"
+        )
     elif output.dtype == question.logps_R.dtype:
         logps_R = output
     else:
@@ -95,7 +117,7 @@ def _answer(head: Any, hidden: Tensor) -> Any:
     question = _QUESTION.get()
     if question is None:
         return head.logits_of(hidden)
-    hidden_RH = hidden.flatten(0, -2)[question.read_R]
+    hidden_RH = question.read(hidden)
     if head.is_plain_matrix:
         # Looked up in the call: FSDP and DeepSpeed put whole weights in their place for it.
         logps_R = token_logps(hidden_RH, head.weight, head.bias, question.labels_R)
@@ -116,6 +138,14 @@ def _logps_by_logits(
     chunks = (torch.split(x, TOKENS_IN_A_CHUNK) for x in (hidden_RH, labels_R))
     pieces = zip(*chunks, strict=True)
     return torch.cat([checkpoint(logps, *piece, use_reentrant=False) for piece in pieces])
+
+
+def _same(output: Tensor, logps_R: Tensor) -> bool:
+    """Whether a model gave what its head answered, but for the type."""
+    if output.shape != logps_R.shape:
+        return False
+    found, answered = output.detach(), logps_R.detach().to(output.dtype)
+    return bool(((found == answered) | answered.isnan()).all())
 
 
 def _label_logps(logits_RV: Tensor, labels_R: Tensor) -> Tensor:

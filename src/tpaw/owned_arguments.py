@@ -49,5 +49,8 @@ OWNED_TRAINING_ARGUMENTS: Mapping[str, str] = {
     "eval_steps": "evaluate",
     "eval_on_start": "evaluate",
     "do_eval": "evaluate",
-    "train_sampling_strategy": "nothing: triples are shuffled",
+    "train_sampling_strategy": "train.group_by_prompt",
+    "include_num_input_tokens_seen": "nothing: training.jsonl has log-probs per token",
+    "use_liger_kernel": "nothing: log-probs are computed without logits anyway",
+    "parallelism_config": "nothing yet: the loop runs in one process",
 }

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from tpaw.config import ScoreConfig
-from tpaw.layout import PACKED_ROWS, PromptAndResponse, Rows, Unit
+from tpaw.layout import PromptAndResponse, Rows, Unit
 from tpaw.logprob_model import prepare
 from tpaw.logprob_store import Key, LogprobStore
 from tpaw.logprobs import response_logps
@@ -54,8 +54,8 @@ def score_sequences(
     layout = prepare(model, longest).layout
     units: list[list[int]] = []
     for unit in _same_prompt(sequences):
-        fits = _unit([sequences[i] for i in unit]).tokens <= tokens_per_row
-        units += [unit] if fits and layout is PACKED_ROWS else [[i] for i in unit]
+        fits = layout.size(_unit([sequences[i] for i in unit])) <= tokens_per_row
+        units += [unit] if fits else [[i] for i in unit]
     sizes = [_unit([sequences[i] for i in unit]) for unit in units]
     batches = [[i for u in row for i in units[u]] for row in layout.cut(sizes, tokens_per_row, 1)]
     rows_of = (layout.rows([sequences[i] for i in batch]) for batch in batches)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -100,6 +101,8 @@ class Stages:
         self.precision = Precision(self.device.type, config.precision == "bf16")
         self._stores: dict[str, LogprobStore] = {}
         self._loaded: tuple[str, torch.dtype, PreTrainedModel] | None = None
+        if config.deterministic:  # without it torch refuses matrix products on CUDA
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(config.deterministic)
 
     def load_examples(self) -> list[Example]:

@@ -55,6 +55,8 @@ class _TokenLogps(torch.autograd.Function):
             weight = _for_logits(weight_VH, operand_dtype)
             logits_CV = None
             for chunk in _chunks(len(hidden_TH), len(weight_VH)):
+                ctx.kept = None
+                logits_CV = logits_CV if weight.dtype == dtype else None  # not two at a time
                 logits_CV = _logits(hidden_TH[chunk], weight, bias_V, dtype, logits_CV)
                 label_logits_C = logits_CV.gather(1, labels_T[chunk, None])[:, 0]
                 largest_C = logits_CV.amax(dim=1)

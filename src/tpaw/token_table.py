@@ -17,7 +17,7 @@ TokenIds = NDArray[np.int32]
 
 def token_ids(ids: Iterable[int]) -> TokenIds:
     """Token ids as they are kept in memory."""
-    return np.asarray(list(ids), dtype=np.int32)
+    return np.asarray(ids if hasattr(ids, "__array__") else list(ids), dtype=np.int32)
 
 
 def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
@@ -77,7 +77,8 @@ class TeamTrainer(Trainer):
             a player.
 
     Raises:
-        ValueError: the dataset lacks a column, or is not one that can be indexed.
+        ValueError: the dataset lacks a column, is not one that can be indexed or has a prompt
+            without tokens; or an argument that would do nothing here.
         PolicyMismatchError: see `first_step_tolerance`.
         DivergenceError: a log-prob of the policy is not a number.
     """
@@ -97,7 +98,7 @@ class TeamTrainer(Trainer):
         first_step_tolerance: float | None = None,
         **kwargs: Any,
     ) -> None:
-        if not hasattr(train_dataset, "__getitem__") or "eval_dataset" in kwargs:
+        if not hasattr(train_dataset, "__getitem__") or kwargs.get("eval_dataset") is not None:
             raise ValueError(
                 "TeamTrainer takes a train_dataset that can be indexed, and no eval_dataset: "
                 "evaluate a checkpoint by its answers instead"
@@ -105,6 +106,9 @@ class TeamTrainer(Trainer):
         absent = [name for name in COLUMNS if name not in train_dataset[0]]
         if absent:
             raise ValueError(f"train_dataset lacks {', '.join(absent)}; it needs {COLUMNS}")
+        _refuse_what_would_do_nothing(args)
+        if _format_of(train_dataset) in ("numpy", "torch", "tensorflow", "jax"):
+            train_dataset = train_dataset.with_format(None)  # those round log-probs to float32
         args.remove_unused_columns = False
         args.logging_nan_inf_filter = False
         disable_dropout(model)
@@ -119,6 +123,8 @@ class TeamTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        count = getattr(model, "num_parameters", None)
+        self._weights_per_token = count(exclude_embeddings=True) if count else 0
         self.tokens_per_row = tokens_per_row
         self.group_by_prompt = group_by_prompt
         self.objective = dict(objective)
@@ -145,6 +151,7 @@ class TeamTrainer(Trainer):
             batch_sampler=sampler,
             collate_fn=_as_it_is,
             num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
         )
@@ -165,16 +172,28 @@ class TeamTrainer(Trainer):
         """Forward and backward of each row; processes exchange gradients at the last."""
         state = self.accelerator.gradient_state
         is_end_of_step = state.sync_gradients
-        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        exchanges_always = (
+            self.accelerator.distributed_type == DistributedType.DEEPSPEED
+            or state.plugin_kwargs.get("sync_each_batch", False)
+        )
         losses = []
         for i, row in enumerate(inputs["rows"], start=1):
             is_last = i == len(inputs["rows"])
             # DeepSpeed updates the weights in `backward` unless told otherwise, in this way alone.
             state._set_sync_gradients(is_end_of_step and is_last)
-            is_exchange = is_last or is_deepspeed
-            with contextlib.nullcontext() if is_exchange else self.accelerator.no_sync(model):
+            exchanges = is_last or exchanges_always
+            with contextlib.nullcontext() if exchanges else self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, row, num_items_in_batch))
         return torch.stack(losses).sum()
+
+    def floating_point_ops(self, inputs: TripleBatch) -> float:
+        """Of forward and backward over the batch: 6 for each weight and token."""
+        rows = (row["rows"]["input_ids_BL"].numel() for row in inputs["rows"])
+        return 6.0 * self._weights_per_token * sum(rows)
+
+    def _prepare_inputs(self, inputs: TripleRow) -> Any:
+        # The Trainer's own would round log-probs to bf16 under DeepSpeed.
+        return send_to_device(inputs, self.args.device)
 
     def compute_loss(
         self,
@@ -282,6 +301,42 @@ class TeamTrainer(Trainer):
                 f"{self.first_step_tolerance:.2g}. The two were computed from different weights, "
                 "token ids, masks, templates or dtypes."
             )
+
+
+def _refuse_what_would_do_nothing(args: TrainingArguments) -> None:
+    """Arguments that batches of triples in packed rows have no use for.
+
+    Raises:
+        ValueError: naming the argument and what to do.
+    """
+    instead = {
+        "auto_find_batch_size": "lower tokens_per_row",
+        "dataloader_drop_last": "every triple is trained on",
+        "include_num_input_tokens_seen": "tokens are logged by TeamTrainer's own names",
+        "label_smoothing_factor": "the objective has no labels",
+        "neftune_noise_alpha": "the policy must start as its newest player",
+        "use_liger_kernel": "log-probs are computed without logits anyway",
+        "parallelism_config": "processes are data-parallel, with DDP, FSDP or DeepSpeed",
+    }
+    for name, reason in instead.items():
+        value = getattr(args, name, None)
+        if value not in (None, False, 0, "no"):
+            raise ValueError(f"{name}: {value}: not with TeamTrainer: {reason}")
+    if args.train_sampling_strategy != "random":
+        raise ValueError(
+            f"train_sampling_strategy: {args.train_sampling_strategy}: TeamTrainer shuffles, by "
+            "triple or with group_by_prompt"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process: start one process for each with "
+            "torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES"
+        )
+
+
+def _format_of(dataset: Any) -> str | None:
+    found = getattr(dataset, "format", None)
+    return found.get("type") if isinstance(found, dict) else None
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -74,6 +74,8 @@ class TripleSizes:
         for i in range(len(dataset)):
             row = dataset[i]
             prompt, target = token_ids(row["prompt_ids"]), token_ids(row["target_ids"])
+            if len(prompt) == 0:
+                raise ValueError(f"train_dataset: row {i}: a prompt without tokens")
             lengths.append((len(prompt), len(target), len(row["generated_ids"])))
             key = (prompt.tobytes(), target.tobytes())
             group_of.append(groups.setdefault(key, len(groups)))
@@ -88,14 +90,14 @@ class TripleSizes:
         """Tokens of the longest prompt and response."""
         return int((self.lengths[:, 0] + self.lengths[:, 1:].max(axis=1)).max())
 
-    def units(self, triples: Sequence[int], tokens_per_row: int) -> list[list[int]]:
-        """Triples that share prompt and target, as long as they fit into one row."""
+    def units(self, triples: Sequence[int], layout: Layout, tokens_per_row: int) -> list[list[int]]:
+        """Triples that share prompt and target, as long as they fit into one forward pass."""
         groups: dict[int, list[int]] = {}
         for i in triples:
             groups.setdefault(int(self.group_of[i]), []).append(i)
         units = []
         for group in groups.values():
-            if self.unit(group).tokens > tokens_per_row:
+            if layout.size(self.unit(group)) > tokens_per_row:
                 units += [[i] for i in group]
             else:
                 units.append(group)
@@ -162,7 +164,7 @@ class TripleBatchSampler(Sampler[Any]):
         return [int(i) for i in order]
 
     def _part(self, triples: list[int]) -> _Part:
-        units = self.sizes.units(triples, self.tokens_per_row)
+        units = self.sizes.units(triples, self.layout, self.tokens_per_row)
         rows = self.layout.cut(
             [self.sizes.unit(unit) for unit in units], self.tokens_per_row, self.processes
         )
