@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from test_logprobs import ragged
 
-from tpaw.layout import PACKED_ROWS, PADDED_ROWS, Unit, batch, pack, packed_row, padded_rows
+from tpaw.layout import (
+    PACKED_ROWS,
+    PADDED_ROWS,
+    Unit,
+    _share_out,
+    batch,
+    pack,
+    packed_row,
+    padded_rows,
+)
 from tpaw.token_table import token_ids
 
 
@@ -146,3 +157,23 @@ def test_a_unit_longer_than_the_budget_gets_a_row_of_its_own():
     assert sorted(len(row) for row in batch(sizes[:1], 40, multiple_of=3)) == [0, 0, 1]
     assert pack(sizes, 1) == [[1], [0], [2]]
     assert pack([], 40) == batch([], 40) == []
+
+
+def test_many_long_units_are_packed_in_no_time_and_into_no_more_rows_than_needed():
+    """Longer than half a row, so that no two fit together."""
+    sizes = [Unit.single(int(n)) for n in np.random.default_rng(0).integers(4100, 8000, 8000)]
+    began = time.monotonic()
+    assert sorted(map(tuple, pack(sizes, 8192))) == [(i,) for i in range(8000)]
+    assert time.monotonic() - began < 5  # one row more at a time took two minutes
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_row_fewer_would_not_do(seed):
+    rng = np.random.default_rng(seed)
+    sizes = units(int(rng.integers(1, 60)), seed)
+    budget = int(rng.integers(20, 300))
+    rows = pack(sizes, budget)
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i].tokens)
+    fewer = [_share_out(sizes, order, n, budget) for n in range(1, len(rows))]
+    needed = -(-sum(unit.tokens for unit in sizes) // budget)
+    assert len(rows) == min(needed, len(sizes)) or fewer[-1] is None

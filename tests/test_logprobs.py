@@ -19,7 +19,7 @@ import tpaw.logprobs
 import tpaw.token_logps
 from tpaw.layout import PACKED_ROWS, PADDED_ROWS, packed_row, padded_rows
 from tpaw.logprob_model import prepare
-from tpaw.logprobs import answer_with_logits, response_logps
+from tpaw.logprobs import HeadChangedError, answer_with_logits, response_logps
 from tpaw.packed_attention import packed_attention
 from tpaw.token_logps import token_logps
 from tpaw.token_table import token_ids
@@ -448,3 +448,58 @@ def test_attention_that_spans_do_not_have_is_refused_and_never_left_out(asked):
     packed_attention(None, states, states, states, None, sliding_window=8, **options)
     with pytest.raises(ValueError, match="packed attention has no (softcap|s_aux|sliding window)"):
         packed_attention(None, states, states, states, None, **asked, **options)
+
+
+@pytest.mark.parametrize("name", ["granite", "gemma2"])
+def test_weights_in_bf16_do_not_hide_what_a_model_does_to_its_logits(name):
+    """Their own rounding is larger than what a soft cap or a scale changes on a few tokens."""
+    model = architecture(name).bfloat16()
+    assert prepare(model, 40).notes[0] == ALL_LOGITS
+
+
+def test_weights_in_bf16_do_not_hide_wrong_attention(monkeypatch):
+    model = make_model("gpt2").bfloat16()
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda position_ids=None, **kw: forward(**kw))
+    assert prepare(model, 99).layout is PADDED_ROWS
+
+
+@LAYOUTS
+def test_a_head_that_is_changed_without_a_trial_is_noticed_in_the_call(layout):
+    model = architecture("granite")
+    next(model.parameters()).ds_id = 0  # as DeepSpeed marks what it has taken apart
+    assert prepare(model, 40) == (PACKED_ROWS, ())
+    with pytest.raises(HeadChangedError):
+        response_logps(model, layout.rows(ragged_team(1, seed=1, vocab_size=64)))
+
+
+def test_a_log_prob_that_is_no_number_is_not_taken_for_a_changed_head():
+    model = make_model("llama")
+    prepare(model, 99)
+    model.lm_head.weight.data[7] = math.nan
+    assert response_logps(model, packed_row(ragged_team(1, seed=0))).isnan().any()
+
+
+def test_virtual_tokens_are_refused():
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = peft.get_peft_model(make_model("llama"), config)
+    with pytest.raises(ValueError, match="virtual tokens"):
+        prepare(model, 99)
+
+
+def test_lora_may_come_around_a_head_that_has_answered():
+    model = make_model("llama", seed=5)
+    prepare(model, 99)
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
+    model = peft.get_peft_model(model, config)
+    expected_S = expected_logps(model, ragged_team(2, seed=0))
+    assert prepare(model, 99) == (PACKED_ROWS, ())
+    logps_S = response_logps(model, packed_row(ragged_team(2, seed=0)))
+    assert torch.allclose(logps_S, expected_S, rtol=1e-5)
+
+
+@LAYOUTS
+def test_a_prompt_without_tokens_is_refused(layout):
+    with pytest.raises(ValueError, match="a prompt has no tokens"):
+        layout.rows([(token_ids([]), token_ids([1, 2]))])

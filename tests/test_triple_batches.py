@@ -145,3 +145,14 @@ def test_a_row_keeps_float64_and_tells_identical_answers_by_their_ids(layout):
     # Three targets and three answers, of which four are the same.
     assert batch["rows"]["distinct"] == 3
     assert batch["rows"]["distinct_S"].tolist() == [0, 0, 0, 0, 1, 2]
+
+
+@pytest.mark.parametrize("layout", [PACKED_ROWS, PADDED_ROWS])
+def test_many_triples_of_one_long_prompt_keep_to_the_budget(layout):
+    rows = team_rows(1, 40)
+    for row in rows:
+        row["prompt_ids"] = token_ids(range(100))
+    parts = sampler(rows, layout, triples_per_batch=40, tokens_per_row=500)
+    for part in parts:
+        for row in BatchedTriples(rows, layout).__getitems__(part)["rows"]:
+            assert row["rows"]["input_ids_BL"].numel() <= 500
