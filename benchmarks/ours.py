@@ -25,7 +25,6 @@ from tpaw.trainer import TeamTrainer
 # How work may be cut: the rows of the tables. The first is what is used where there is no sweep.
 VARIANTS: Mapping[str, Mapping[str, int]] = {
     "rows of 2048 tokens": {"tokens_per_row": 2048},
-    "rows of 1024 tokens": {"tokens_per_row": 1024},
     "rows of 8192 tokens": {"tokens_per_row": 8192},
 }
 DEFAULT_VARIANT = next(iter(VARIANTS.values()))
