@@ -30,6 +30,7 @@ class Settings:
         lean_optimizer: update tensor by tensor. On a GPU torch otherwise makes a temporary as large
             as all weights; the speed is the same where tensors are large. Ours only.
         watch: keep each step's loss, the first step's gradient and the final weights, for the gate.
+        split_weights: as `train.weights: split`.
     """
 
     batch: int
@@ -39,6 +40,7 @@ class Settings:
     epochs: int = 1
     checkpointing: bool = False
     lean_optimizer: bool = False
+    split_weights: bool = False
     watch: bool = False
 
 

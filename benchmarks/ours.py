@@ -20,6 +20,7 @@ from tpaw.config import ScoreConfig
 from tpaw.layout import PromptAndResponse
 from tpaw.logprob_store import LogprobStore, sequence_key
 from tpaw.scoring import Precision, fill_store, score_sequences
+from tpaw.split_weights import SplitRMSprop
 from tpaw.trainer import TeamTrainer
 
 # How work may be cut: the rows of the tables. The first is what is used where there is no sweep.
@@ -140,7 +141,11 @@ def train(
     ]
     device = next(model.parameters()).device
     clock = StepClock(device, settings.watch)
-    lean = (torch.optim.RMSprop, {"lr": settings.learning_rate, "foreach": False})
+    optimizer: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None
+    if settings.split_weights:
+        optimizer = (SplitRMSprop, {"lr": settings.learning_rate})
+    elif settings.lean_optimizer:
+        optimizer = (torch.optim.RMSprop, {"lr": settings.learning_rate, "foreach": False})
     with TemporaryDirectory() as folder:
         trainer = TeamTrainer(
             model=model,
@@ -154,7 +159,7 @@ def train(
             objective=settings.objective,
             tokens_per_row=tokens_per_row,
             callbacks=[clock],
-            optimizer_cls_and_kwargs=lean if settings.lean_optimizer else None,
+            optimizer_cls_and_kwargs=optimizer,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()

@@ -4,13 +4,12 @@ A step is 64 triples under three players, lengths as in workload.py, with the re
 given (training has no reference model in memory). The bar is 0.134 steps/s at the Llama-3.1-8B
 shape on one H100 or H200:
 
-    python benchmarks/steps_per_second.py --size llama-3.1-8b --bf16 --checkpointing
+    python benchmarks/steps_per_second.py --size llama-3.1-8b --bf16 --checkpointing --weights split
     python benchmarks/steps_per_second.py --size qwen2.5-1.5b --bf16
     python benchmarks/steps_per_second.py --size tiny --device cpu --batch 4 --steps 2
 
-fp32 weights, gradients and RMSprop's state are 12 bytes a parameter: 96 GB at 8B, which an H200
-holds. On an H100, --weights bf16 halves that; it measures speed, but at learning rates of 1e-6
-such weights do not move, so do not train like that. FLOPs are those of flops.py.
+fp32 weights, gradients and RMSprop's state are 12 bytes a parameter, 96 GB at 8B, which an H200
+holds; split weights (`train.weights: split`) are 8, for an H100. FLOPs are those of flops.py.
 
 On a machine that has PyTorch with CUDA but reaches no package index, carry wheels of these at the
 versions of constraints.txt: transformers, tokenizers, huggingface-hub, httpx2, httpcore2,
@@ -43,14 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     options_of.add_argument("--steps", type=int, default=6, help="the first is not counted")
     options_of.add_argument("--length-scale", type=float, default=1.0)
     options_of.add_argument("--checkpointing", action="store_true")
-    options_of.add_argument("--weights", choices=["fp32", "bf16"], default="fp32")
+    options_of.add_argument("--weights", choices=["fp32", "split"], default="fp32")
+    options_of.add_argument("--tokens-per-row", type=int, default=8192)
     options = parse(options_of, argv)
+    if options.weights == "split" and not options.bf16:
+        options_of.error("--weights split computes in bf16: add --bf16")
     if options.steps < 2:
         options_of.error("--steps must be at least 2: the first is not counted")
     shape = shape_named(options.size)
     device = torch.device(options.device)
-    dtype = torch.bfloat16 if options.weights == "bf16" else torch.float32
-    model = make_model(shape, options.seed, device, dtype)
+    model = make_model(shape, options.seed, device, torch.float32)
     # Every step has the same triples, so that steps differ by the machine alone.
     triples = make_triples(options.batch, 1, shape.vocab, options.seed, options.length_scale)
     settings = Settings(
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epochs=options.steps,
         checkpointing=options.checkpointing,
         lean_optimizer=True,
+        split_weights=options.weights == "split",
     )
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -68,10 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         triples,
         random_logps(triples, PLAYERS, shape.vocab),
         settings,
-        **ours.DEFAULT_VARIANT,
+        tokens_per_row=options.tokens_per_row,
     )
     counted = training.step_seconds[1:]
-    mode = "bf16" if options.bf16 or options.weights == "bf16" else "fp32"
+    mode = "bf16" if options.bf16 else "fp32"
     peak = matmul.peak_flops(device, mode, quick=options.size == "tiny")
     model_flops = training_flops(shape, ours.trained_rows(triples))
     hardware_flops = training_flops(
