@@ -155,9 +155,10 @@ def test_a_choice_of_attention_is_respected():
     assert model.config._attn_implementation == "eager"
 
 
-def test_a_model_that_lies_about_its_attention_is_found_out(monkeypatch):
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_model_that_lies_about_its_attention_is_found_out(kind, monkeypatch):
     """One that ignores positions gives other numbers from packed rows, so it must not get any."""
-    model = make_model("gpt2")
+    model = make_model(kind)
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda position_ids=None, **kw: forward(**kw))
     layout, notes = prepare(model, 99)

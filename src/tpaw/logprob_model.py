@@ -21,8 +21,10 @@ from tpaw.logprobs import answer_with_logits, answer_with_logps, response_logps
 from tpaw.packed_attention import PACKED
 from tpaw.token_table import token_ids
 
-# Of eps, for each nat of a log-prob: what may lie between two ways to compute it.
-_ROUNDINGS = 64
+# Relative, and nats. Two ways to compute a log-prob in fp32 part by some 1e-6 of it, more in deep
+# models with large activations. What is wrong in a trained model is off by 1e-2 and more; wrong
+# positions in a random one of two layers by 8e-4.
+_TOLERANCE = (2e-5, 1e-4)
 
 
 class Preparation(NamedTuple):
@@ -88,7 +90,6 @@ class _Trial:
         self.is_possible = not any(
             p.is_meta or isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()
         )
-        self.is_double = next(model.parameters()).dtype == torch.float64
         self.expected = self._logps(layout)
 
     def agrees_with(self, layout: Layout) -> bool:
@@ -104,8 +105,8 @@ class _Trial:
                     return False
         except (TypeError, ValueError, RuntimeError):
             return False
-        eps = torch.finfo(torch.float64 if self.is_double else torch.float32).eps
-        return torch.allclose(found, self.expected, rtol=_ROUNDINGS * eps, atol=_ROUNDINGS * eps)
+        relative, absolute = _TOLERANCE
+        return torch.allclose(found, self.expected, rtol=relative, atol=absolute)
 
     def _logps(self, layout: Layout, in_bf16: bool = False) -> Tensor:
         if not self.is_possible:
