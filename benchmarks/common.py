@@ -64,7 +64,8 @@ def interleaved(
 ) -> dict[str, list[Result]]:
     """Run all contenders in turn, `repeats` times, after each has done `warm_up` once.
 
-    The order rotates, so that none always runs after the same other one.
+    The order rotates, so that none always runs after the same other one. Ctrl-C ends it after the
+    repeats that are whole.
     """
     names = list(contenders)
     results: dict[str, list[Result]] = {name: [] for name in names}
@@ -74,12 +75,20 @@ def interleaved(
     for name in names:
         contenders[name](warm_up)
         _tidy()
-    for repeat in range(repeats):
-        turn = repeat % len(names)
-        for name in names[turn:] + names[:turn]:
-            results[name].append(contenders[name](work))
-            _tidy()
-            print(f"repeat {repeat + 1} of {repeats}: {name}", file=sys.stderr, flush=True)
+    try:
+        for repeat in range(repeats):
+            turn = repeat % len(names)
+            for name in names[turn:] + names[:turn]:
+                result = contenders[name](work)
+                results[name].append(result)
+                _tidy()
+                what = f"repeat {repeat + 1} of {repeats}: {name}: {result}"
+                print(what, file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        whole = min(map(len, results.values()))
+        if not whole:
+            raise
+        results = {name: runs[:whole] for name, runs in results.items()}
     gc.unfreeze()
     return results
 
