@@ -58,9 +58,11 @@ def score_sequences(
         units += [unit] if fits else [[i] for i in unit]
     sizes = [_unit([sequences[i] for i in unit]) for unit in units]
     batches = [[i for u in row for i in units[u]] for row in layout.cut(sizes, tokens_per_row, 1)]
-    rows_of = (layout.rows([sequences[i] for i in batch]) for batch in batches)
+    rows_of: Iterator[Rows] = (layout.rows([sequences[i] for i in batch]) for batch in batches)
+    if device.type == "cuda":  # on a CPU a second thread of torch's takes more than it gives
+        rows_of = _prepared_ahead(rows_of)
     logps = np.empty(len(sequences), dtype=np.float64)
-    for batch, rows in zip(batches, _prepared_ahead(rows_of), strict=True):
+    for batch, rows in zip(batches, rows_of, strict=True):
         with torch.inference_mode(), precision.autocast():
             logps_S = response_logps(model, send_to_device(rows, device))
         logps[batch] = logps_S.cpu().numpy()
