@@ -54,9 +54,9 @@ def score_sequences(
     layout = prepare(model, longest).layout
     units: list[list[int]] = []
     for unit in _same_prompt(sequences):
-        fits = layout.size(_unit([sequences[i] for i in unit])) <= tokens_per_row
+        fits = layout.size(_size(sequences, unit)) <= tokens_per_row
         units += [unit] if fits else [[i] for i in unit]
-    sizes = [_unit([sequences[i] for i in unit]) for unit in units]
+    sizes = [_size(sequences, unit) for unit in units]
     batches = [[i for u in row for i in units[u]] for row in layout.cut(sizes, tokens_per_row, 1)]
     rows_of: Iterator[Rows] = (layout.rows([sequences[i] for i in batch]) for batch in batches)
     if device.type == "cuda":  # on a CPU a second thread of torch's takes more than it gives
@@ -121,8 +121,9 @@ def _same_prompt(sequences: Sequence[PromptAndResponse]) -> list[list[int]]:
     return list(by_prompt.values())
 
 
-def _unit(sequences: Sequence[PromptAndResponse]) -> Unit:
-    return Unit.of(len(sequences[0][0]), [len(response) for _, response in sequences])
+def _size(sequences: Sequence[PromptAndResponse], unit: Sequence[int]) -> Unit:
+    prompt, _ = sequences[unit[0]]
+    return Unit.of(len(prompt), [len(sequences[i][1]) for i in unit])
 
 
 def _prepared_ahead(items: Iterator[Rows]) -> Iterator[Rows]:

@@ -63,7 +63,7 @@ class _TokenLogps(torch.autograd.Function):
                 totals_C = logits_CV.sub_(largest_C[:, None]).exp_().sum(dim=1)
                 log_totals_T[chunk] = totals_C.log().add_(largest_C)
                 logps_T[chunk] = label_logits_C - log_totals_T[chunk]
-                ctx.kept = (chunk, logits_CV, totals_C)
+                ctx.kept = (logits_CV, totals_C)
         if not any(ctx.needs_input_grad):
             ctx.kept = None
         ctx.save_for_backward(hidden_TH, weight_VH, bias_V, labels_T, log_totals_T)
@@ -80,12 +80,15 @@ class _TokenLogps(torch.autograd.Function):
         d_bias_V = torch.zeros_like(weight_VH[:, 0], dtype=dtype) if needs_bias else None
         with torch.autocast(hidden_TH.device.type, enabled=False):
             weight = weight_VH.to(ctx.operand_dtype)
-            weight_for_logits = _for_logits(weight_VH, ctx.operand_dtype)
             kept, ctx.kept = ctx.kept, None
-            softmax_CV = kept[1] if kept else None
-            for chunk in reversed(list(_chunks(len(hidden_TH), len(weight_VH)))):
+            softmax_CV = None
+            chunks = list(_chunks(len(hidden_TH), len(weight_VH)))
+            weight_for_logits = weight
+            if len(chunks) > 1 or not kept:  # else it would be copied for nothing
+                weight_for_logits = _for_logits(weight_VH, ctx.operand_dtype)
+            for chunk in reversed(chunks):
                 if kept:
-                    softmax_CV = kept[1].div_(kept[2][:, None])
+                    softmax_CV = kept[0].div_(kept[1][:, None])
                     kept = None
                 else:
                     logits_CV = _logits(
