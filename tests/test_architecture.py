@@ -18,7 +18,7 @@ LAYERS = [
     ["logprobs", "triple_batches"],
     ["logprob_model"],
     ["data", "logprob_store", "model"],
-    ["scoring", "trainer", "generation", "evaluation"],
+    ["checkpoints", "scoring", "trainer", "generation", "evaluation"],
     ["training_arguments"],
     ["inputs", "report"],
     ["train_stage"],

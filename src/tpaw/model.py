@@ -145,7 +145,7 @@ def initial_player(config: ModelConfig, record: Path) -> Player:
     commit = config.revision
     if recorded and recorded["path"] == config.path:
         commit = recorded["revision"]
-    folder, revision = _locate(config, commit)
+    folder, revision = locate(config, commit)
     player = Player(0, str(folder), fingerprint(folder))
     if recorded:
         if recorded["fingerprint"] != player.fingerprint:
@@ -158,6 +158,18 @@ def initial_player(config: ModelConfig, record: Path) -> Player:
         facts = {"index": 0, "path": config.path, "revision": revision}
         write_json(record, facts | {"fingerprint": player.fingerprint})
     return player
+
+
+def locate(config: ModelConfig, revision: str | None) -> tuple[Path, str | None]:
+    """The folder of θ_0, downloaded from the hub if need be, and its commit there."""
+    path = Path(resolve_package_path(config.path))
+    if path.is_dir():
+        return path, None
+    from huggingface_hub import snapshot_download
+
+    # The snapshot's folder is named after the commit, which is the revision for good.
+    folder = Path(snapshot_download(config.path, revision=revision, allow_patterns=_HUB_FILES))
+    return folder, folder.name
 
 
 def fingerprint(folder: Path) -> str:
@@ -293,17 +305,6 @@ def _check_attention(found: PreTrainedConfig, config: ModelConfig) -> None:
         raise InputError(
             f"model.attn_implementation: {config.attn_implementation!r} cannot be used: {error}"
         ) from None
-
-
-def _locate(config: ModelConfig, revision: str | None) -> tuple[Path, str | None]:
-    path = Path(resolve_package_path(config.path))
-    if path.is_dir():
-        return path, None
-    from huggingface_hub import snapshot_download
-
-    # The snapshot's folder is named after the commit, which is the revision for good.
-    folder = Path(snapshot_download(config.path, revision=revision, allow_patterns=_HUB_FILES))
-    return folder, folder.name
 
 
 def _safetensors_header(file: Path) -> dict[str, Any]:
