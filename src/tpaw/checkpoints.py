@@ -43,12 +43,8 @@ def find_checkpoint(reference: str) -> Checkpoint:
     Raises:
         InputError: there is none of that name.
     """
-    folder, at, number = reference.rpartition("@")
-    if at and re.fullmatch(r"\d+", number) and RunDirectory(folder).has_begun():
-        return _of_run(RunDirectory(folder), int(number))
-    run = RunDirectory(reference)
-    if run.has_begun():
-        return _of_run(run, _published(run)[-1])
+    if (found := find_in_run(reference)) is not None:
+        return _of_run(*found)
     if Path(reference).is_dir() and not (Path(reference) / "config.json").is_file():
         raise InputError(f"{reference}: neither a run directory (run.json) nor a model's folder")
     model = ModelConfig(path=reference)
@@ -68,11 +64,24 @@ def find_checkpoints(reference: str) -> list[Checkpoint]:
     return [find_checkpoint(reference)]
 
 
+def find_in_run(reference: str) -> tuple[RunDirectory, int] | None:
+    """The run and the iteration that a reference names; None where it names no run.
+
+    Raises:
+        InputError: the run has no such checkpoint.
+    """
+    folder, at, number = reference.rpartition("@")
+    if at and re.fullmatch(r"\d+", number) and RunDirectory(folder).has_begun():
+        run, i = RunDirectory(folder), int(number)
+        if i not in (published := _published(run)):
+            there = ", ".join(f"@{j}" for j in published)
+            raise InputError(f"{run.root}@{i}: not there (or not finished); there are {there}")
+        return run, i
+    run = RunDirectory(reference)
+    return (run, _published(run)[-1]) if run.has_begun() else None
+
+
 def _of_run(run: RunDirectory, i: int) -> Checkpoint:
-    published = _published(run)
-    if i not in published:
-        there = ", ".join(f"@{j}" for j in published)
-        raise InputError(f"{run.root}@{i}: not there (or not finished); there are {there}")
     model = run.load_config().model
     name = f"{run.root.name}@{i}"
     if i == 0:

@@ -93,6 +93,43 @@ def status(directory: Path) -> None:
 
 
 @app.command()
+def compare(
+    systems: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A B...",
+            help="RUN (its newest checkpoint), RUN@i, or the folder of an evaluation.",
+        ),
+    ],
+    suite: Annotated[
+        str | None, typer.Option("--suite", help="A suite's name. Default: the run's own rows.")
+    ] = None,
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="Write every number to this file too.")
+    ] = None,
+) -> None:
+    """Compare systems with the first of them, on the same items."""
+    if json_ is not None and (json_.is_dir() or not json_.parent.is_dir()):
+        raise InputError(f"--json {json_}: no file can be written there")
+    from tpaw.artifacts import write_json
+    from tpaw.evaluation.compare import compare as compare_evaluations
+    from tpaw.evaluation.outcomes import find_evaluation
+    from tpaw.report.comparison import comparison_table
+    from tpaw.report.progress import progress
+
+    evaluations = [find_evaluation(system, suite) for system in systems]
+    rows = sum(len(evaluation.measures) for evaluation in evaluations)
+    with progress("comparing", rows, "measures") as advance:
+        comparison = compare_evaluations(evaluations, advance)
+    console = _console()
+    console.print(comparison_table(comparison))
+    for text in comparison.notes:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if json_ is not None:
+        write_json(json_, comparison.as_json())
+
+
+@app.command()
 def plan(config: Sources, set_: Overrides = []) -> None:  # noqa: B006
     """Show lineage and cost of every iteration, before anything is spent."""
     settings = _load(config, set_)

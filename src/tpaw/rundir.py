@@ -94,6 +94,10 @@ class RunDirectory:
         """Artifact: results and per-item outcomes of θ_i."""
         return self.iteration(i) / "evaluation"
 
+    def suite(self, i: int, name: str) -> Path:
+        """Artifact: results and per-item outcomes of θ_i on a suite of tasks."""
+        return self.iteration(i) / "suites" / name
+
     def logprobs(self, fingerprint: str) -> Path:
         """Sharded artifact: log-probs under one player."""
         return self.root / "logprobs" / fingerprint

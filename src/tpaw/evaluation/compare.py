@@ -1,0 +1,223 @@
+"""Systems on the same items, each against the first.
+
+Right or wrong is compared by exact McNemar, anything else by sign flips with a bootstrap interval;
+all p-values of a comparison are one family for Holm. Measures are refused unless everything that
+decides an outcome, but the system, is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from tpaw.errors import InputError
+from tpaw.evaluation.outcomes import GAP, Evaluation, Measure
+from tpaw.evaluation.statistics import (
+    Interval,
+    holm,
+    mcnemar,
+    mean_interval,
+    paired_difference,
+    wilson_interval,
+)
+
+
+class Row(NamedTuple):
+    """One measure of one system. What only a comparison has is None for the baseline.
+
+    Attributes:
+        items: how many; None for a suite's average over tasks, which has no interval and no test.
+        value: mean over the items: a share, nats, or for a suite's average percent.
+        interval_95: Wilson's for shares, BCa bootstrap otherwise.
+        difference: value − the baseline's.
+        difference_interval_95: BCa bootstrap over items; None for shares.
+        only_baseline, only_system: items that it alone got right; None if not right or wrong.
+        p_value, holm_p_value: two-sided; as it is, and adjusted for all of the comparison.
+    """
+
+    measure: str
+    system: str
+    items: int | None
+    value: float
+    interval_95: Interval | None
+    difference: float | None = None
+    difference_interval_95: Interval | None = None
+    only_baseline: int | None = None
+    only_system: int | None = None
+    p_value: float | None = None
+    holm_p_value: float | None = None
+
+
+class Comparison(NamedTuple):
+    """Everything `tpaw compare` says.
+
+    Attributes:
+        systems: their names; the first is the baseline.
+        suite: its name; None for runs' own held-out evaluations.
+        rows: by measure, then by system.
+        tests: how many p-values Holm's adjustment covers.
+        notes: what was left out, or differs without hindering a comparison.
+    """
+
+    systems: list[str]
+    suite: str | None
+    rows: list[Row]
+    tests: int
+    notes: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as plain values; intervals are pairs."""
+        return self._asdict() | {"rows": [row._asdict() for row in self.rows]}
+
+
+def compare(
+    evaluations: Sequence[Evaluation], on_done: Callable[[int], None] = lambda count: None
+) -> Comparison:
+    """Compare every system with the first.
+
+    Args:
+        on_done: called with 1 after each row.
+
+    Raises:
+        InputError: fewer than two systems, or their measures cannot be compared.
+    """
+    if len(evaluations) < 2:
+        raise InputError(f"a comparison needs two systems or more, not {len(evaluations)}")
+    baseline, *others = evaluations
+    for other in others:
+        _check_same_measures(baseline, other)
+    names, notes = list(baseline.measures), _version_notes(baseline, others)
+    if GAP in names and (differing := _with_other_initial_answers(baseline, others)):
+        names.remove(GAP)
+        notes.append(
+            f"{GAP} left out: it is measured against sampled answers of θ_0, and those of "
+            f"{', '.join(differing)} are not those of {baseline.name}"
+        )
+    for name in names:
+        for other in others:
+            _check_same_conditions(name, baseline, other)
+    rows = []
+    for name in names:
+        for evaluation in evaluations:
+            rows.append(_row(name, baseline, evaluation))
+            on_done(1)
+    p_values = [row.p_value for row in rows if row.p_value is not None]
+    adjusted = iter(holm(p_values))
+    rows = [
+        row if row.p_value is None else row._replace(holm_p_value=next(adjusted)) for row in rows
+    ]
+    return Comparison(
+        [evaluation.name for evaluation in evaluations],
+        baseline.suite,
+        rows + _averages(evaluations),
+        len(p_values),
+        notes,
+    )
+
+
+def _row(name: str, baseline: Evaluation, evaluation: Evaluation) -> Row:
+    measure = evaluation.measures[name]
+    start = baseline.measures[name].scores
+    first, scores = list(start.values()), [measure.scores[item] for item in start]
+    value = sum(scores) / len(scores)
+    interval = (
+        wilson_interval(round(sum(scores)), len(scores))
+        if measure.is_binary
+        else mean_interval(scores)
+    )
+    row = Row(name, evaluation.name, len(scores), value, interval)
+    if evaluation is baseline:
+        return row
+    if measure.is_binary:
+        test = mcnemar([score == 1 for score in first], [score == 1 for score in scores])
+        return row._replace(
+            difference=value - sum(first) / len(first),
+            only_baseline=test.only_first,
+            only_system=test.only_second,
+            p_value=test.p_value,
+        )
+    paired = paired_difference(first, scores)
+    return row._replace(
+        difference=paired.difference,
+        difference_interval_95=paired.interval_95,
+        p_value=paired.p_value,
+    )
+
+
+def _averages(evaluations: Sequence[Evaluation]) -> list[Row]:
+    """A suite's average in percent. It has no test: its tasks have, and tasks are no sample."""
+    start = evaluations[0].score
+    if start is None or any(evaluation.score is None for evaluation in evaluations):
+        return []
+    return [
+        Row("average, %", e.name, None, e.score, None, e.score - start if position else None)
+        for position, e in enumerate(evaluations)
+        if e.score is not None
+    ]
+
+
+def _check_same_measures(baseline: Evaluation, other: Evaluation) -> None:
+    if baseline.suite != other.suite:
+        held = [e.suite or "the run's own held-out rows" for e in (baseline, other)]
+        raise InputError(
+            f"{baseline.name} is evaluated on {held[0]}, {other.name} on {held[1]}; "
+            "--suite NAME says which evaluation of a run is meant"
+        )
+    for one, without in ((baseline, other), (other, baseline)):
+        for name in one.measures:
+            if name not in without.measures:
+                raise InputError(f"{name}: {one.name} has it, {without.name} has not")
+
+
+def _check_same_conditions(name: str, baseline: Evaluation, other: Evaluation) -> None:
+    first, second = baseline.measures[name], other.measures[name]
+    for condition in first.conditions | second.conditions:
+        values = [measure.conditions.get(condition) for measure in (first, second)]
+        if values[0] != values[1]:
+            raise InputError(
+                f"{name}: {condition} is {values[0]!r} in {baseline.name} and {values[1]!r} in "
+                f"{other.name}; these are not comparable"
+            )
+    if first.is_binary != second.is_binary:
+        raise InputError(f"{name}: right or wrong in one of {baseline.name}, {other.name} alone")
+    _check_same_items(name, baseline, other)
+
+
+def _check_same_items(name: str, baseline: Evaluation, other: Evaluation) -> None:
+    first, second = baseline.measures[name], other.measures[name]
+    differing = first.scores.keys() ^ second.scores.keys()
+    if differing:
+        example = min(differing)
+        owner = baseline.name if example in first.scores else other.name
+        raise InputError(
+            f"{name}: {baseline.name} and {other.name} are evaluated on different items: "
+            f"{len(first.scores)} and {len(second.scores)}, of which "
+            f"{len(first.scores.keys() & second.scores.keys())} are in both; only {owner} has "
+            f"{example!r}" + _hint(first)
+        )
+    for item, found in first.hashes.items():
+        if second.hashes[item] != found:
+            raise InputError(
+                f"{name}: item {item!r} is another document in {baseline.name} than in {other.name}"
+            )
+
+
+def _hint(measure: Measure) -> str:
+    """Ids of a run's own items hash their tokens."""
+    return "" if measure.hashes else "; other rows, or another tokenizer or chat template"
+
+
+def _with_other_initial_answers(baseline: Evaluation, others: Sequence[Evaluation]) -> list[str]:
+    expected = baseline.measures[GAP].conditions
+    return [other.name for other in others if other.measures[GAP].conditions != expected]
+
+
+def _version_notes(baseline: Evaluation, others: Sequence[Evaluation]) -> list[str]:
+    """Packages whose version may differ; the harness's may not, it is a condition."""
+    return [
+        f"{package} is {version} for {baseline.name} and {other.versions.get(package)} for "
+        f"{other.name}"
+        for other in others
+        for package, version in baseline.versions.items()
+        if package != "lm_eval" and other.versions.get(package) != version
+    ]
