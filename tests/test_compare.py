@@ -22,8 +22,8 @@ def compare(monkeypatch, capsys, tmp_path):
     def run(*arguments, code=0):
         output = tmp_path / "comparison.json"
         output.unlink(missing_ok=True)
-        command = ["tpaw", "compare", *map(str, arguments), "--json", str(output)]
-        monkeypatch.setattr(sys, "argv", command)
+        texts = map(str, (*arguments, "--json", output))
+        monkeypatch.setattr(sys, "argv", ["tpaw", "compare", *texts])
         found = 0
         try:
             main()
@@ -82,7 +82,7 @@ def test_identical_systems_differ_by_nothing(compare, copies):
     assert found["rows"][0]["value"] == 0.2
     assert found["rows"][0]["interval_95"] == list(wilson_interval(2, 10))
     assert found["rows"][0]["p_value"] is None
-    assert "all 3 tests" in out
+    assert "a family of 3" in out
     assert "0 : 0" in out
 
 
@@ -215,8 +215,7 @@ def test_suites_of_runs_and_of_models(compare, copies, tmp_path):
     assert [row["difference"] for row in average] == [None, 20.0, 10.0]
     assert all(row["p_value"] is None for row in average)
     assert "Means on mini" in out
-    # Folders alone say which suite they hold.
-    assert compare(a.suite(4, "mini"), model)[0]["suite"] == "mini"
+    assert compare(a.suite(4, "mini"), model)[0]["suite"] == "mini"  # the folders say so
 
 
 def test_continuous_tasks_and_other_versions(compare, tmp_path):
@@ -235,6 +234,11 @@ def test_continuous_tasks_and_other_versions(compare, tmp_path):
     assert found["notes"] == [f"transformers is 5.23.0 for {first} and 5.24.0 for {second}"]
     assert found["notes"][0] in out
     assert len(found["rows"]) == 2  # one task's average is the task
+    # Scores that happen to be 0 and 1 are compared as what the others are.
+    whole = write_suite(tmp_path / "c", [1, 0, 1])
+    found, _, _ = compare(whole, first, whole)
+    assert [row["only_system"] for row in found["rows"]] == [None] * 3
+    assert found["rows"][2]["p_value"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -260,7 +264,7 @@ def test_continuous_tasks_and_other_versions(compare, tmp_path):
         ),
         ({"documents": [0, 1, 2, 2]}, "{b}: item '2' is there twice"),
         ({"documents": [0]}, "{b}: 1 items; a comparison needs two or more"),
-        ({"binary": False}, "sums: right or wrong in one of {a}, {b} alone"),
+        ({"scores": [1, 1, None]}, "{b}: item '2' has the score None"),
         ({"scores": [1, 1, float("nan")]}, "{b}: item '2' has the score nan"),
         ({"suite": "other"}, "{a} is evaluated on mini, {b} on other; --suite NAME says which"),
     ],
@@ -268,8 +272,7 @@ def test_continuous_tasks_and_other_versions(compare, tmp_path):
 def test_suites_that_are_not_comparable(changes, message, compare, tmp_path):
     a = write_suite(tmp_path / "a", [1, 0, 1])
     b = write_suite(tmp_path / "b", changes.pop("scores", [1, 1, 1]), **changes)
-    found, _, err = compare(a, b, code=2)
-    assert found is None
+    _, _, err = compare(a, b, code=2)
     assert message.format(a=a, b=b) in err
 
 
@@ -332,10 +335,9 @@ def test_damaged_outcomes_are_not_compared(compare, copies, tmp_path):
 
 
 def test_a_json_file_that_cannot_be_written(monkeypatch, capsys, copies, tmp_path):
-    a, b = copies
+    a, _ = copies
     target = tmp_path / "none" / "c.json"
-    command = ["tpaw", "compare", str(a.root), str(b.root), "--json", str(target)]
-    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(sys, "argv", ["tpaw", "compare", str(a.root), "--json", str(target)])
     with pytest.raises(SystemExit) as exit_:
         main()
     assert exit_.value.code == 2

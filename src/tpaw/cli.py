@@ -113,7 +113,7 @@ def compare(
         raise InputError(f"--json {json_}: no file can be written there")
     from tpaw.artifacts import write_json
     from tpaw.evaluation.compare import compare as compare_evaluations
-    from tpaw.evaluation.outcomes import find_evaluation
+    from tpaw.evaluation.measures import find_evaluation
     from tpaw.report.comparison import comparison_table
     from tpaw.report.progress import progress
 

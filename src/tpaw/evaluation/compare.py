@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from tpaw.errors import InputError
-from tpaw.evaluation.outcomes import GAP, Evaluation, Measure
+from tpaw.evaluation.measures import GAP, Evaluation, Measure
 from tpaw.evaluation.statistics import (
     Interval,
     holm,
@@ -98,8 +98,10 @@ def compare(
             _check_same_conditions(name, baseline, other)
     rows = []
     for name in names:
+        # One table has one test a measure, though some system's scores happen to be 0 and 1.
+        is_binary = all(evaluation.measures[name].is_binary for evaluation in evaluations)
         for evaluation in evaluations:
-            rows.append(_row(name, baseline, evaluation))
+            rows.append(_row(name, baseline, evaluation, is_binary=is_binary))
             on_done(1)
     p_values = [row.p_value for row in rows if row.p_value is not None]
     adjusted = iter(holm(p_values))
@@ -115,20 +117,17 @@ def compare(
     )
 
 
-def _row(name: str, baseline: Evaluation, evaluation: Evaluation) -> Row:
-    measure = evaluation.measures[name]
-    start = baseline.measures[name].scores
-    first, scores = list(start.values()), [measure.scores[item] for item in start]
+def _row(name: str, baseline: Evaluation, evaluation: Evaluation, *, is_binary: bool) -> Row:
+    start, found = baseline.measures[name].scores, evaluation.measures[name].scores
+    first, scores = list(start.values()), [found[item] for item in start]
     value = sum(scores) / len(scores)
     interval = (
-        wilson_interval(round(sum(scores)), len(scores))
-        if measure.is_binary
-        else mean_interval(scores)
+        wilson_interval(round(sum(scores)), len(scores)) if is_binary else mean_interval(scores)
     )
     row = Row(name, evaluation.name, len(scores), value, interval)
     if evaluation is baseline:
         return row
-    if measure.is_binary:
+    if is_binary:
         test = mcnemar([score == 1 for score in first], [score == 1 for score in scores])
         return row._replace(
             difference=value - sum(first) / len(first),
@@ -175,11 +174,9 @@ def _check_same_conditions(name: str, baseline: Evaluation, other: Evaluation) -
         values = [measure.conditions.get(condition) for measure in (first, second)]
         if values[0] != values[1]:
             raise InputError(
-                f"{name}: {condition} is {values[0]!r} in {baseline.name} and {values[1]!r} in "
-                f"{other.name}; these are not comparable"
+                f"{name}: {condition} is {values[0]!r:.200} in {baseline.name} and "
+                f"{values[1]!r:.200} in {other.name}; these are not comparable"
             )
-    if first.is_binary != second.is_binary:
-        raise InputError(f"{name}: right or wrong in one of {baseline.name}, {other.name} alone")
     _check_same_items(name, baseline, other)
 
 

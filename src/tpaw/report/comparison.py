@@ -14,7 +14,7 @@ def comparison_table(comparison: Comparison) -> Table:
     title = (
         f"Means on {over} with 95 % intervals; the baseline A is {comparison.systems[0]}\n"
         "lost : won are items that only A, only the row's system got right; "
-        f"Holm p is p adjusted for all {comparison.tests} tests"
+        f"Holm p is p adjusted for a family of {comparison.tests}"
     )
     table = Table(title=Text(title), title_style="")
     table.add_column("measure")

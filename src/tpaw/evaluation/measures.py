@@ -24,7 +24,7 @@ class Measure(NamedTuple):
     """One score for each item.
 
     Attributes:
-        is_binary: scores are 1 for right and 0 for wrong.
+        is_binary: every score is 1 for right or 0 for wrong.
         scores: by item id, in the order of the file; nats for log-probs.
         hashes: of the items' documents, by id. Empty for a run's own evaluation, whose ids hold a
             hash of the prompt's and the target's token ids.
@@ -139,13 +139,15 @@ def _of_run(folder: Path) -> dict[str, Measure]:
     return measures
 
 
-def _scores(folder: Path, items: Sequence[Item], values: Sequence[float]) -> dict[str, float]:
+def _scores(
+    folder: Path, items: Sequence[Item], values: Sequence[float | None]
+) -> dict[str, float]:
     scores: dict[str, float] = {}
     for item, value in zip(items, values, strict=True):
         item_id = str(item["id"])
         if item_id in scores:
             raise InputError(f"{folder}: item {item_id!r} is there twice")
-        if not math.isfinite(value):
+        if value is None or not math.isfinite(value):
             raise InputError(f"{folder}: item {item_id!r} has the score {value}")
         scores[item_id] = float(value)
     if len(scores) < 2:
