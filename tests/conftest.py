@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -176,3 +177,20 @@ def finished(tmp_path_factory, model_folder, data_file, heldout_file):
     last = self_play(config, folder)
     assert last.index == 4
     return RunDirectory(folder), config
+
+
+@pytest.fixture
+def tpaw_(monkeypatch, capsys):
+    """Run a command in this process; gives the exit code, stdout and stderr."""
+    from tpaw.cli import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tpaw", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        return code, *capsys.readouterr()
+
+    return run
