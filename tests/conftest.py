@@ -194,3 +194,32 @@ def tpaw_(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def serve(tmp_path, monkeypatch):
+    """Start judges on this machine, asked from an empty folder; nothing is tried twice."""
+    from judge_server import JudgeServer
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("tpaw.judge.endpoint.RETRIES", 0)
+    servers = []
+
+    def start(reply):
+        servers.append(JudgeServer(reply))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def six(tmp_path):
+    """A wins three by length, loses one; one of equal length, one identical."""
+    from judge_server import answers
+
+    a = answers(tmp_path / "a.jsonl", "aaaa", "aaa", "aaaaa", "a", "ab", "same")
+    b = answers(tmp_path / "b.jsonl", "b", "b", "b", "bbbb", "ba", "same")
+    return a, b

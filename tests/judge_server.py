@@ -8,6 +8,8 @@ import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from conftest import write_jsonl
+
 ANSWERS = re.compile(
     r"----- request (\w+) -----\n(?P<request>.*)\n"
     r"----- answer A \1 -----\n(?P<a>.*)\n----- answer B \1 -----\n(?P<b>.*)\n----- end \1 -----",
@@ -92,3 +94,23 @@ def completion(text, finish_reason="stop"):
         "choices": [{"index": 0, "message": message, "finish_reason": finish_reason}],
         "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
     }
+
+
+def answers(path, *texts, name=None, instructions=None):
+    """A file of answers."""
+    rows = [
+        {"instruction": instruction, "output": text, "generator": name or path.stem}
+        for instruction, text in zip(instructions or "pqrstuvw", texts, strict=False)
+    ]
+    return write_jsonl(path, rows)
+
+
+def ask(tpaw_, server, a, b, *more):
+    """Run `tpaw judge`; gives the exit code, stdout and stderr."""
+    url = server if isinstance(server, str) else server.url
+    return tpaw_("judge", a, b, "--endpoint", url, "--model", "j", *more)
+
+
+def results(tmp_path, folder="judgements/a-vs-b"):
+    """What results.json holds."""
+    return json.loads((tmp_path / folder / "results.json").read_text())
