@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from judge_server import JudgeServer, ask, completion, longer, results
@@ -109,6 +110,26 @@ def test_stopped_by_a_signal(tpaw_, serve, six):
     assert 3 <= asked < 10
     assert ask(tpaw_, server, *six)[0] == 0
     assert len(server.requests) == 10
+
+
+def test_asked_twice_to_stop_awaits_nobody(tpaw_, serve, six):
+    ended = threading.Event()
+
+    def reply(question):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+        ended.wait(60)
+        return longer(question)
+
+    started = time.monotonic()
+    server = serve(reply)
+    code, _, err = ask(tpaw_, server, *six, "--parallel", 1)
+    ended.set()
+    assert code == 130
+    assert "again: at once" in err
+    assert len(server.requests) == 1
+    assert time.monotonic() - started < 30
 
 
 def test_a_kill_costs_the_requests_under_way(tpaw_, serve, six, tmp_path):

@@ -15,6 +15,7 @@ from tpaw.errors import InputError, JudgeError, printable
 # as the server's Retry-After says; it retries no connection, no answer in time, 408, 409, 429, 5xx.
 RETRIES = 5
 SECONDS_PER_TRY = 300.0
+SECONDS_TO_CONNECT = 10.0
 # What an endpoint says of one request: too long for the judge, or filtered.
 _REFUSALS = (400, 413, 422)
 
@@ -55,7 +56,7 @@ class Endpoint:
             base_url=url,
             # The library sends some key always; without one of ours it would look for OpenAI's.
             api_key=api_key or "none",
-            timeout=SECONDS_PER_TRY,
+            timeout=openai.Timeout(SECONDS_PER_TRY, connect=SECONDS_TO_CONNECT),
             max_retries=RETRIES,
         )
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import contextlib
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, Literal, NamedTuple
 
-from tpaw.errors import JudgeError
 from tpaw.judge.endpoint import Endpoint, RefusedError, Reply
 from tpaw.judge.outputs import Pair
 from tpaw.judge.prompt import JudgePrompt, Verdict, parse_verdict
@@ -107,31 +108,33 @@ class Match:
         Raises:
             JudgeError: see `Endpoint.ask`.
         """
+        waiting = deque(self.missing)
+        answered: SimpleQueue[tuple[str, Reply | Exception]] = SimpleQueue()
 
-        def ask(key: str) -> Reply | RefusedError:
-            try:
-                reply = endpoint.ask(self.missing[key])
-            except RefusedError as refusal:
-                return refusal
-            self.replies.put(key, reply)
-            return reply
+        def work() -> None:
+            with contextlib.suppress(IndexError):
+                while True:
+                    key = waiting.popleft()
+                    try:
+                        reply = endpoint.ask(self.missing[key])
+                        self.replies.put(key, reply)
+                        answered.put((key, reply))
+                    except Exception as error:  # raised where it is taken
+                        answered.put((key, error))
 
-        pool = ThreadPoolExecutor(parallel)
-        futures = {pool.submit(ask, key): key for key in self.missing}
+        # Daemons, so that nothing awaits them where a second Ctrl-C asks for a stop at once.
+        workers = [Thread(target=work, daemon=True) for _ in range(min(parallel, len(waiting)))]
+        for worker in workers:
+            worker.start()
         try:
-            for future in as_completed(futures):
-                reply = future.result()
-                if isinstance(reply, RefusedError):
-                    self.refused.add(futures[future])
-                    if not self._found and len(self.refused) >= min(
-                        REFUSALS_THAT_TELL, len(futures)
-                    ):
-                        raise JudgeError(str(reply))
-                else:
-                    self._found[futures[future]] = reply
+            for _ in self.missing:
+                self._take(*answered.get())
                 on_done(1)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        except BaseException as reason:
+            waiting.clear()
+            for worker in workers if isinstance(reason, Exception) else ():
+                worker.join()
+            raise
 
     def judged(self) -> list[Judged]:
         """What became of every pair, in their order; everything must have been asked."""
@@ -140,6 +143,17 @@ class Match:
     def models(self) -> dict[str, int]:
         """How many replies the judge gave under which name of its own."""
         return dict(Counter(reply.model for reply in self._found.values()))
+
+    def _take(self, key: str, reply: Reply | Exception) -> None:
+        if isinstance(reply, Reply):
+            self._found[key] = reply
+            return
+        if not isinstance(reply, RefusedError):
+            raise reply
+        self.refused.add(key)
+        enough = min(REFUSALS_THAT_TELL, len(self.missing))
+        if not self._found and len(self.refused) >= enough:
+            raise reply
 
     def _requests(self, pair: Pair) -> Iterator[dict[str, Any]]:
         yield self.judge.request(pair.instruction, pair.first, pair.second)

@@ -26,7 +26,7 @@ class Replies:
     """A folder of replies, one file each; processes may share it."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = folder.absolute()  # threads may outlive a change of directory
 
     def get(self, key: str) -> Reply | None:
         """The reply, if there is one.
