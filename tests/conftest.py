@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -176,3 +177,49 @@ def finished(tmp_path_factory, model_folder, data_file, heldout_file):
     last = self_play(config, folder)
     assert last.index == 4
     return RunDirectory(folder), config
+
+
+@pytest.fixture
+def tpaw_(monkeypatch, capsys):
+    """Run a command in this process; gives the exit code, stdout and stderr."""
+    from tpaw.cli import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tpaw", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def serve(tmp_path, monkeypatch):
+    """Start judges on this machine, asked from an empty folder; nothing is tried twice."""
+    from judge_server import JudgeServer
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("tpaw.judge.endpoint.RETRIES", 0)
+    servers = []
+
+    def start(reply):
+        servers.append(JudgeServer(reply))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def six(tmp_path):
+    """A wins three by length, loses one; one of equal length, one identical."""
+    from judge_server import answers
+
+    a = answers(tmp_path / "a.jsonl", "aaaa", "aaa", "aaaaa", "a", "ab", "same")
+    b = answers(tmp_path / "b.jsonl", "b", "b", "b", "bbbb", "ba", "same")
+    return a, b

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 
 import tpaw.selfplay
 import tpaw.stages
-from tpaw.cli import main
 from tpaw.errors import Interrupted
 
 
@@ -30,22 +29,6 @@ def write_config(folder, settings):
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
-
-
-@pytest.fixture
-def tpaw_(monkeypatch, capsys):
-    """Run a command in this process; gives the exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tpaw", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as exit_:
-            code = exit_.code or 0
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def test_run_status_and_run_again(tpaw_, config, tmp_path):

@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tpaw.errors import ArtifactError
+from tpaw.errors import ArtifactError, InputError
 
 MANIFEST = "manifest.json"
 PARTIAL_MANIFEST = "manifest.partial.json"
+SETTINGS = "settings.json"
 TEMPORARY_PREFIX = ".tmp-"
 
 
@@ -151,6 +152,39 @@ def verify(manifest_path: Path, on_bytes: Callable[[int], None] = lambda count: 
         if _sha256(path) != sha256:
             raise ArtifactError(f"{path}: damaged: its content differs from what was published")
         on_bytes(size)
+
+
+def claim(folder: Path, settings: Mapping[str, Any], **facts: Any) -> None:
+    """Make a folder the place of one piece of work: settings.json says which, once for all.
+
+    Args:
+        settings: everything that decides what the folder will hold; JSON values.
+        facts: kept beside them, and free to differ when the work goes on.
+
+    Raises:
+        InputError: the folder holds other work; the settings that differ are named.
+        ArtifactError: settings.json is damaged.
+    """
+    path = folder / SETTINGS
+    if path.is_file():
+        kept = read_json(path)
+        if not isinstance(kept, dict) or not isinstance(found := kept.get("settings"), dict):
+            raise ArtifactError(f"{path}: damaged: it holds no settings")
+        keys = [key for key in {**settings, **found} if settings.get(key) != found.get(key)]
+        if keys:
+            differing = "".join(f"\n  {k}: {found.get(k)} → {settings.get(k)}" for k in keys)
+            raise InputError(
+                f"--output {folder}: holds other work:{differing}\nGive another --output."
+            )
+        return
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output {folder}: is a file")
+    if folder.is_dir() and any(
+        p for p in folder.iterdir() if p.name != TEMPORARY_PREFIX + SETTINGS
+    ):
+        raise InputError(f"--output {folder}: not empty, and no {SETTINGS} says that it is ours")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"settings": dict(settings), **facts})
 
 
 class ShardedArtifact:

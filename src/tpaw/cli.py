@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -64,14 +66,8 @@ def run(config: Sources, output: Output = None, set_: Overrides = []) -> None:  
     settings = _load(config, set_)
     from tpaw.selfplay import self_play
 
-    stop = StopSignal()
-    with stop.listening():
-        try:
-            self_play(settings, output, stop)
-        except (Interrupted, KeyboardInterrupt) as interruption:
-            number = getattr(interruption, "signal_number", None) or stop.signal_number or 2
-            print(f"stopped; go on with: tpaw run {shlex.quote(str(output))}", file=sys.stderr)
-            raise typer.Exit(128 + number) from None
+    with _stoppable(f"tpaw run {shlex.quote(str(output))}") as stop:
+        self_play(settings, output, stop)
     _print_summary(RunDirectory(output), settings)
 
 
@@ -146,6 +142,78 @@ def plan(config: Sources, set_: Overrides = []) -> None:  # noqa: B006
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command()
+def answer(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_RUN[@i]", help="A model, a run, or its θ_i.")
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="Rows to answer. Default: the held-out rows of the run."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder. Default: answers/NAME.")
+    ] = None,
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="The likeliest token each time; nothing is sampled.")
+    ] = False,
+    set_: Overrides = [],  # noqa: B006
+) -> None:
+    """Answer the prompts of a file, sampled as in the run, for `tpaw judge` and alpaca_eval."""
+    from tpaw.answers import answer_rows
+
+    with _stoppable("the same command") as stop:
+        folder = answer_rows(checkpoint, data, output, greedy=greedy, overrides=set_, stop=stop)
+    print(f"Answers: {folder}")
+
+
+@app.command()
+def judge(
+    a: Annotated[str, typer.Argument(metavar="A", help="A folder of `tpaw answer`, or a file.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one, on the same prompts.")],
+    endpoint: Annotated[
+        str, typer.Option("--endpoint", help="URL of an OpenAI-compatible endpoint, …/v1.")
+    ],
+    model: Annotated[str, typer.Option("--model", help="The judge's name at the endpoint.")],
+    key_env: Annotated[
+        str | None,
+        typer.Option("--key-env", help="Environment variable that holds the endpoint's key."),
+    ] = None,
+    prompt: Annotated[
+        Path | None, typer.Option("--prompt", help="Another prompt; see docs/evaluation.md.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder. Default: judgements/A-vs-B.")
+    ] = None,
+    cache: Annotated[
+        Path, typer.Option("--cache", help="Folder of the judge's replies, for all comparisons.")
+    ] = Path("judgements/replies"),
+    parallel: Annotated[int, typer.Option("--parallel", min=1, help="Requests at a time.")] = 8,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest reply.")] = 1024,
+) -> None:
+    """Pairwise win rate of A against B, asked of a judge in both orders."""
+    from tpaw.judge.match import Judge
+    from tpaw.judge.prompt import load_prompt
+    from tpaw.judging import judge_outputs, key_from
+    from tpaw.report.tables import win_rate_table
+
+    with _stoppable("the same command") as stop:
+        folder, results = judge_outputs(
+            (a, b),
+            Judge(model, load_prompt(prompt), max_tokens),
+            endpoint,
+            key_from(key_env),
+            output,
+            cache,
+            parallel=parallel,
+            stop=stop,
+        )
+    console = _console()
+    console.print(win_rate_table(results))
+    for text in filter(None, (results.get("note"), f"Results: {folder}")):
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 @config_app.command("show")
 def config_show(config: Sources, set_: Overrides = []) -> None:  # noqa: B006
     """Print the complete configuration, with a comment on every setting."""
@@ -170,6 +238,23 @@ def main() -> None:
     except TpawError as error:
         print(f"tpaw: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+@contextlib.contextmanager
+def _stoppable(again: str) -> Iterator[StopSignal]:
+    """Listen for Ctrl-C and SIGTERM; say what goes on with the work, and exit as a shell expects.
+
+    Args:
+        again: the command.
+    """
+    stop = StopSignal()
+    with stop.listening():
+        try:
+            yield stop
+        except (Interrupted, KeyboardInterrupt) as interruption:
+            number = getattr(interruption, "signal_number", None) or stop.signal_number or 2
+            print(f"stopped; go on with: {again}", file=sys.stderr)
+            raise typer.Exit(128 + number) from None
 
 
 def _load(sources: list[str], overrides: list[str]) -> RunConfig:

@@ -31,6 +31,12 @@ class DivergenceError(TpawError):
     """Training left the numbers. What came before it is kept."""
 
 
+class JudgeError(TpawError):
+    """The judge's endpoint cannot be reached, or refuses. What it answered before is kept."""
+
+    exit_code = 3
+
+
 class Interrupted(TpawError):
     """A stop was asked for and a safe point was reached."""
 
@@ -42,3 +48,9 @@ class Interrupted(TpawError):
     def exit_code(self) -> int:  # type: ignore[override]
         """128 + the signal's number, as a shell reports it: 130 for Ctrl-C, 143 for SIGTERM."""
         return 128 + self.signal_number
+
+
+def printable(text: str, width: int = 200) -> str:
+    """Text that others wrote, safe for a terminal: no control characters, one line, cut."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return shown if len(shown) <= width else shown[: width - 1] + "…"

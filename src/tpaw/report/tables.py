@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
+from tpaw.errors import printable
 from tpaw.plan import IterationPlan
 
 
@@ -48,6 +50,24 @@ def plan_table(plans: Sequence[IterationPlan]) -> Table:
             f"{plan.to_generate:,}",
             f"{plan.to_score:,}",
         )
+    return table
+
+
+def win_rate_table(results: dict[str, Any]) -> Table:
+    """The one row of a comparison by a judge."""
+    table = Table(title=Text(printable(results["measure"])), title_style="")
+    headings = ("A", "B", "win rate of A", "wins", "losses", "ties", "identical", "invalid")
+    for heading in (*headings, "pairs", "prompts"):
+        table.add_column(heading, justify="left" if heading in "AB" else "right")
+    rate = "–"
+    if results["win_rate"] is not None:
+        low, high = results["interval_95"]
+        rate = f"{results['win_rate']:.3f} [{low:.3f}, {high:.3f}]"
+    ties = results["ties"]
+    counts = [results["wins"], results["losses"], sum(ties.values()), ties["identical"]]
+    counts += [results[key] for key in ("invalid", "pairs", "prompts")]
+    names = (Text(printable(results[side]["name"], 40)) for side in "ab")
+    table.add_row(*names, rate, *(f"{count:,}" for count in counts))
     return table
 
 
