@@ -24,6 +24,7 @@ LAYERS = [
     ["train_stage"],
     ["stages"],
     ["selfplay"],
+    ["study"],
     ["cli"],
 ]
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +20,7 @@ from tpaw.config_file import recipe_names, to_yaml
 from tpaw.errors import InputError, Interrupted, TpawError
 from tpaw.interrupt import StopSignal
 from tpaw.rundir import RunDirectory
+from tpaw.study.config import read_study, study_names
 
 app = typer.Typer(
     help="Self-play fine-tuning of an SFT model with TPAW (arXiv 2605.09922).",
@@ -64,14 +67,8 @@ def run(config: Sources, output: Output = None, set_: Overrides = []) -> None:  
     settings = _load(config, set_)
     from tpaw.selfplay import self_play
 
-    stop = StopSignal()
-    with stop.listening():
-        try:
-            self_play(settings, output, stop)
-        except (Interrupted, KeyboardInterrupt) as interruption:
-            number = getattr(interruption, "signal_number", None) or stop.signal_number or 2
-            print(f"stopped; go on with: tpaw run {shlex.quote(str(output))}", file=sys.stderr)
-            raise typer.Exit(128 + number) from None
+    with _listening(f"tpaw run {shlex.quote(str(output))}") as stop:
+        self_play(settings, output, stop)
     _print_summary(RunDirectory(output), settings)
 
 
@@ -109,6 +106,49 @@ def plan(config: Sources, set_: Overrides = []) -> None:  # noqa: B006
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command()
+def study(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="STUDY",
+            help=f"A YAML file, or one that comes along ({', '.join(study_names())}).",
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder. Default: studies/STUDY.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the cores.")] = 1,
+) -> None:
+    """Run methods × settings × seeds, or go on with them; then compare, with statistics."""
+    from tpaw.report.study import sentences, study_tables
+    from tpaw.study.publish import publish_study
+    from tpaw.study.runner import run_study, runs_of
+
+    output = output or Path("studies") / Path(source).stem
+    settings, conditions = read_study(source)
+    runs = runs_of(conditions, settings.seeds, output)
+    with _listening(f"tpaw study {shlex.quote(source)} -o {shlex.quote(str(output))}") as stop:
+        failures = run_study(runs, output, jobs, stop)
+    content = publish_study(source, settings, conditions, runs, failures, output, jobs)
+    console = _console()
+    for table in study_tables(content):
+        console.print(table)
+    for text in (*sentences(content), f"Report and figures: {output}"):
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if failures:
+        raise typer.Exit(1)
+
+
+@app.command(hidden=True)
+def prepare(directory: Path) -> None:
+    """Do all of a run that comes before its first training; `tpaw study` shares it."""
+    from tpaw.study.sharing import prepare_shared
+
+    with _listening(f"tpaw prepare {shlex.quote(str(directory))}") as stop:
+        prepare_shared(directory, stop)
+
+
 @config_app.command("show")
 def config_show(config: Sources, set_: Overrides = []) -> None:  # noqa: B006
     """Print the complete configuration, with a comment on every setting."""
@@ -133,6 +173,19 @@ def main() -> None:
     except TpawError as error:
         print(f"tpaw: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+@contextlib.contextmanager
+def _listening(go_on: str) -> Iterator[StopSignal]:
+    """Heed Ctrl-C and SIGTERM; afterwards say which command goes on."""
+    stop = StopSignal()
+    with stop.listening():
+        try:
+            yield stop
+        except (Interrupted, KeyboardInterrupt) as interruption:
+            number = getattr(interruption, "signal_number", None) or stop.signal_number or 2
+            print(f"stopped; go on with: {go_on}", file=sys.stderr)
+            raise typer.Exit(128 + number) from None
 
 
 def _load(sources: list[str], overrides: list[str]) -> RunConfig:
