@@ -60,7 +60,8 @@ def test_every_combination_of_methods_and_settings(write):
 
 def test_methods_may_have_names_recipes_and_settings_of_their_own(write):
     methods = {"SPIN, slow": ["spin", {"train": {"learning_rate": 1e-5}}], "plain": "tpaw"}
-    study, [slow, plain] = read_study(write(methods=methods))
+    study, [slow, plain] = read_study(write(methods=methods, set={"train": {"epochs": 3}}))
+    assert slow.config(0).train.epochs == plain.config(0).train.epochs == 3
     assert study.seeds == (0, 1, 2, 3, 4, 5)
     assert slow.config(0).train.learning_rate == 1e-5
     assert slow.config(0).team.main_players.last == 1

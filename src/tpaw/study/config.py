@@ -68,7 +68,9 @@ class StudyConfig(Section):
         tuple(range(6)),
         description="How many, or which. With fewer than six no exact paired test can reach 0.05.",
     )
-    set_: Mapping[str, Any] = Field({}, alias="set", description="Settings of every run.")
+    set_: Mapping[str, Any] = Field(
+        {}, alias="set", description="Settings of every run; methods go over them."
+    )
     baseline: str | None = Field(
         None, description="The condition that the others are compared with. Default: the first."
     )
@@ -152,7 +154,7 @@ def _conditions(study: StudyConfig, folder: Path) -> Iterator[Condition]:
         settings = dict(zip(study.vary, values, strict=True))
         varied = [nested(k.strip(), v) for keys, v in settings.items() for k in keys.split(",")]
         for method, overlays in study.methods.items():
-            sources = (*study.recipe, *overlays, study.set_, *varied)
+            sources = (*study.recipe, study.set_, *overlays, *varied)
             yield Condition(
                 ", ".join([method, *(f"{_short(k)} = {v}" for k, v in settings.items())]),
                 method,
