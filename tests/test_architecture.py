@@ -25,6 +25,7 @@ LAYERS = [
     ["answers", "judging", "train_stage"],
     ["stages"],
     ["selfplay"],
+    ["study"],
     ["cli"],
 ]
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

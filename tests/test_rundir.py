@@ -98,17 +98,17 @@ def test_a_run_that_never_came_to_begin_is_no_foreign_folder(tmp_path, config):
 def test_a_run_that_began_between_the_look_and_the_lock_is_refused(
     tmp_path, settings, config, monkeypatch
 ):
-    lock = tpaw.rundir._lock
+    lock = tpaw.rundir.locked
 
     @contextlib.contextmanager
     def late(path):
-        monkeypatch.setattr(tpaw.rundir, "_lock", lock)
+        monkeypatch.setattr(tpaw.rundir, "locked", lock)
         with open_run(tmp_path / "r", changed(settings, seed=3)):
             pass
         with lock(path):
             yield
 
-    monkeypatch.setattr(tpaw.rundir, "_lock", late)
+    monkeypatch.setattr(tpaw.rundir, "locked", late)
     with pytest.raises(InputError, match="seed: 3 → 0"), open_run(tmp_path / "r", config):
         pass
 

@@ -272,6 +272,7 @@ class RunConfig(Section):
 
     model: ModelConfig
     data: DataConfig
+    method: Literal["self_play"] = Field("self_play", description="TPAW.")
     iterations: int = Field(4, ge=1, description="T: self-play iterations.")
     max_length: int = Field(2048, ge=2, description="Longest prompt plus response, in tokens.")
     team: TeamConfig = TeamConfig()

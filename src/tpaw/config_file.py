@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -16,6 +16,8 @@ from pydantic.fields import FieldInfo
 
 from tpaw.config import RunConfig, at_iteration
 from tpaw.errors import InputError
+
+Config = TypeVar("Config", bound=BaseModel)
 
 PACKAGE_SCHEME = "tpaw://"
 
@@ -57,11 +59,13 @@ def resolve_package_path(path: str) -> str:
     return str(files("tpaw").joinpath(path.removeprefix(PACKAGE_SCHEME)))
 
 
-def load_config(sources: Sequence[str], overrides: Sequence[str] = ()) -> RunConfig:
-    """Read and validate a configuration; see `RunConfig.load`."""
+def load_config(
+    sources: Sequence[str | Mapping[str, Any]], overrides: Sequence[str] = ()
+) -> RunConfig:
+    """Read and validate a configuration; see `RunConfig.load`. A mapping stands for a file."""
     tree: dict[str, Any] = {}
     for source in sources:
-        tree = _merge(tree, _read_source(source, ()))
+        tree = _merge(tree, _read_source(source, ()) if isinstance(source, str) else source)
     for override in overrides:
         tree = _merge(tree, _parse_override(override))
     return validate(tree)
@@ -69,10 +73,19 @@ def load_config(sources: Sequence[str], overrides: Sequence[str] = ()) -> RunCon
 
 def validate(tree: Mapping[str, Any]) -> RunConfig:
     """Validate a nested mapping; every problem is listed with its key path."""
+    return validate_as(RunConfig, tree)
+
+
+def validate_as(model: type[Config], tree: Mapping[str, Any]) -> Config:
+    """Validate a nested mapping as any of our configurations.
+
+    Raises:
+        InputError: listing every problem with its key path.
+    """
     try:
-        return RunConfig.model_validate(dict(tree))
+        return model.model_validate(dict(tree))
     except ValidationError as error:
-        raise InputError("\n".join(_explain_all(error.errors()))) from None
+        raise InputError("\n".join(_explain_all(model, error.errors()))) from None
 
 
 def to_yaml(config: RunConfig, *, comments: bool) -> str:
@@ -101,6 +114,29 @@ def differences(old: RunConfig, new: RunConfig, begun: int = 0) -> list[str]:
     ]
 
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping.
+
+    Raises:
+        InputError: it is not valid, holds a key twice, or holds something else.
+    """
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: a configuration is a mapping of keys, not {tree!r:.60}")
+    return tree
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """The mapping in which `section.key` has the value."""
+    first, *rest = key.split(".")
+    for part in reversed(rest):
+        value = {part: value}
+    return {first: value}
+
+
 def explain_unknown(key: str, names: Iterable[str], known: Sequence[str]) -> None:
     """Refuse a name that is not among the known ones.
 
@@ -120,12 +156,7 @@ def _read_source(source: str, ancestors: tuple[str, ...]) -> dict[str, Any]:
         raise InputError(f"{source}: no such file or recipe{_nearest(source, recipe_names())}")
     if source in ancestors:
         raise InputError(f"{source}: extends itself by way of {' → '.join(ancestors)}")
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{source}: not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise InputError(f"{source}: a configuration is a mapping of keys, not {tree!r:.60}")
+    tree = read_yaml(path)
     parents = tree.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(name, str) for name in parents):
@@ -154,24 +185,21 @@ def _parse_override(override: str) -> dict[str, Any]:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise InputError(f"--set {override}: {text!r} is not a YAML value") from None
-    first, *rest = key.split(".")
-    for part in reversed(rest):
-        value = {part: value}
-    return {first: value}
+    return nested(key, value)
 
 
-def _explain_all(problems: Sequence[Any]) -> Iterator[str]:
+def _explain_all(model: type[BaseModel], problems: Sequence[Any]) -> Iterator[str]:
     by_key: dict[str, list[Any]] = {}
     for problem in problems:
-        by_key.setdefault(_explain(problem).partition(":")[0].partition("[")[0], []).append(problem)
+        text = _explain(model, problem)
+        by_key.setdefault(text.partition(":")[0].partition("[")[0], []).append(problem)
     for alternatives in by_key.values():
         # A setting that takes one value or a list fails twice; the failed shape is only noise.
         telling = [p for p in alternatives if not p["type"].endswith("_type")]
-        yield from dict.fromkeys(_explain(p) for p in telling or alternatives[:1])
+        yield from dict.fromkeys(_explain(model, p) for p in telling or alternatives[:1])
 
 
-def _explain(problem: Any) -> str:
-    model: type[BaseModel] = RunConfig
+def _explain(model: type[BaseModel], problem: Any) -> str:
     keys: list[str] = []
     # pydantic's location also names branches of a union; only real keys and positions are shown.
     for part in problem["loc"]:

@@ -178,7 +178,7 @@ def open_run(root: str | Path, config: RunConfig) -> Iterator[RunDirectory]:
     check_output(root, config)
     run = RunDirectory(root)
     run.root.mkdir(parents=True, exist_ok=True)
-    with _lock(run.root / "lock"):
+    with locked(run.root / "lock"):
         check_output(root, config)
         remove_temporaries(run.root)
         if not run.has_begun() or run.load_config() != config:
@@ -212,7 +212,12 @@ def _now() -> str:
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file while in the context.
+
+    Raises:
+        RunLockedError: another process holds it.
+    """
     with path.open("a+", encoding="utf-8") as file:
         try:
             # The kernel drops this lock when the process ends, however it ends.

@@ -1,0 +1,176 @@
+"""The figures of a study, as SVG and PNG, from study.json alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from tpaw.artifacts import write_file
+
+Study = Mapping[str, Any]
+
+LABELS = {
+    "accuracy": "held-out accuracy",
+    "gap": "log π(y) − log π(y₀), nats",
+    "nonpositive_gap_share": "share of gaps ≤ 0",
+    "target_logp_per_token": "log π(y) per token, nats",
+    "target_reward": "target reward P(x, y)",
+    "reward_margin": "margin P(x, y) − P(x, y_gen)",
+    "identical": "share of answers equal to the target",
+}
+# Okabe and Ito's colours, which the colour-blind can tell apart; markers for print in grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+MARKERS = "osD^vPX*"
+
+
+def draw_figures(study: Study, folder: Path) -> list[Path]:
+    """Draw every figure that the study has data for.
+
+    Returns:
+        The SVG files; a PNG of the same name lies beside each.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for name, figure in _figures(study):
+        for suffix in (".svg", ".png"):
+            write_file(folder / f"{name}{suffix}", _saver(figure, suffix))
+        drawn.append(folder / f"{name}.svg")
+    return drawn
+
+
+def _figures(study: Study) -> Iterator[tuple[str, Figure]]:
+    measures = study["measures"]
+    if varied := _single_axis(study):
+        for measure in measures:
+            if measure in ("accuracy", "gap"):
+                yield f"{measure}-by-{_slug(varied)}", _by_setting(study, varied, measure)
+    else:
+        main = "accuracy" if "accuracy" in measures else "gap"
+        yield f"{main}-by-iteration", _by_iteration(study, [main])
+        gaps = [m for m in ("gap", "nonpositive_gap_share") if m in measures]
+        yield "gap-by-iteration", _by_iteration(study, gaps)
+        if any(run["curve"] for run in _runs(study)):
+            yield "target-reward-by-step", _curves(study)
+
+
+def _by_iteration(study: Study, measures: Sequence[str]) -> Figure:
+    """The paper's figures 2c, 2d and 3, and the gap that its equation 9 is about."""
+    figure = _figure(len(measures))
+    for axes, measure in zip(figure.axes, measures, strict=True):
+        for i, (name, condition) in enumerate(study["conditions"].items()):
+            points = [
+                (t, found) for t, entry in enumerate(condition["by_iteration"])
+                if (found := entry.get(measure))
+            ]  # fmt: skip
+            _line(axes, i, name, [t for t, _ in points], [found for _, found in points])
+        axes.set(xlabel="iteration (0: the SFT model)", ylabel=LABELS[measure])
+        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+    _legend(figure, study)
+    return figure
+
+
+def _by_setting(study: Study, setting: str, measure: str) -> Figure:
+    """The paper's figures 4 and 5: the last iteration against one setting."""
+    figure = _figure(1)
+    [axes] = figure.axes
+    methods = list(dict.fromkeys(c["method"] for c in study["conditions"].values()))
+    for i, method in enumerate(methods):
+        points = [
+            (condition["settings"][setting], found)
+            for condition in study["conditions"].values()
+            if condition["method"] == method
+            and (found := condition["by_iteration"][-1].get(measure))
+        ]
+        _line(axes, i, method, [value for value, _ in points], [found for _, found in points])
+    axes.set(xlabel=setting.partition(",")[0], ylabel=f"{LABELS[measure]}, last iteration")
+    _legend(figure, study)
+    return figure
+
+
+def _curves(study: Study) -> Figure:
+    """The paper's figures 2a and 2b: the target reward over the steps of the last iteration."""
+    figure = _figure(1)
+    [axes] = figure.axes
+    for i, (name, condition) in enumerate(study["conditions"].items()):
+        curves = [run["curve"] for run in condition["runs"].values() if run["curve"]]
+        steps = sorted(set.intersection(*({s for s, _ in c} for c in curves))) if curves else []
+        if not steps:
+            continue
+        rewards = np.array([[dict(curve)[step] for step in steps] for curve in curves])
+        mean = rewards.mean(axis=0)
+        axes.plot(steps, mean, color=COLOURS[i % len(COLOURS)], label=name, linewidth=1.5)
+        if len(curves) > 1:
+            spread = rewards.std(axis=0, ddof=1)
+            axes.fill_between(
+                steps, mean - spread, mean + spread, color=COLOURS[i % len(COLOURS)], alpha=0.15,
+                linewidth=0,
+            )  # fmt: skip
+    axes.axhline(0, color="0.5", linewidth=0.8)
+    axes.set(xlabel="optimizer step of the last iteration", ylabel=LABELS["target_reward"])
+    _legend(figure, study, band="± 1 SD over seeds")
+    return figure
+
+
+def _line(
+    axes: Axes, i: int, label: str, x: Sequence[float], found: Sequence[Mapping[str, Any]]
+) -> None:
+    colour = COLOURS[i % len(COLOURS)]
+    mean = [f["mean"] for f in found]
+    axes.plot(x, mean, color=colour, marker=MARKERS[i % len(MARKERS)], markersize=4, label=label)
+    if found and all(f["interval_95"] for f in found):
+        low, high = zip(*(f["interval_95"] for f in found), strict=True)
+        axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+
+
+def _figure(panels: int) -> Figure:
+    figure = Figure(figsize=(5.2 * panels, 3.6), layout="constrained")
+    for axes in np.atleast_1d(figure.subplots(1, panels)):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, linewidth=0.6)
+    return figure
+
+
+def _legend(figure: Figure, study: Study, band: str = "95 % t-interval over seeds") -> None:
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    seeds = max(len(c["runs"]) for c in study["conditions"].values())
+    shown = f"{seeds} seeds\nband: {band}" if seeds > 1 else "1 seed"
+    figure.legend(
+        handles, labels, loc="outside right center", frameon=False, fontsize=8, title=shown,
+        title_fontsize=7,
+    )  # fmt: skip
+
+
+def _saver(figure: Figure, suffix: str) -> Callable[[Path], None]:
+    def save(path: Path) -> None:
+        # Text as text, and nothing that changes from one drawing to the next.
+        with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tpaw"}):
+            metadata = {"Date": None} if suffix == ".svg" else None
+            figure.savefig(path, format=suffix[1:], dpi=160, metadata=metadata)
+
+    return save
+
+
+def _single_axis(study: Study) -> str | None:
+    """The one setting that varies, where its values are numbers."""
+    settings = [condition["settings"] for condition in study["conditions"].values()]
+    keys = {key for of_condition in settings for key in of_condition}
+    if len(keys) != 1:
+        return None
+    [key] = keys
+    numbers = all(isinstance(s[key], int | float) for s in settings)
+    return key if numbers else None
+
+
+def _runs(study: Study) -> Iterator[Mapping[str, Any]]:
+    for condition in study["conditions"].values():
+        yield from condition["runs"].values()
+
+
+def _slug(setting: str) -> str:
+    return setting.partition(",")[0].replace(".", "-")

@@ -1,0 +1,145 @@
+"""What a person reads of a study: tables in the terminal, report.md, and the figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from tpaw.report.figures import LABELS
+
+Study = Mapping[str, Any]
+Rows = list[list[str]]
+
+
+def study_tables(study: Study) -> list[Table]:
+    """The primary measure by iteration, and the comparisons."""
+    tables = []
+    for title, headings, rows in _tables(study):
+        table = Table(title=title, title_style="")
+        for i, heading in enumerate(headings):
+            table.add_column(heading, justify="left" if i == 0 else "right")
+        for row in rows:
+            table.add_row(*row)
+        tables.append(table)
+    return tables
+
+
+def sentences(study: Study) -> list[str]:
+    """What the numbers do not allow to say, and what went wrong."""
+    found = list(dict.fromkeys(c["caution"] for c in study["comparisons"] if c["caution"]))
+    found += [
+        f"{c['condition']}: {c['note']}"
+        for c in study["comparisons"]
+        if c["note"] and not c["caution"]
+    ]
+    found += [f"failed and left out: {name}: {why}" for name, why in study["failures"].items()]
+    return found
+
+
+def study_report(study: Study, figures: Sequence[Path]) -> str:
+    """The report as Markdown; figures lie in `figures/` beside it."""
+    machine = study["machine"]
+    seeds = ", ".join(map(str, study["seeds"]))
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    lines = [
+        f"# {study['name']}",
+        "",
+        f"`{study['command']}`: {len(study['conditions'])} conditions, seeds {seeds}. "
+        f"{machine['processor']}, cores: {machine['cores']}, runs at a time: {study['jobs']}; "
+        f"{versions}, Python {machine['python']}.",
+        "",
+    ]
+    lines += [f"- {sentence}" for sentence in sentences(study)] + [""]
+    for path in figures:
+        lines += [f"![{path.stem}](figures/{path.name})", ""]
+    for title, headings, rows in [*_tables(study), *_detailed(study)]:
+        lines += [f"**{title}**", "", *_markdown(headings, rows), ""]
+    return "\n".join(lines)
+
+
+def _tables(study: Study) -> Iterator[tuple[str, list[str], Rows]]:
+    yield _by_iteration(study, study["primary"])
+    if study["comparisons"]:
+        yield _compared(study)
+
+
+def _detailed(study: Study) -> Iterator[tuple[str, list[str], Rows]]:
+    for measure in study["measures"]:
+        if measure != study["primary"]:
+            yield _by_iteration(study, measure)
+    iterations = _iterations(study)
+    rows = [
+        [name, seed, *(_number(entry.get(study["primary"])) for entry in run["iterations"])]
+        for name, condition in study["conditions"].items()
+        for seed, run in condition["runs"].items()
+    ]
+    headings = ["condition", "seed", *(f"θ_{t}" for t in range(iterations))]
+    yield f"{LABELS[study['primary']]}, every run", headings, [[str(c) for c in r] for r in rows]
+
+
+def _by_iteration(study: Study, measure: str) -> tuple[str, list[str], Rows]:
+    title = f"{LABELS[measure]}: mean over seeds ± SD [95 % t-interval]"
+    rows = []
+    for name, condition in study["conditions"].items():
+        entries = [entry.get(measure) for entry in condition["by_iteration"]]
+        rows.append([name, str(len(condition["runs"])), *map(_over_seeds, entries)])
+        rows[-1] += ["–"] * (_iterations(study) - len(entries))
+    return title, ["condition", "seeds", *(f"θ_{t}" for t in range(_iterations(study)))], rows
+
+
+def _compared(study: Study) -> tuple[str, list[str], Rows]:
+    title = (
+        f"{LABELS[study['primary']]} after the last iteration, against {study['baseline']}, seed "
+        f"by seed; Holm over {len(study['comparisons'])}"
+    )
+    headings = ["condition", "seeds", "difference [95 %]", "d_z (Hedges)", "t: p", "p Holm"]
+    headings += ["sign flips: p", "p Holm"]
+    rows = []
+    for c in study["comparisons"]:
+        interval = c["interval_95"]
+        shown = f" [{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else ""
+        rows.append(
+            [
+                c["condition"],
+                str(len(c["seeds"])),
+                f"{c['difference']:+.3f}{shown}",
+                _number(c["g_z"], 2),
+                *(
+                    _p_value(c.get(f"{kind}{adjusted}"))
+                    for kind in ("t_p_value", "sign_flip_p_value")
+                    for adjusted in ("", "_holm")
+                ),
+            ]
+        )
+    return title, headings, rows
+
+
+def _over_seeds(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "–"
+    if found["sd"] is None:
+        return f"{found['mean']:.3f}"
+    low, high = found["interval_95"]
+    return f"{found['mean']:.3f} ± {found['sd']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _p_value(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2g}"
+
+
+def _iterations(study: Study) -> int:
+    return max(len(condition["by_iteration"]) for condition in study["conditions"].values())
+
+
+def _markdown(headings: Sequence[str], rows: Rows) -> list[str]:
+    return [
+        "| " + " | ".join(cells) + " |"
+        for cells in (headings, ["---"] + ["---:"] * (len(headings) - 1), *rows)
+    ]

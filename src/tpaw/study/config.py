@@ -1,0 +1,174 @@
+"""What a study is: methods × settings × seeds over one recipe. No torch.
+
+recipe: starter                     # or a list, later ones over earlier
+methods: [tpaw, spin]               # recipes that go on top, or names of your own:
+methods:
+  SPIN as published: [spin, spin_schedule]
+  TPAW, η = 4: {objective: {eta: 4.0}}
+vary:                               # every combination of the values of these settings
+  objective.gamma: [0.0, 0.5]
+  team.opponents.last, team.main_players.last: [1, 2]      # the two together
+seeds: 6                            # 0 … 5, or a list
+set: {iterations: 4}                # over every run
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from tpaw.config import RunConfig, Section, Strings
+from tpaw.config_file import explain_unknown, load_config, nested, read_yaml, validate_as
+from tpaw.errors import InputError
+
+Source = str | Mapping[str, Any]
+
+
+def _as_methods(value: Any) -> Any:
+    if isinstance(value, list):
+        value = dict(zip(value, value, strict=True))
+    if not isinstance(value, dict):
+        return value
+    return {name: tuple(v) if isinstance(v, list) else (v,) for name, v in value.items()}
+
+
+def _as_seeds(value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return tuple(range(value))
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _as_tuples(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
+
+
+class StudyConfig(Section):
+    """A whole study. `read_study` reads one."""
+
+    recipe: Strings = Field(description="Recipes or files, later ones over earlier ones.")
+    methods: Annotated[Mapping[str, tuple[Source, ...]], BeforeValidator(_as_methods)] = Field(
+        {"tpaw": ("tpaw",)},
+        description="Recipes that go on top; or names of your own, each with recipes, files or "
+        "settings.",
+    )
+    vary: Annotated[Mapping[str, tuple[Any, ...]], BeforeValidator(_as_tuples)] = Field(
+        {},
+        description="Settings and their values; every combination is run. Keys with a comma "
+        "between them take the same value.",
+    )
+    seeds: Annotated[tuple[int, ...], BeforeValidator(_as_seeds)] = Field(
+        tuple(range(6)),
+        description="How many, or which. With fewer than six no exact paired test can reach 0.05.",
+    )
+    set_: Mapping[str, Any] = Field(
+        {}, alias="set", description="Settings of every run; methods go over them."
+    )
+    baseline: str | None = Field(
+        None, description="The condition that the others are compared with. Default: the first."
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> StudyConfig:
+        if not self.methods or not self.seeds:
+            raise ValueError("methods and seeds: at least one of each")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: {list(self.seeds)}: one stands twice")
+        empty = [key for key, values in self.vary.items() if not values]
+        if empty:
+            raise ValueError(f"vary.{empty[0]}: no values")
+        return self
+
+
+class Condition(NamedTuple):
+    """What the runs of all seeds have in common.
+
+    Attributes:
+        name: for tables and figures.
+        method: name of the method.
+        settings: the varied settings.
+        sources: the configuration but for the seed.
+    """
+
+    name: str
+    method: str
+    settings: Mapping[str, Any]
+    sources: tuple[Source, ...]
+
+    @property
+    def folder(self) -> str:
+        """The name as a folder's."""
+        return re.sub(r"[^\w.=+-]+", "-", self.name.replace(" = ", "=")).strip("-.")
+
+    def config(self, seed: int) -> RunConfig:
+        """The run of one seed."""
+        return load_config([*self.sources, {"seed": seed}])
+
+
+def study_names() -> list[str]:
+    """Names of the studies that come with the package."""
+    folder = files("tpaw") / "studies"
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name[-5:] == ".yaml")
+
+
+def read_study(source: str) -> tuple[StudyConfig, list[Condition]]:
+    """Read and validate a study, by file or by the name of one that comes with the package.
+
+    Raises:
+        InputError: naming the key; also for any run whose configuration is not valid.
+    """
+    path = Path(source)
+    if not path.is_file():
+        explain_unknown("study", [source], study_names())
+        path = Path(str(files("tpaw") / "studies" / f"{source}.yaml"))
+    study = validate_as(StudyConfig, read_yaml(path))
+    conditions = list(_conditions(study, path.parent))
+    folders = [condition.folder for condition in conditions]
+    if len(set(folders)) < len(folders) or not all(folders):
+        raise InputError(f"{source}: names of methods that make the same folder: {folders}")
+    for condition in conditions:
+        try:
+            config = condition.config(study.seeds[0])
+        except InputError as error:
+            raise InputError(f"{source}: {condition.name}: {error}") from None
+        if config.evaluate.data is None:
+            raise InputError(
+                f"{source}: {condition.name}: evaluate.data: missing; a study compares what "
+                "checkpoints do on held-out rows"
+            )
+    if study.baseline is not None:
+        explain_unknown(f"{source}: baseline", [study.baseline], [c.name for c in conditions])
+    return study, conditions
+
+
+def _conditions(study: StudyConfig, folder: Path) -> Iterator[Condition]:
+    combinations = itertools.product(*study.vary.values())
+    for values in combinations:
+        settings = dict(zip(study.vary, values, strict=True))
+        varied = [nested(k.strip(), v) for keys, v in settings.items() for k in keys.split(",")]
+        for method, overlays in study.methods.items():
+            sources = (*study.recipe, study.set_, *overlays, *varied)
+            yield Condition(
+                ", ".join([method, *(f"{_short(k)} = {v}" for k, v in settings.items())]),
+                method,
+                settings,
+                tuple(_beside(source, folder) for source in sources),
+            )
+
+
+def _short(keys: str) -> str:
+    """The last part of a setting's name, the first where several take one value."""
+    section, _, key = keys.partition(",")[0].strip().rpartition(".")
+    return key if "," not in keys else f"{section.partition('.')[0]}.{key}"
+
+
+def _beside(source: Source, folder: Path) -> Source:
+    is_file = isinstance(source, str) and (folder / source).is_file()
+    return str(folder / source) if is_file else source  # type: ignore[operator]

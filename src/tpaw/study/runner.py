@@ -1,0 +1,198 @@
+"""Runs a study: every run in a process of its own, several at once, resumed where they stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tpaw.artifacts import read_json
+from tpaw.config import RunConfig
+from tpaw.errors import RunLockedError
+from tpaw.interrupt import StopSignal
+from tpaw.report.progress import note, progress
+from tpaw.rundir import RunDirectory, locked
+from tpaw.study.config import Condition
+from tpaw.study.sharing import begin_run, begin_shared, is_prepared, shared_name
+
+SECONDS_BETWEEN_LOOKS = 0.5
+
+
+class StudyRun(NamedTuple):
+    """One run of a study."""
+
+    condition: Condition
+    seed: int
+    config: RunConfig
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.condition.name}, seed {self.seed}"
+
+    def iterations_done(self) -> int:
+        """How many iterations are published, evaluated and summed up."""
+        summary = RunDirectory(self.folder).summary_file
+        return int(read_json(summary)["iterations_done"]) if summary.exists() else 0
+
+    def is_done(self) -> bool:
+        """Whether all of them are."""
+        return self.iterations_done() >= self.config.iterations
+
+
+def runs_of(conditions: Sequence[Condition], seeds: Sequence[int], output: Path) -> list[StudyRun]:
+    """Every run, seed by seed, so that all conditions have come as far when one looks."""
+    return [
+        StudyRun(c, seed, c.config(seed), output / "runs" / c.folder / f"seed-{seed}")
+        for seed in seeds
+        for c in conditions
+    ]
+
+
+def run_study(
+    runs: Sequence[StudyRun], output: Path, jobs: int, stop: StopSignal
+) -> dict[str, str]:
+    """Do what is not done yet.
+
+    Args:
+        jobs: processes at a time; torch's threads are divided among them.
+
+    Returns:
+        Name of each run that failed, and the last line that it said. The others went on.
+
+    Raises:
+        RunLockedError: another process works on the study.
+        Interrupted: a stop was asked for; every run has stopped at a safe point.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    todo = [run for run in runs if not run.is_done()]
+    with (
+        locked(output / "lock"),
+        progress("runs", sum(run.config.iterations for run in runs), "iterations") as advance,
+    ):
+        shown = 0
+
+        def look() -> None:
+            nonlocal shown
+            stop.check()
+            done = sum(run.iterations_done() for run in runs)
+            advance(done - shown)
+            shown = done
+
+        pool = _Pool(jobs, output / "logs", look)
+        try:
+            shared = _prepare(todo, output / "shared", pool)
+            return shared | _run(todo, output / "shared", pool)
+        except BaseException:
+            pool.stop()
+            raise
+
+
+def _prepare(todo: Sequence[StudyRun], folder: Path, pool: _Pool) -> dict[str, str]:
+    """What runs share, for those that have not begun."""
+    configs: dict[str, RunConfig] = {}
+    for run in todo:
+        if RunDirectory(run.folder).iterations_begun() == 0:
+            name = shared_name(run.config)
+            # Only self-play has answers to share.
+            if name not in configs or configs[name].method != "self_play":
+                configs[name] = run.config
+    waiting = deque(name for name in configs if not is_prepared(folder / name))
+    for name in waiting:
+        begin_shared(configs[name], folder / name)
+    return pool.work(waiting, lambda name: ("prepare", folder / name))
+
+
+def _run(todo: Sequence[StudyRun], shared: Path, pool: _Pool) -> dict[str, str]:
+    runs = {run.name: run for run in todo}
+
+    def begin(name: str) -> tuple[str, Path]:
+        run = runs[name]
+        begin_run(run.config, run.folder, shared / shared_name(run.config))
+        return "run", run.folder
+
+    return pool.work(deque(runs), begin)
+
+
+def cores() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class _Pool:
+    """Processes of the command line, so many at a time."""
+
+    def __init__(self, jobs: int, logs: Path, look: Callable[[], None]) -> None:
+        self.jobs = jobs
+        self.logs = logs
+        self.look = look
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        logs.mkdir(parents=True, exist_ok=True)
+
+    def work(self, waiting: deque[str], begin: Callable[[str], tuple[str, Path]]) -> dict[str, str]:
+        """Start `tpaw COMMAND FOLDER` for all that wait; returns the failures."""
+        failures: dict[str, str] = {}
+        held: set[str] = set()
+        while waiting or self.running:
+            self.look()
+            for name, process in list(self.running.items()):
+                if process.poll() is not None:
+                    del self.running[name]
+                    if process.returncode != 0:
+                        failures[name] = self._last_line(name) or f"exit {process.returncode}"
+                        note(f"{name}: {failures[name]}")
+            for _ in range(len(waiting)):
+                if len(self.running) >= self.jobs:
+                    break
+                name = waiting.popleft()
+                try:
+                    command, folder = begin(name)
+                except RunLockedError as error:
+                    # A run of a study that was killed lives on to its end.
+                    if name not in held:
+                        note(f"{name}: waiting: {error}")
+                    held.add(name)
+                    waiting.append(name)
+                else:
+                    self.running[name] = self._start(name, command, folder)
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        self.look()
+        return failures
+
+    def stop(self) -> None:
+        """Ask all for a stop and wait until they have come to a safe point."""
+        for process in self.running.values():
+            process.send_signal(signal.SIGTERM)
+        for process in self.running.values():
+            process.wait()
+
+    def _start(self, name: str, command: str, folder: Path) -> subprocess.Popen[bytes]:
+        threads = str(max(1, cores() // self.jobs))
+        code = "from tpaw.cli import main; main()"
+        with self._log(name).open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-c", code, command, str(folder)],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                env=os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+                start_new_session=True,  # Ctrl-C reaches them from here alone, and once
+            )
+
+    def _log(self, name: str) -> Path:
+        safe = "".join(c if c.isalnum() or c in "=-+." else "-" for c in name)
+        return self.logs / f"{safe}.log"
+
+    def _last_line(self, name: str) -> str:
+        text = self._log(name).read_text(encoding="utf-8", errors="replace")
+        lines = [line for line in text.splitlines() if line.strip()]
+        return "".join(c for c in lines[-1] if c.isprintable()) if lines else ""
