@@ -53,7 +53,8 @@ def find_checkpoint(reference: str) -> Checkpoint:
     except (OSError, ValueError) as error:  # what the hub's client raises
         raise InputError(f"{reference}: neither here nor on the hub: {error}") from None
     player = Player(0, str(path), fingerprint(path))
-    return Checkpoint(path.name, player, model, None, str(path))
+    name = Path(reference).name  # of a hub id too, whose folder is called by its commit
+    return Checkpoint(name, player, model, None, str(path))
 
 
 def find_checkpoints(reference: str) -> list[Checkpoint]:
