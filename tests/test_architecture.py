@@ -21,7 +21,7 @@ LAYERS = [
     ["checkpoints", "scoring", "trainer", "generation", "evaluation"],
     ["training_arguments"],
     ["inputs", "report"],
-    ["train_stage"],
+    ["suite_stage", "train_stage"],
     ["stages"],
     ["selfplay"],
     ["cli"],

@@ -16,6 +16,7 @@ import tpaw
 from tpaw.config import RunConfig
 from tpaw.config_file import recipe_names, to_yaml
 from tpaw.errors import InputError, Interrupted, TpawError
+from tpaw.evaluation.suites import suite_names
 from tpaw.interrupt import StopSignal
 from tpaw.rundir import RunDirectory
 
@@ -93,6 +94,40 @@ def status(directory: Path) -> None:
 
 
 @app.command()
+def evaluate(
+    reference: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_RUN", help="A run, RUN@3, or a model.")
+    ],
+    suite: Annotated[
+        str, typer.Option(help=f"{', '.join(suite_names())}, or a YAML file of your own.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="For a model. Default: evaluations/MODEL/SUITE."),
+    ] = None,
+) -> None:
+    """Evaluate on benchmarks of lm-evaluation-harness; of a run, every checkpoint.
+
+    What is evaluated already is not evaluated again.
+    """
+    from tpaw.report.tables import suite_table
+    from tpaw.suite_stage import evaluate_suite
+
+    stop = StopSignal()
+    with stop.listening():
+        try:
+            found = evaluate_suite(reference, suite, output, stop)
+        except (Interrupted, KeyboardInterrupt) as interruption:
+            number = getattr(interruption, "signal_number", None) or stop.signal_number or 2
+            print("stopped; the same command goes on", file=sys.stderr)
+            raise typer.Exit(128 + number) from None
+    console = _console()
+    console.print(suite_table([one.results for one in found]))
+    for one in found:
+        console.print(f"Results: {one.folder}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def plan(config: Sources, set_: Overrides = []) -> None:  # noqa: B006
     """Show lineage and cost of every iteration, before anything is spent."""
     settings = _load(config, set_)
@@ -127,6 +162,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -18,6 +18,8 @@ from tpaw.config import RunConfig, at_iteration
 from tpaw.errors import InputError
 
 PACKAGE_SCHEME = "tpaw://"
+
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
@@ -69,10 +71,35 @@ def load_config(sources: Sequence[str], overrides: Sequence[str] = ()) -> RunCon
 
 def validate(tree: Mapping[str, Any]) -> RunConfig:
     """Validate a nested mapping; every problem is listed with its key path."""
+    return validate_as(RunConfig, tree)
+
+
+def validate_as(kind: type[Kind], tree: Mapping[str, Any], prefix: str = "") -> Kind:
+    """Validate a nested mapping as a configuration of another kind.
+
+    Raises:
+        InputError: a line a problem, with its key path, after `prefix`.
+    """
     try:
-        return RunConfig.model_validate(dict(tree))
+        return kind.model_validate(dict(tree))
     except ValidationError as error:
-        raise InputError("\n".join(_explain_all(error.errors()))) from None
+        lines = _explain_all(error.errors(), kind)
+        raise InputError("\n".join(prefix + line for line in lines)) from None
+
+
+def read_mapping(path: Path, source: str) -> dict[str, Any]:
+    """Read a YAML file that is a mapping of keys; `source` is its name in errors.
+
+    Raises:
+        InputError: it is not.
+    """
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{source}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{source}: a configuration is a mapping of keys, not {tree!r:.60}")
+    return tree
 
 
 def to_yaml(config: RunConfig, *, comments: bool) -> str:
@@ -120,12 +147,7 @@ def _read_source(source: str, ancestors: tuple[str, ...]) -> dict[str, Any]:
         raise InputError(f"{source}: no such file or recipe{_nearest(source, recipe_names())}")
     if source in ancestors:
         raise InputError(f"{source}: extends itself by way of {' → '.join(ancestors)}")
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{source}: not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise InputError(f"{source}: a configuration is a mapping of keys, not {tree!r:.60}")
+    tree = read_mapping(path, source)
     parents = tree.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(name, str) for name in parents):
@@ -160,18 +182,19 @@ def _parse_override(override: str) -> dict[str, Any]:
     return {first: value}
 
 
-def _explain_all(problems: Sequence[Any]) -> Iterator[str]:
+def _explain_all(problems: Sequence[Any], kind: type[BaseModel]) -> Iterator[str]:
     by_key: dict[str, list[Any]] = {}
     for problem in problems:
-        by_key.setdefault(_explain(problem).partition(":")[0].partition("[")[0], []).append(problem)
+        key = _explain(problem, kind).partition(":")[0].partition("[")[0]
+        by_key.setdefault(key, []).append(problem)
     for alternatives in by_key.values():
         # A setting that takes one value or a list fails twice; the failed shape is only noise.
         telling = [p for p in alternatives if not p["type"].endswith("_type")]
-        yield from dict.fromkeys(_explain(p) for p in telling or alternatives[:1])
+        yield from dict.fromkeys(_explain(p, kind) for p in telling or alternatives[:1])
 
 
-def _explain(problem: Any) -> str:
-    model: type[BaseModel] = RunConfig
+def _explain(problem: Any, kind: type[BaseModel]) -> str:
+    model: type[BaseModel] = kind
     keys: list[str] = []
     # pydantic's location also names branches of a union; only real keys and positions are shown.
     for part in problem["loc"]:
