@@ -160,7 +160,8 @@ def _evaluate(work: _Work, suite: Suite, tasks: list[LoadedTask], stop: StopSign
 
     artifact = ShardedArtifact(work.folder)
     missing = [task for task in tasks if _items_file(task) not in artifact.names]
-    model = _load(work.checkpoint, stop) if missing else None
+    if missing:
+        model = _load(work.checkpoint, stop)
     for task in missing:
         stop.check()
         started = time.monotonic()
@@ -172,11 +173,7 @@ def _evaluate(work: _Work, suite: Suite, tasks: list[LoadedTask], stop: StopSign
         )
         facts["seconds"] = round(time.monotonic() - started, 3)
         artifact.publish(
-            _items_file(task),
-            _writer(items),
-            task=task.name,
-            facts=facts,
-            origin=work.origin,
+            _items_file(task), _writer(items), task=task.name, facts=facts, origin=work.origin
         )
     found = {e["task"]: e["facts"] for e in artifact.entries if "task" in e}
     by_task = {task.name: found[task.name] for task in tasks}

@@ -8,26 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
 import json
 import logging
-import math
 import random
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 from transformers import GenerationConfig, PreTrainedModel
 
 from tpaw.config_file import explain_unknown
 from tpaw.errors import InputError
 from tpaw.evaluation.heldout import Item
-from tpaw.evaluation.statistics import wilson_interval
-from tpaw.evaluation.suites import Suite, SuiteTask, task_score
+from tpaw.evaluation.outcomes import item_outcomes, reported_metrics, task_facts
+from tpaw.evaluation.suites import Suite, SuiteTask
 from tpaw.generation.base import Sampling
 from tpaw.generation.hf import HFGenerator
 from tpaw.token_table import token_ids
@@ -73,7 +69,9 @@ def harness_version() -> str:
     return version("lm_eval")
 
 
-def load_tasks(suite: Suite, on_done: Callable[[int], None] = lambda count: None) -> list[LoadedTask]:
+def load_tasks(
+    suite: Suite, on_done: Callable[[int], None] = lambda count: None
+) -> list[LoadedTask]:
     """Every task of a suite with its data, downloaded if need be; groups become their subtasks.
 
     Args:
@@ -101,7 +99,9 @@ def load_tasks(suite: Suite, on_done: Callable[[int], None] = lambda count: None
                 found = manager.load([column.task])["tasks"]
         except Exception as error:  # the hub's, datasets', or the task's own
             first_line = str(error).partition("\n")[0]
-            failures.append(f"  {column.name} ({column.task}): {type(error).__name__}: {first_line}")
+            failures.append(
+                f"  {column.name} ({column.task}): {type(error).__name__}: {first_line}"
+            )
             continue
         loaded += [LoadedTask(name, column, task) for name, task in found.items()]
         on_done(1)
@@ -137,95 +137,9 @@ def run_task(
         apply_chat_template=chat,
         fewshot_as_multiturn=chat,
     )
-    metrics = {
-        key: _number(value)
-        for key, value in found["results"][name].items()
-        if "," in key and "_stderr," not in key
-    }
-    items = _items(found["samples"][name], column.metric_keys, task.OUTPUT_TYPE)
-    return facts_of(loaded, metrics, items), items
-
-
-def facts_of(
-    loaded: LoadedTask, metrics: Mapping[str, float | None], items: Sequence[Item]
-) -> dict[str, Any]:
-    """What results.json says of a task.
-
-    Args:
-        metrics: all that the harness reports, by "metric,filter".
-    """
-    name, column, task = loaded
-    value = statistics.fmean(_known(metrics, key, name) for key in column.metric_keys)
-    lower_bound = column.lower_bound_of(name)
-    scores = [item["score"] for item in items]
-    error = None
-    if len(scores) > 1 and None not in scores:
-        error = 100 * statistics.stdev(scores) / math.sqrt(len(scores)) / (1 - lower_bound)
-    facts = {
-        "benchmark": column.name,
-        "metric": " + ".join(column.metric_keys),
-        "num_fewshot": column.num_fewshot,
-        "version": task.VERSION,
-        "items": len(items),
-        "value": value,
-        "lower_bound": lower_bound,
-        "score": task_score(value, lower_bound),
-        "stderr": error,
-        "data_hash": hashlib.sha256("".join(i["doc_hash"] for i in items).encode()).hexdigest(),
-        "metrics": dict(metrics),
-    }
-    if all("correct" in item for item in items):
-        correct = sum(item["correct"] for item in items)
-        facts["interval_95"] = list(wilson_interval(correct, len(items)))
-    return facts
-
-
-def _items(samples: Sequence[Mapping[str, Any]], keys: Sequence[str], kind: str) -> list[Item]:
-    """One item a document, in their order; the harness has one for each filter of it."""
-    items: dict[int, Item] = {}
-    for sample in samples:
-        item = items.setdefault(
-            sample["doc_id"],
-            {"id": sample["doc_id"], "doc_hash": sample["doc_hash"], "metrics": {}},
-        )
-        responses = [response for request in sample["resps"] for response in request]
-        if kind == "generate_until":
-            item["completion"] = responses[0]
-        else:
-            item["resps"] = responses
-        item["target"] = sample["target"]
-        for metric in sample["metrics"]:
-            item["metrics"][f"{metric},{sample['filter']}"] = _number(sample[metric])
-    for item in items.values():
-        values = [item["metrics"][key] for key in keys]
-        item["score"] = None if None in values else statistics.fmean(values)
-        if len(keys) == 1 and item["score"] in (0, 1):
-            item["correct"] = bool(item["score"])
-    if not all("correct" in item for item in items.values()):
-        for item in items.values():
-            item.pop("correct", None)
-    # Whatever a task has for a target, and the harness's numpy numbers, as JSON.
-    return [json.loads(json.dumps(items[i], default=_plain)) for i in sorted(items)]
-
-
-def _number(value: Any) -> float | None:
-    """A metric of one item; the mean of a list; None where it is no number (F1 has a pair)."""
-    if isinstance(value, bool | int | float | np.bool_ | np.number):
-        return float(value)
-    if isinstance(value, list) and value and all(_number(v) is not None for v in value):
-        return statistics.fmean(float(v) for v in value)
-    return None
-
-
-def _known(metrics: Mapping[str, float | None], key: str, name: str) -> float:
-    value = metrics.get(key)
-    if value is None:
-        raise InputError(f"{name}: the harness reports no number as {key}")
-    return value
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
+    metrics = reported_metrics(found["results"][name])
+    items = item_outcomes(found["samples"][name], column.metric_keys, task.OUTPUT_TYPE)
+    return task_facts(name, column, task.VERSION, metrics, items), items
 
 
 class HarnessModel(HFLM):

@@ -85,7 +85,7 @@ class Suite(Section):
     """A list of tasks, and how they are asked."""
 
     name: Name = Field(description="Of the suite, and of the folder of its results.")
-    tasks: Annotated[tuple[SuiteTask, ...], Field(strict=False, min_length=1)] = Field(
+    tasks: Annotated[tuple[SuiteTask, ...], Field(strict=False)] = Field(
         description="The columns of the table."
     )
     apply_chat_template: bool | Literal["auto"] = Field(
@@ -96,8 +96,10 @@ class Suite(Section):
     fewshot_seed: int = Field(1234, description="Of the choice of examples; the harness's default.")
 
     @model_validator(mode="after")
-    def _names_differ(self) -> Suite:
+    def _tasks_differ(self) -> Suite:
         names = [task.name for task in self.tasks]
+        if not names:
+            raise ValueError("tasks: there must be one at least")
         if len(set(names)) < len(names):
             raise ValueError(f"two tasks have one name: {', '.join(names)}")
         return self
