@@ -16,6 +16,7 @@ from lm_eval.models.huggingface import HFLM
 import tpaw.evaluation.harness
 from tpaw.errors import InputError
 from tpaw.evaluation.harness import HarnessModel
+from tpaw.generation.continuous import ASK_EVERY
 
 
 def make_ours(model, tokenizer=None):
@@ -61,11 +62,11 @@ def test_a_row_ends_soon_after_a_stop_string_and_never_before(monkeypatch):
 
     def record(self, *args):
         found = real(self, *args)
-        emitted.append([len(completion.token_ids) for completion in found])
+        emitted.append([completion.token_ids.tolist() for completion in found])
         return found
 
     monkeypatch.setattr(tpaw.evaluation.harness.HFGenerator, "generate", record)
-    saved = 0
+    tokenizer = make_tokenizer()
     for _ in range(20):
         text = whole[rng.integers(len(whole))]
         start = int(rng.integers(len(text) - 4))
@@ -76,8 +77,10 @@ def test_a_row_ends_soon_after_a_stop_string_and_never_before(monkeypatch):
         assert make_ours(model).generate_until(requests([stop])) == [
             one.split(stop)[0] for one in whole
         ]
-        saved += sum(40 - length for length in emitted[-1])
-    assert saved > 1000
+        for ids in emitted[-1]:
+            texts = [tokenizer.decode(ids[:n], skip_special_tokens=True) for n in range(41)]
+            first = next((n for n, text in enumerate(texts) if stop in text), 40)
+            assert len(ids) < first + ASK_EVERY
 
 
 def test_a_special_token_among_the_stop_strings_ends_an_answer():

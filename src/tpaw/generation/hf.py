@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -44,9 +43,10 @@ class HFGenerator:
         self, prompts: Sequence[TokenIds], sampling: Sampling, seed: int, on_done: OnDone
     ) -> list[Completion]:
         """See `Generator.generate`."""
-        own = partial(answer, is_enough=self.is_enough)
-        by = own if self.obstacle is None else answer_by_generate
-        emitted = by(self.model, prompts, sampling, seed, on_done)
+        if self.obstacle is None:
+            emitted = answer(self.model, prompts, sampling, seed, on_done, self.is_enough)
+        else:
+            emitted = answer_by_generate(self.model, prompts, sampling, seed, on_done)
         return [
             finish(tokens, sampling, sampling.limit(prompt))
             for prompt, tokens in zip(prompts, emitted, strict=True)
