@@ -22,7 +22,7 @@ LAYERS = [
     ["judge"],
     ["training_arguments"],
     ["inputs", "report"],
-    ["answers", "judging", "train_stage"],
+    ["answers", "judging", "suite_stage", "train_stage"],
     ["stages"],
     ["selfplay"],
     ["study"],

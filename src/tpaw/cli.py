@@ -18,6 +18,7 @@ import tpaw
 from tpaw.config import RunConfig
 from tpaw.config_file import recipe_names, to_yaml
 from tpaw.errors import InputError, Interrupted, TpawError
+from tpaw.evaluation.suites import suite_names
 from tpaw.interrupt import StopSignal
 from tpaw.rundir import RunDirectory
 from tpaw.study.config import read_study, study_names
@@ -124,6 +125,34 @@ def compare(
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     if json_ is not None:
         write_json(json_, comparison.as_json())
+
+
+@app.command()
+def evaluate(
+    reference: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_RUN", help="A run, RUN@3, or a model.")
+    ],
+    suite: Annotated[
+        str, typer.Option(help=f"{', '.join(suite_names())}, or a YAML file of your own.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="For a model. Default: evaluations/MODEL/SUITE."),
+    ] = None,
+) -> None:
+    """Evaluate on benchmarks of lm-evaluation-harness; of a run, every checkpoint.
+
+    What is evaluated already is not evaluated again.
+    """
+    from tpaw.report.tables import suite_table
+    from tpaw.suite_stage import evaluate_suite
+
+    with _stoppable("the same command") as stop:
+        found = evaluate_suite(reference, suite, output, stop)
+    console = _console()
+    console.print(suite_table([one.results for one in found]))
+    for one in found:
+        console.print(f"Results: {one.folder}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -276,6 +305,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()

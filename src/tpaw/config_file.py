@@ -17,9 +17,9 @@ from pydantic.fields import FieldInfo
 from tpaw.config import RunConfig, at_iteration
 from tpaw.errors import InputError
 
-Config = TypeVar("Config", bound=BaseModel)
-
 PACKAGE_SCHEME = "tpaw://"
+
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
@@ -76,16 +76,32 @@ def validate(tree: Mapping[str, Any]) -> RunConfig:
     return validate_as(RunConfig, tree)
 
 
-def validate_as(model: type[Config], tree: Mapping[str, Any]) -> Config:
-    """Validate a nested mapping as any of our configurations.
+def validate_as(kind: type[Kind], tree: Mapping[str, Any], prefix: str = "") -> Kind:
+    """Validate a nested mapping as a configuration of another kind.
 
     Raises:
-        InputError: listing every problem with its key path.
+        InputError: a line a problem, with its key path, after `prefix`.
     """
     try:
-        return model.model_validate(dict(tree))
+        return kind.model_validate(dict(tree))
     except ValidationError as error:
-        raise InputError("\n".join(_explain_all(model, error.errors()))) from None
+        lines = _explain_all(error.errors(), kind)
+        raise InputError("\n".join(prefix + line for line in lines)) from None
+
+
+def read_mapping(path: Path, source: str) -> dict[str, Any]:
+    """Read a YAML file that is a mapping of keys; `source` is its name in errors.
+
+    Raises:
+        InputError: it is not.
+    """
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{source}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{source}: a configuration is a mapping of keys, not {tree!r:.60}")
+    return tree
 
 
 def to_yaml(config: RunConfig, *, comments: bool) -> str:
@@ -112,21 +128,6 @@ def differences(old: RunConfig, new: RunConfig, begun: int = 0) -> list[str]:
         for key in sorted(old_values.keys() | new_values.keys())
         if key not in changeable and old_values.get(key) != new_values.get(key)
     ]
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping.
-
-    Raises:
-        InputError: it is not valid, holds a key twice, or holds something else.
-    """
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise InputError(f"{path}: a configuration is a mapping of keys, not {tree!r:.60}")
-    return tree
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
@@ -156,7 +157,7 @@ def _read_source(source: str, ancestors: tuple[str, ...]) -> dict[str, Any]:
         raise InputError(f"{source}: no such file or recipe{_nearest(source, recipe_names())}")
     if source in ancestors:
         raise InputError(f"{source}: extends itself by way of {' → '.join(ancestors)}")
-    tree = read_yaml(path)
+    tree = read_mapping(path, source)
     parents = tree.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(name, str) for name in parents):
@@ -188,18 +189,19 @@ def _parse_override(override: str) -> dict[str, Any]:
     return nested(key, value)
 
 
-def _explain_all(model: type[BaseModel], problems: Sequence[Any]) -> Iterator[str]:
+def _explain_all(problems: Sequence[Any], kind: type[BaseModel]) -> Iterator[str]:
     by_key: dict[str, list[Any]] = {}
     for problem in problems:
-        text = _explain(model, problem)
-        by_key.setdefault(text.partition(":")[0].partition("[")[0], []).append(problem)
+        key = _explain(problem, kind).partition(":")[0].partition("[")[0]
+        by_key.setdefault(key, []).append(problem)
     for alternatives in by_key.values():
         # A setting that takes one value or a list fails twice; the failed shape is only noise.
         telling = [p for p in alternatives if not p["type"].endswith("_type")]
-        yield from dict.fromkeys(_explain(model, p) for p in telling or alternatives[:1])
+        yield from dict.fromkeys(_explain(p, kind) for p in telling or alternatives[:1])
 
 
-def _explain(model: type[BaseModel], problem: Any) -> str:
+def _explain(problem: Any, kind: type[BaseModel]) -> str:
+    model: type[BaseModel] = kind
     keys: list[str] = []
     # pydantic's location also names branches of a union; only real keys and positions are shown.
     for part in problem["loc"]:

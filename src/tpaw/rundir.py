@@ -95,7 +95,7 @@ class RunDirectory:
         return self.iteration(i) / "evaluation"
 
     def suite(self, i: int, name: str) -> Path:
-        """Artifact: results and per-item outcomes of θ_i on a suite of tasks."""
+        """Sharded artifact: results and per-item outcomes of θ_i on a suite of benchmarks."""
         return self.iteration(i) / "suites" / name
 
     def logprobs(self, fingerprint: str) -> Path:
@@ -127,6 +127,7 @@ class RunDirectory:
         folders = [self.inputs, *sorted((self.root / "logprobs").glob("*"))]
         for i in range(iterations + 1):
             folders += [self.responses(i), self.checkpoint(i), self.evaluation(i)]
+            folders += sorted(self.suite(i, "").glob("*"))
         for folder in folders:
             refuse_without_manifest(folder)
         # A saved step without a manifest is one that was half written.

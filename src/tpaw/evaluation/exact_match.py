@@ -1,7 +1,8 @@
 """Exact match for problems whose solution ends in `#### answer`, as GSM8K's do.
 
-The pattern is GSM8K's own (openai/grade-school-math `dataset.py`, and lm-eval's strict-match); the
-first `####` of an answer counts, thousands separators, a leading $ and a final full stop do not.
+The pattern is GSM8K's own (openai/grade-school-math `dataset.py`), and so is that of lm-eval's
+strict-match, whose verdicts on GSM8K these are: `####`, one space, a number. The first such place
+in an answer counts; thousands separators and a final full stop do not.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 
 from tpaw.data import Example
 
-_ANSWER = re.compile(r"####\s*(-?[$0-9.,]+)")
+_ANSWER = re.compile(r"#### (-?[0-9.,]+)")
 
 
 def extract_answer(text: str) -> str | None:
@@ -19,8 +20,7 @@ def extract_answer(text: str) -> str | None:
     found = _ANSWER.search(text)
     if found is None:
         return None
-    answer = found.group(1).replace(",", "").replace("$", "").rstrip(".")
-    return answer or None
+    return found.group(1).replace(",", "").removesuffix(".") or None
 
 
 def is_correct(completion: str, target: str) -> bool:

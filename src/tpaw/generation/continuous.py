@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,8 @@ FREE_SHARE = 1 / 8
 # Columns beyond the longest row; the cache is copied once in so many tokens.
 SPARE_COLUMNS = 64
 BLOCK = 256
+# How often a row is asked whether it has emitted enough, in tokens.
+ASK_EVERY = 4
 
 
 def obstacle(model: PreTrainedModel) -> str | None:
@@ -94,6 +96,7 @@ def answer(
     sampling: Sampling,
     seed: int,
     on_done: OnDone,
+    is_enough: Callable[[Sequence[int]], bool] | None = None,
 ) -> list[list[int]]:
     """What a model without `obstacle` emits after each prompt, in their order.
 
@@ -102,6 +105,7 @@ def answer(
 
     Args:
         on_done: called with the number of rows that have ended. It may raise.
+        is_enough: asked now and then, with all that a row has emitted; true ends the row.
     """
     rows = [_Row(i, prompt, sampling.limit(prompt), seed) for i, prompt in enumerate(prompts)]
     rows.sort(key=lambda row: (-row.longest, -len(row.prompt)))
@@ -122,7 +126,12 @@ def answer(
         tokens = _choose(logits_NV, active, sampling)
         for slot, (row, token) in enumerate(zip(active, tokens, strict=True)):
             row.emitted.append(token)
-            if token in sampling.stop_token_ids or len(row.emitted) >= row.limit:
+            count = len(row.emitted)
+            if (
+                token in sampling.stop_token_ids
+                or count >= row.limit
+                or (is_enough and count % ASK_EVERY == 0 and is_enough(row.emitted))
+            ):
                 emitted[row.index] = row.emitted
                 ended.append(slot)
         if ended:

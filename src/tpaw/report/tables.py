@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -26,6 +27,25 @@ def summary_table(summary: dict[str, Any]) -> Table:
         if entry["iteration"] > 0 and "checkpoint" not in entry:
             continue
         table.add_row(*_summary_row(entry))
+    return table
+
+
+def suite_table(results: Sequence[dict[str, Any]]) -> Table:
+    """A row a checkpoint, a column a benchmark, and the suite's score; all in percent."""
+    first = results[0]
+    shots = {task["benchmark"]: task["num_fewshot"] for task in first["tasks"].values()}
+    title = (
+        f"{first['suite']}, in percent, with 95 % interval or standard error; "
+        f"lm-eval {first['versions']['lm_eval']}"
+    )
+    table = Table(title=escape(title), title_style="")
+    table.add_column("checkpoint")
+    for name in first["benchmarks"]:
+        table.add_column(f"{name} ({shots[name]}-shot)", justify="right")
+    table.add_column("score", justify="right")
+    for found in results:
+        cells = [_score_cell(part) for part in (*found["benchmarks"].values(), found)]
+        table.add_row(escape(found["name"]), *cells)
     return table
 
 
@@ -93,3 +113,11 @@ def _summary_row(entry: dict[str, Any]) -> list[str]:
         f"{responses['truncated_share']:.1%}" if responses else "–",
         f"{sum(entry['seconds'].values()):.1f}",
     ]
+
+
+def _score_cell(part: dict[str, Any]) -> str:
+    if "interval_95" in part:
+        low, high = part["interval_95"]
+        return f"{part['score']:.1f} [{low:.1f}, {high:.1f}]"
+    error = "" if part["stderr"] is None else f" ± {part['stderr']:.1f}"
+    return f"{part['score']:.1f}{error}"

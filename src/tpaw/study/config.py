@@ -24,7 +24,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BeforeValidator, Field, model_validator
 
 from tpaw.config import RunConfig, Section, Strings
-from tpaw.config_file import explain_unknown, load_config, nested, read_yaml, validate_as
+from tpaw.config_file import explain_unknown, load_config, nested, read_mapping, validate_as
 from tpaw.errors import InputError
 
 Source = str | Mapping[str, Any]
@@ -128,7 +128,7 @@ def read_study(source: str) -> tuple[StudyConfig, list[Condition]]:
     if not path.is_file():
         explain_unknown("study", [source], study_names())
         path = Path(str(files("tpaw") / "studies" / f"{source}.yaml"))
-    study = validate_as(StudyConfig, read_yaml(path))
+    study = validate_as(StudyConfig, read_mapping(path, source), f"{source}: ")
     conditions = list(_conditions(study, path.parent))
     folders = [condition.folder for condition in conditions]
     if len(set(folders)) < len(folders) or not all(folders):
