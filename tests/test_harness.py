@@ -16,7 +16,6 @@ from conftest import save_model, sums, write_jsonl
 pytest.importorskip("lm_eval")  # in the extra "evaluate"
 
 from lm_eval.tasks import TaskManager
-from test_cli import tpaw_  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 import tpaw.evaluation.harness
