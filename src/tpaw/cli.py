@@ -56,12 +56,29 @@ def top(
 
 @app.command()
 def run(config: Sources, output: Output = None, set_: Overrides = []) -> None:  # noqa: B006
-    """Run self-play, or go on with the run that lies in the run directory.
+    """Run self-play or a baseline, or go on with the run that lies in the run directory.
 
     CONFIG may be a run directory itself: then that run goes on.
     """
     output = output or _default_output(config)
-    settings = _load(config, set_)
+    _run(_load(config, set_), output)
+
+
+@app.command()
+def sft(config: Sources, output: Output = None, set_: Overrides = []) -> None:  # noqa: B006
+    """Make the starting model: supervised fine-tuning by TRL, with the paper's settings.
+
+    The same as `tpaw run sft CONFIG...`; what CONFIG says goes over the recipe sft. The model is
+    in iterations/1/checkpoint.
+    """
+    output = output or _default_output(["sft", *config] if not _is_run(config) else config)
+    settings = _load(["sft", *config], set_)
+    if settings.method != "sft":
+        raise InputError(f"method: {settings.method}; `tpaw sft` trains by sft, `tpaw run` by any")
+    _run(settings, output)
+
+
+def _run(settings: RunConfig, output: Path) -> None:
     from tpaw.selfplay import self_play
 
     stop = StopSignal()
@@ -144,8 +161,12 @@ def _config_of(source: str) -> str:
     return str(run.config_file) if run.has_begun() else source
 
 
+def _is_run(sources: list[str]) -> bool:
+    return len(sources) == 1 and RunDirectory(sources[0]).has_begun()
+
+
 def _default_output(sources: list[str]) -> Path:
-    if len(sources) == 1 and RunDirectory(sources[0]).has_begun():
+    if _is_run(sources):
         return Path(sources[0])
     return Path("runs") / "-".join(Path(source).stem for source in sources)
 
