@@ -16,7 +16,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from tpaw.artifacts import read_manifest
+from tpaw.config import RunConfig
 from tpaw.data import read_examples
+from tpaw.inputs import read_inputs
 from tpaw.rundir import RunDirectory
 
 # Qwen's chat template without its default system message.
@@ -115,6 +117,33 @@ def test_gsm8k_with_the_papers_recipe_on_64_rows(shared, small_qwen, tmp_path):
     for player in summary["players"]:
         assert player["evaluation"]["exact_match"]["items"] == 32
     assert [p["sequences_scored"] for p in summary["players"][1:]] == [128, 256, 384, 384]
+
+
+def test_every_preference_pair_is_used_or_counted(shared, small_qwen):
+    path = shared / "data" / "llamafactory" / "dpo_en_demo.json"
+    overrides = [
+        f"model.path={small_qwen}",
+        f"data.path={path}",
+        "data.max_skipped=1",
+        "evaluate.data=null",
+    ]
+    source = ["ultrachat-qwen2.5-1.5b", "dpo"]
+    inputs = read_inputs(RunConfig.load(*source, overrides=overrides))
+    pairs = json.loads(path.read_text())
+    assert len(inputs.examples) + sum(inputs.skipped["data"].values()) == len(pairs) == 300
+    assert set(inputs.skipped["data"]) <= {
+        "longer than max_length 2048",
+        "rejected: longer than max_length 2048",
+    }
+    assert len(inputs.examples) > 150  # a small vocabulary makes long rows
+    decode = inputs.tokenizer.decode
+    for example in inputs.examples:
+        pair = pairs[int(example.id.partition("-")[0])]
+        assert example.prompt.endswith(
+            f"{pair['conversations'][-1]['value']}<|im_end|>\n<|im_start|>assistant\n"
+        )
+        assert decode(example.target_ids) == pair["chosen"]["value"] + "<|im_end|>"
+        assert decode(example.rejected_ids) == pair["rejected"]["value"] + "<|im_end|>"
 
 
 @pytest.mark.parametrize(

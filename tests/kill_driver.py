@@ -30,6 +30,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "generate": (SlotCache, "step"),  # a token for every row
     "score": (tpaw.scoring, "response_logps"),
     "train": (TeamTrainer, "compute_loss"),
+    "step": (transformers.Trainer, "training_step"),  # of a trainer that is not ours
     "save": (transformers.Trainer, "_save_optimizer_and_scheduler"),
     "saved": (tpaw.train_stage, "write_manifest"),
     "evaluate": (tpaw.stages, "exact_match_items"),
@@ -57,6 +58,8 @@ def kill_at(place: str, count: int) -> None:
 def main() -> None:
     config_path, output, *points = sys.argv[1:]
     config = load_config([config_path])
+    if config.method != "self_play":
+        from trl import DPOTrainer, SFTTrainer  # noqa: F401  once, for all the children
     for point in [*points, ""]:
         # Nothing was computed in this process, so no thread pool is there to be lost in the fork.
         child = os.fork()

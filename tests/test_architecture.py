@@ -12,20 +12,24 @@ PACKAGE = Path(tpaw.__file__).parent
 # Lower layers first. A module may import from its own layer and those before it.
 LAYERS = [
     ["errors", "objective", "owned_arguments", "split_weights", "team", "token_table"],
-    ["config", "config_file", "artifacts", "interrupt", "plan"],
-    ["packed_attention", "rows", "rundir", "token_logps"],
+    ["config", "config_data", "config_file", "artifacts", "interrupt", "plan"],
+    ["packed_attention", "rows", "rundir", "shapes", "token_logps"],
     ["layout"],
     ["logprobs", "triple_batches"],
     ["logprob_model"],
     ["data", "logprob_store", "model"],
     ["checkpoints", "scoring", "trainer", "generation", "evaluation"],
-    ["judge"],
+    ["judge", "trl_trainers"],
     ["training_arguments"],
     ["inputs", "report"],
     ["answers", "judging", "suite_stage", "train_stage"],
     ["stages"],
+    ["baseline_stages"],
+    ["baselines"],
     ["selfplay"],
     ["study"],
+    ["terminal"],
+    ["evaluation_cli"],
     ["cli"],
 ]
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -59,6 +59,30 @@ def test_run_status_and_run_again(tpaw_, config, tmp_path):
     assert "iterations: 1 → 2" in err
 
 
+def test_sft_makes_a_starting_model(tpaw_, settings, tmp_path):
+    del settings["iterations"], settings["train"]["epochs"]
+    config = write_config(tmp_path, settings)
+    code, out, err = tpaw_("sft", config, "-o", tmp_path / "s")
+    assert code == 0, err
+    assert "θ_1" in out
+    assert "target reward" in out
+    code, out, _ = tpaw_("status", tmp_path / "s")
+    assert code == 0
+    assert "done  train θ_1" in out
+    assert "all done" in out
+    code, _, _ = tpaw_("sft", tmp_path / "s")
+    assert code == 0
+    model = tmp_path / "s" / "iterations" / "1" / "checkpoint"
+    code, out, _ = tpaw_("plan", config, "--set", f"model.path={model}")
+    assert code == 0
+    code, _, err = tpaw_("sft", config, "--set", "method=dpo", "-o", tmp_path / "t")
+    assert code == 2
+    assert "method: dpo; `tpaw sft` trains by sft" in err
+    code, out, _ = tpaw_("plan", "sft", config)
+    assert code == 0
+    assert "–" in out
+
+
 def test_plan_spends_nothing(tpaw_, config, monkeypatch, tmp_path):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: 1 / 0)
     code, out, _ = tpaw_("plan", config)

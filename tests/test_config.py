@@ -61,6 +61,46 @@ def test_variants_are_recipes_over_a_recipe(
     assert config.model == RunConfig.load("starter").model
 
 
+@pytest.mark.parametrize(
+    ("name", "learning_rate"),
+    [("sft-ultrachat-qwen2.5-1.5b", 5e-5), ("sft-ultrachat-llama-3.1-8b", 1e-5)],
+)
+def test_the_first_stage_is_the_papers(name, learning_rate):
+    config = RunConfig.load(name)
+    train = config.train
+    assert (config.method, config.iterations, train.epochs) == ("sft", 1, 1)
+    assert (train.learning_rate, train.optimizer, train.batch_size) == (
+        learning_rate,
+        "adamw_torch",
+        64,
+    )
+    assert (train.schedule, train.warmup, config.max_length) == ("cosine", 0.1, 2048)
+    assert (config.data.split, config.data.limit) == ("train_sft", None)
+
+
+def test_spins_official_schedule():
+    config = RunConfig.load("starter", "spin_schedule")
+    spin = RunConfig.load("starter", "spin")
+    assert (config.team, config.objective.target_weight) == (spin.team, "one")
+    assert config.objective.lambda_ == (0.1, 0.1, 0.1, 5.0)
+    train = config.train
+    assert (train.learning_rate, train.epochs) == ((5e-7, 5e-7, 1e-7, 1e-7), 6)
+    assert (train.optimizer, train.schedule, train.warmup) == ("rmsprop", "linear", 0.1)
+
+
+@pytest.mark.parametrize("base", ["starter", *PAPER_RECIPES])
+@pytest.mark.parametrize(
+    ("name", "method", "iterations", "epochs"),
+    [("sft", "sft", 1, 1), ("sft_continue", "sft", 4, 1), ("dpo", "dpo", 1, 2)],
+)
+def test_baselines_go_on_top_of_a_recipe(base, name, method, iterations, epochs):
+    config = RunConfig.load(base, name)
+    assert (config.method, config.iterations) == (method, iterations)
+    assert (config.train.epochs, config.train.optimizer) == (epochs, "adamw_torch")
+    assert config.objective.lambda_ == 0.1
+    assert config.train.learning_rate == (1e-6 if name == "dpo" else 5e-5)
+
+
 def test_a_variant_alone_says_what_it_lacks():
     with pytest.raises(InputError, match="model: missing"):
         RunConfig.load("spin")

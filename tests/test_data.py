@@ -7,7 +7,7 @@ from conftest import make_model, make_tokenizer, save_model, sums, write_jsonl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tpaw.config import DataConfig
+from tpaw.config_data import DataConfig
 from tpaw.config_file import validate
 from tpaw.data import prepare_examples, read_examples, write_examples
 from tpaw.errors import InputError

@@ -93,7 +93,7 @@ def prompts(monkeypatch):
     return asked
 
 
-def test_a_model_from_the_command_line(tpaw_, suite, model_folder, tmp_path, prompts):  # noqa: F811
+def test_a_model_from_the_command_line(tpaw_, suite, model_folder, tmp_path, prompts):
     out_folder = tmp_path / "out"
     code, out, err = tpaw_("evaluate", model_folder, "--suite", suite, "-o", out_folder)
     assert code == 0, err
@@ -201,7 +201,7 @@ def test_killed_between_tasks_it_goes_on(suite, model_folder, tmp_path, monkeypa
 
 
 def test_data_that_cannot_be_had_is_reported_before_a_model_is_loaded(
-    tpaw_,  # noqa: F811
+    tpaw_,
     suite,
     model_folder,
     tmp_path,
@@ -261,7 +261,7 @@ def test_without_the_harness_it_says_what_to_install(monkeypatch):
         import tpaw.evaluation.harness  # noqa: F401
 
 
-def test_the_starter_is_evaluated_from_the_readme_line(tpaw_, tmp_path, monkeypatch):  # noqa: F811
+def test_the_starter_is_evaluated_from_the_readme_line(tpaw_, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     few = functools.partial(tpaw.evaluation.harness.evaluate, limit=40)
     monkeypatch.setattr(tpaw.evaluation.harness, "evaluate", few)

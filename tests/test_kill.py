@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import sums, write_jsonl
 
 DRIVER = Path(__file__).with_name("kill_driver.py")
 
@@ -74,6 +76,39 @@ def test_killed_in_every_stage(tmp_path, config, uninterrupted):
     assert contents(tmp_path / "killed") == uninterrupted
     assert not list((tmp_path / "killed").rglob(".tmp-*"))
     assert not list((tmp_path / "killed").rglob("training"))
+
+
+@pytest.mark.parametrize(
+    ("method", "points"),
+    [
+        # Steps of four micro-batches. Killed before the first saved step, while it is written,
+        # before it is declared whole, and after it; then in the second iteration.
+        ("sft", ["step:6", "save:1", "saved:1", "step:15", "step:10"]),
+        ("dpo", ["score:2", "saved:1", "step:15"]),
+    ],
+)
+def test_a_baseline_killed_in_every_stage(tmp_path, settings, method, points):
+    settings |= {"method": method, "iterations": 2}
+    settings["train"] |= {"epochs": 2, "optimizer": "adamw_torch"}
+    if method == "dpo":
+        rows = [
+            {"prompt": r["question"], "chosen": r["answer"], "rejected": "no " * (i % 3 + 1)}
+            for i, r in enumerate(sums(24))
+        ]
+        settings["data"] = {"path": str(write_jsonl(tmp_path / "pairs.jsonl", rows))}
+        settings["train"]["tokens_per_row"] = 512
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    assert run(tmp_path / "whole", config) == []
+    outcomes = run(tmp_path / "killed", config, *points)
+    assert outcomes == ["killed"] * len(points)
+    files = contents(tmp_path / "whole")
+    assert "iterations/2/checkpoint/model.safetensors" in files
+    assert contents(tmp_path / "killed") == files
+    for i in (1, 2):
+        logs = [tmp_path / r / f"iterations/{i}/training.jsonl" for r in ("whole", "killed")]
+        whole, killed = ([json.loads(line) for line in log.open()] for log in logs)
+        assert whole == killed
 
 
 def test_killed_between_any_two_publications(tmp_path, config, uninterrupted):

@@ -42,6 +42,17 @@ def test_variants_pick_their_teams(variant, opponents, players):
     assert (last.opponents, last.main_players) == (opponents, players)
 
 
+def test_a_baseline_answers_nothing_and_dpo_scores_its_reference():
+    sft = plan("sft_continue")
+    assert [(p.opponents, p.main_players, p.to_score) for p in sft] == [((), (), 0)] * 4
+    assert [(p.starts_from, p.triples, p.to_generate) for p in sft] == [(t, N, 0) for t in range(4)]
+    assert [p.optimizer_steps for p in sft] == [2] * 4
+    dpo = plan("dpo", iterations=2)
+    assert [(p.opponents, p.main_players) for p in dpo] == [((), (0,)), ((), (1,))]
+    # Chosen and rejected answers, under a reference that is new each time.
+    assert [(p.to_score, p.optimizer_steps) for p in dpo] == [(2 * N, 4)] * 2
+
+
 def test_steps_count_the_smaller_last_batch_of_each_epoch():
     plans = plan(**{"train.epochs": "[2, 1, 1, 1]", "train.batch_size": 64})
     # 100 triples: steps of 64 and 36, twice; 200: 64, 64, 64, 8; 300: four of 64 and one of 44.

@@ -9,9 +9,10 @@ import pytest
 from conftest import sums, write_jsonl
 from datasets import Dataset, DatasetDict
 
-from tpaw.config import DataConfig
+from tpaw.config_data import DataConfig
 from tpaw.errors import InputError
-from tpaw.rows import Dialogue, Unusable, read_rows, shape_of
+from tpaw.rows import read_rows
+from tpaw.shapes import Dialogue, Unusable, shape_of
 
 USER, SYSTEM, ASSISTANT = ({"role": r, "content": r[0]} for r in ("user", "system", "assistant"))
 
@@ -226,7 +227,9 @@ def test_a_shape_fits_if_all_its_columns_are_there():
 
 
 def test_columns_that_do_not_fit():
-    with pytest.raises(InputError, match="columns text are none of prompt/completion, messages"):
+    with pytest.raises(
+        InputError, match="columns text are none of chosen/rejected, prompt/completion"
+    ):
         convert({"text": "x"})
     with pytest.raises(InputError, match="no column 'q'; there are answer, question"):
         convert({"question": "x", "answer": "y"}, columns={"prompt": "q", "target": "answer"})

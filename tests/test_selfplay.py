@@ -291,14 +291,14 @@ def test_training_raises_the_targets_of_the_training_rows(finished, model_folder
 
 
 def test_a_policy_that_is_not_its_newest_player_stops_the_run(settings, tmp_path, monkeypatch):
-    original = tpaw.stages.Stages._train
+    original = tpaw.stages.Stages.rows
 
-    def other_weights(self, policy, triples, team, t, folder):
-        store = self._store(team.main_players[0])
+    def other_weights(self, triples, players):
+        store = self._store(players[0])
         store._logps = {key: value - 3.0 for key, value in store._logps.items()}
-        return original(self, policy, triples, team, t, folder)
+        return original(self, triples, players)
 
-    monkeypatch.setattr(tpaw.stages.Stages, "_train", other_weights)
+    monkeypatch.setattr(tpaw.stages.Stages, "rows", other_weights)
     with pytest.raises(PolicyMismatchError, match="before the first update"):
         self_play(validate(settings), tmp_path / "r")
     assert not (tmp_path / "r" / "iterations" / "1" / "checkpoint").exists()

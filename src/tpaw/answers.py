@@ -16,7 +16,8 @@ import torch
 
 from tpaw.artifacts import claim, is_published, read_manifest, write_json
 from tpaw.checkpoints import Checkpoint, find_checkpoint
-from tpaw.config import DataConfig, RunConfig
+from tpaw.config import RunConfig
+from tpaw.config_data import DataConfig
 from tpaw.data import Example, prepare_examples
 from tpaw.errors import InputError
 from tpaw.generation.base import Sampling
@@ -26,8 +27,9 @@ from tpaw.interrupt import StopSignal
 from tpaw.judge.outputs import OUTPUTS
 from tpaw.model import check_model, load_model, load_tokenizer, pick_device, stop_token_ids
 from tpaw.report.progress import note, progress
-from tpaw.rows import Message, read_rows, shape_of
+from tpaw.rows import read_rows
 from tpaw.rundir import environment
+from tpaw.shapes import Message, shape_of
 
 KEY = "evaluate.data"
 

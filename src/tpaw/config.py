@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 
+from tpaw.config_data import DataConfig, Section
 from tpaw.owned_arguments import OWNED_TRAINING_ARGUMENTS
 from tpaw.team import Newest
 
@@ -30,15 +31,16 @@ def _as_strings(value: Any) -> Any:
 PerIteration = Annotated[Scalar | tuple[Scalar, ...], BeforeValidator(_as_tuple)]
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_strings)]
 
+# What a baseline has no use for; a value other than the default is refused rather than ignored.
+_OF_SELF_PLAY: Mapping[str, tuple[str, ...]] = {
+    "team": ("opponents", "main_players"),
+    "objective": ("lambda_", "eta", "gamma", "min_player_weight", "target_weight", "player_weight"),
+    "train": ("group_by_prompt", "weights"),
+}
+
 # `json_schema_extra` of a setting that may change when a run goes on: it decides how the work is
 # cut up or what is shown, and changes results by no more than rounding.
 CHANGEABLE: JsonDict = {"changeable": True}
-
-
-class Section(BaseModel):
-    """A part of the file: strict types, no unknown keys, frozen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -64,52 +66,6 @@ class ModelConfig(Section):
     )
     trust_remote_code: bool = Field(
         False, description="Run code that comes with the model. Only for models you trust."
-    )
-
-
-class Columns(Section):
-    """Names of the columns to read. Give `prompt` and `target`, or `messages`."""
-
-    prompt: str | None = Field(None, description="Column of the prompt's text (or messages).")
-    target: str | None = Field(None, description="Column of the target's text (or messages).")
-    messages: str | None = Field(None, description="Column of a list of role/content messages.")
-
-    @model_validator(mode="after")
-    def _one_way(self) -> Columns:
-        pair = self.prompt is not None and self.target is not None
-        if pair == (self.messages is not None) or (self.prompt is None) != (self.target is None):
-            raise ValueError("give prompt and target, or messages alone")
-        return self
-
-
-class DataConfig(Section):
-    """Where rows come from and how they become prompt and target."""
-
-    path: str = Field(
-        description="A json, jsonl, parquet, csv or arrow file, a folder of datasets' "
-        "save_to_disk, a hub id, or tpaw://starter/train.jsonl."
-    )
-    split: str = Field("train", description="Split of a hub id; slices such as train[:50000] work.")
-    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
-    columns: Columns | None = Field(
-        None,
-        description="Columns to read. Default, the first that fits: prompt/completion, messages, "
-        "conversations (ShareGPT), instruction/input/output (Alpaca), question/answer (GSM8K).",
-    )
-    turn: Literal["first", "last"] = Field(
-        "first",
-        description="Of a conversation: the first round (as the paper), or everything up to the "
-        "last assistant turn.",
-    )
-    template: Literal["auto", "chat", "none"] = Field(
-        "auto",
-        description="The tokenizer's chat template. auto: for messages always, for a plain "
-        "prompt/completion never (as TRL), for the other shapes where there is one. none: the "
-        "text as it stands.",
-    )
-    limit: int | None = Field(None, ge=1, description="Read only the first rows. Default: all.")
-    max_skipped: float = Field(
-        0.01, ge=0, le=1, description="Share of rows that may be unusable before it is an error."
     )
 
 
@@ -270,10 +226,14 @@ class EvaluateConfig(Section):
 class RunConfig(Section):
     """A whole run. `RunConfig.load("file.yaml")` reads one; every field is documented here."""
 
+    method: Literal["self_play", "sft", "dpo"] = Field(
+        "self_play",
+        description="self_play: Algorithm 1. sft, dpo: a baseline trained by TRL, each iteration "
+        "from the newest checkpoint, on the targets or on preference data (λ is TRL's beta).",
+    )
     model: ModelConfig
     data: DataConfig
-    method: Literal["self_play"] = Field("self_play", description="TPAW.")
-    iterations: int = Field(4, ge=1, description="T: self-play iterations.")
+    iterations: int = Field(4, ge=1, description="T: iterations; iteration i makes θ_i.")
     max_length: int = Field(2048, ge=2, description="Longest prompt plus response, in tokens.")
     team: TeamConfig = TeamConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -318,6 +278,19 @@ class RunConfig(Section):
                 f"objective.min_player_weight {self.objective.min_player_weight}: with {players} "
                 f"main players every weight could be below it; it must be at most 1/{players}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> RunConfig:
+        for name, fields in _OF_SELF_PLAY.items() if self.method != "self_play" else ():
+            section = getattr(self, name)
+            for field, info in ((f, type(section).model_fields[f]) for f in fields):
+                is_beta = self.method == "dpo" and field == "lambda_"
+                if not is_beta and getattr(section, field) != info.default:
+                    raise ValueError(
+                        f"{name}.{info.alias or field}: method {self.method} has no use for it; "
+                        "leave it out"
+                    )
         return self
 
     def per_iteration(self) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from tpaw.config import DataConfig
+from tpaw.config_data import DataConfig
 from tpaw.errors import InputError
-from tpaw.rows import Dialogue, Message, Unusable, read_rows, shape_of
+from tpaw.rows import read_rows
+from tpaw.shapes import SAME_ANSWERS, Dialogue, Message, Unusable, shape_of
 from tpaw.token_table import TokenIds, read_table, token_ids, write_table
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Example(NamedTuple):
         id: row number in the source and a hash of the ids; the same when the run is made again.
         prompt_ids, target_ids: int32, final; the target ends with its end-of-sequence token.
         prompt, target: the same as text, for people and for exact match.
+        rejected_ids: as target_ids, of preference data where a method wants both answers.
     """
 
     id: str
@@ -38,6 +40,7 @@ class Example(NamedTuple):
     target_ids: TokenIds
     prompt: str
     target: str
+    rejected_ids: TokenIds | None = None
 
 
 class Prepared(NamedTuple):
@@ -149,18 +152,21 @@ def prepare_examples(
     stop_ids: Sequence[int],
     max_length: int,
     on_done: OnDone = lambda count: None,
+    *,
+    preferences: bool = False,
 ) -> Prepared:
     """Read, template and tokenise; count what cannot be used.
 
     Args:
         key: `data` or `evaluate.data`, for errors.
+        preferences: keep the rejected answers, and refuse data that has none.
         on_done: called with the number of rows read since the last call.
 
     Raises:
         InputError: no usable row, or more unusable ones than `max_skipped`.
     """
     rows = read_rows(config, key)
-    convert = shape_of(rows, config, key)
+    convert = shape_of(rows, config, key, preferences=preferences)
     chat = ChatFormat(tokenizer, stop_ids, config.template, f"{key}.template")
     examples: list[Example] = []
     skipped: Counter[str] = Counter()
@@ -168,6 +174,8 @@ def prepare_examples(
     for number, row in enumerate(rows):
         dialogue = convert(row)
         if not isinstance(dialogue, Unusable):
+            if not preferences:
+                dialogue = dialogue._replace(rejected=None)
             dialogue = _tokenised(dialogue, number, chat, max_length)
         if isinstance(dialogue, Unusable):
             skipped[dialogue.reason] += 1
@@ -193,14 +201,17 @@ def prepare_examples(
 
 def write_examples(path: Path, examples: Sequence[Example]) -> None:
     """Write examples as parquet."""
-    columns = zip(*examples, strict=True) if examples else [[] for _ in Example._fields]
-    write_table(path, dict(zip(Example._fields, map(list, columns), strict=True)))
+    fields = [name for name in Example._fields if name != "rejected_ids"]
+    if examples and examples[0].rejected_ids is not None:
+        fields.append("rejected_ids")
+    write_table(path, {name: [getattr(example, name) for example in examples] for name in fields})
 
 
 def read_examples(path: Path) -> list[Example]:
     """Read what `write_examples` wrote."""
     table = read_table(path)
-    return [Example(*row) for row in zip(*(table[f] for f in Example._fields), strict=True)]
+    columns = [table[name] for name in Example._fields if name in table]
+    return [Example(*row) for row in zip(*columns, strict=True)]
 
 
 def _tokenised(
@@ -216,7 +227,16 @@ def _tokenised(
         return Unusable(f"longer than max_length {max_length}")
     ids = token_ids(prompt_ids), token_ids(target_ids)
     digest = hashlib.sha256(ids[0].tobytes() + b"|" + ids[1].tobytes()).hexdigest()
-    return Example(f"{number}-{digest[:12]}", *ids, prompt, dialogue.target)
+    example = Example(f"{number}-{digest[:12]}", *ids, prompt, dialogue.target)
+    if dialogue.rejected is None:
+        return example
+    other = dialogue._replace(target=dialogue.rejected, rejected=None)
+    rejected = _tokenised(other, number, chat, max_length)
+    if isinstance(rejected, Unusable):
+        return Unusable(f"rejected: {rejected.reason}")
+    if rejected.target_ids.tolist() == example.target_ids.tolist():
+        return SAME_ANSWERS
+    return example._replace(rejected_ids=rejected.target_ids)
 
 
 def _as_messages(prompt: str | list[Message]) -> list[Message]:

@@ -29,7 +29,7 @@ class Inputs(NamedTuple):
     """Everything a run reads from outside but the weights of θ_0.
 
     Attributes:
-        examples: the SFT rows.
+        examples: the SFT rows, or the preference pairs.
         heldout: rows to evaluate on; may be empty.
         skipped: of both files, how many rows could not be used, by reason.
         tokenizer: of θ_0, with `model.eos_token` applied.
@@ -57,9 +57,13 @@ class Inputs(NamedTuple):
         shown = []
         for key, examples in rows:
             if examples:
-                ids = examples[0].prompt_ids, examples[0].target_ids
-                prompt, target = (repr(self.tokenizer.decode(part.tolist())) for part in ids)
-                shown.append(f"first row of {key}:\n  prompt {prompt}\n  target {target}")
+                example = examples[0]
+                parts = {"prompt": example.prompt_ids, "target": example.target_ids}
+                if example.rejected_ids is not None:
+                    parts["rejected"] = example.rejected_ids
+                texts = {name: self.tokenizer.decode(ids.tolist()) for name, ids in parts.items()}
+                lines = [f"\n  {name} {text!r}" for name, text in texts.items()]
+                shown.append(f"first row of {key}:{''.join(lines)}")
         return shown
 
     def heldout_prompts_in_training(self) -> int:
@@ -88,12 +92,17 @@ def read_inputs(config: RunConfig, on_done: OnDone = lambda count: None) -> Inpu
         data = config.data if key == "data" else config.evaluate.data
         if data is None:
             return Prepared([], {})
-        return prepare_examples(data, key, tokenizer, stop_ids, config.max_length, on_done)
+        preferences = config.method == "dpo" and key == "data"
+        return prepare_examples(
+            data, key, tokenizer, stop_ids, config.max_length, on_done, preferences=preferences
+        )
 
     train, heldout = prepare("data"), prepare("evaluate.data")
     used = max(
-        int(max(example.prompt_ids.max(), example.target_ids.max()))
+        int(ids.max())
         for example in train.examples + heldout.examples
+        for ids in (example.prompt_ids, example.target_ids, example.rejected_ids)
+        if ids is not None
     )
     if used >= (vocab_size := model_config.get_text_config().vocab_size):
         raise InputError(

@@ -15,8 +15,9 @@ class IterationPlan(NamedTuple):
     Attributes:
         iteration: i, which makes θ_i.
         starts_from: index of the checkpoint that the policy starts as.
-        opponents, main_players: indices of the checkpoints, newest first.
-        triples: size of D_O.
+        opponents, main_players: indices of the checkpoints, newest first. A baseline has no
+            opponents, and no main player but the reference model of DPO.
+        triples: size of D_O; of a baseline, of its data.
         optimizer_steps: over all epochs.
         to_generate: responses to sample.
         to_score: (player, sequence) pairs to compute, at most; equal sequences count once.
@@ -45,11 +46,16 @@ def plan_run(config: RunConfig, examples: int) -> list[IterationPlan]:
     scored: set[tuple[int, int]] = set()
     for t in range(config.iterations):
         history = range(t + 1)
-        opponents = config.team.opponents.select(history)
-        main_players = config.team.main_players.select(history)
-        # Sequences by who made them; -1 stands for the data, whose targets every player scores.
-        needed = {(j, author) for j in main_players for author in (-1, *opponents)}
-        triples = len(opponents) * examples
+        if config.method == "self_play":
+            opponents = config.team.opponents.select(history)
+            main_players = config.team.main_players.select(history)
+            triples, answered, authors = len(opponents) * examples, examples, (-1, *opponents)
+        else:
+            opponents, main_players = (), (t,) if config.method == "dpo" else ()
+            triples, answered, authors = examples, 0, (-1, -2)
+        # Sequences by who made them. -1 stands for the data's targets, which every player scores,
+        # -2 for its rejected answers.
+        needed = {(j, author) for j in main_players for author in authors}
         plans.append(
             IterationPlan(
                 iteration=t + 1,
@@ -61,7 +67,7 @@ def plan_run(config: RunConfig, examples: int) -> list[IterationPlan]:
                 learning_rate=at_iteration(config.train.learning_rate, t),
                 lambda_=at_iteration(config.objective.lambda_, t),
                 epochs=at_iteration(config.train.epochs, t),
-                to_generate=examples,
+                to_generate=answered,
                 to_score=len(needed - scored) * examples,
             )
         )

@@ -1,45 +1,23 @@
-"""Rows of any supported shape, from any supported source, as a prompt and a target.
+"""Rows from any supported source.
 
-Nothing is tokenised here. A file that cannot be read and a line that is malformed are errors with
-their place; a row that cannot be used is `Unusable` with a reason, for `data` to count.
+A file that cannot be read and a line that is malformed are errors with their place.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from tpaw.config import DataConfig
+from tpaw.config_data import DataConfig
 from tpaw.config_file import resolve_package_path
 from tpaw.errors import InputError
 
 Row = Mapping[str, Any]
-Message = dict[str, str]
 
 _SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".arrow")
-_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-_SHAREGPT_ROLES |= {"system": "system"}
-
-
-class Dialogue(NamedTuple):
-    """A prompt and its target.
-
-    `prompt` is text, or messages that end with a user turn. `is_chat` says that the chat template
-    must be used, because the row is a conversation.
-    """
-
-    prompt: str | list[Message]
-    target: str
-    is_chat: bool
-
-
-class Unusable(NamedTuple):
-    """Why a row cannot be used."""
-
-    reason: str
 
 
 def read_rows(config: DataConfig, key: str) -> list[Row]:
@@ -64,113 +42,6 @@ def read_rows(config: DataConfig, key: str) -> list[Row]:
     if not rows:
         raise InputError(f"{name}: holds no rows")
     return rows[: config.limit]
-
-
-def shape_of(rows: Sequence[Row], config: DataConfig, key: str) -> Callable[[Row], Any]:
-    """How to turn a row into a `Dialogue` (or `Unusable`), from the columns that are there.
-
-    Raises:
-        InputError: a named column is missing, or no supported shape fits.
-    """
-    present = set(rows[0])
-    filled = {name for row in rows[:100] for name in row if row[name] is not None}
-    name = f"{key}.path: {config.path}"
-    if (columns := config.columns) is not None:
-        wanted = (columns.messages,) if columns.messages else (columns.prompt, columns.target)
-        for column in wanted:
-            if column not in present:
-                raise InputError(f"{name}: no column {column!r}; there are {_listed(present)}")
-        if columns.messages:
-            return lambda row: _conversation(row.get(columns.messages or ""), config.turn)
-        return lambda row: _pair(row, columns.prompt or "", columns.target or "", _asked)
-    shapes: list[tuple[set[str], Callable[[Row], Any]]] = [
-        ({"prompt", "completion"}, lambda row: _pair(row, "prompt", "completion", _checked)),
-        ({"messages"}, lambda row: _conversation(row.get("messages"), config.turn)),
-        ({"conversations"}, lambda row: _sharegpt(row, config.turn)),
-        ({"instruction", "output"}, _alpaca),
-        ({"question", "answer"}, lambda row: _asked(row.get("question"), row.get("answer"))),
-    ]
-    for columns_there in (filled, present):  # files of several shapes leave some columns null
-        for required, convert in shapes:
-            if required <= columns_there:
-                return convert
-    raise InputError(
-        f"{name}: columns {_listed(present)} are none of prompt/completion, messages, "
-        f"conversations, instruction/output, question/answer; name yours in {key}.columns"
-    )
-
-
-def _pair(
-    row: Row, prompt_column: str, target_column: str, of_texts: Callable[..., Dialogue | Unusable]
-) -> Dialogue | Unusable:
-    prompt, target = row.get(prompt_column), row.get(target_column)
-    if isinstance(prompt, list) or isinstance(target, list):
-        prompt = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-        target = target if isinstance(target, list) else [{"role": "assistant", "content": target}]
-        return _conversation(prompt + target, "last")
-    return of_texts(prompt, target)
-
-
-def _asked(prompt: Any, target: Any, system: Any = None) -> Dialogue | Unusable:
-    dialogue = _checked(prompt, target)
-    if isinstance(dialogue, Unusable) or not isinstance(prompt, str):
-        return dialogue
-    messages = [{"role": "user", "content": prompt}]
-    if isinstance(system, str) and system.strip():
-        messages.insert(0, {"role": "system", "content": system})
-    return dialogue._replace(prompt=messages)
-
-
-def _alpaca(row: Row) -> Dialogue | Unusable:
-    instruction, extra = row.get("instruction"), row.get("input")
-    if isinstance(instruction, str) and isinstance(extra, str) and extra.strip():
-        instruction = f"{instruction}\n{extra}"
-    return _asked(instruction, row.get("output"), row.get("system"))
-
-
-def _sharegpt(row: Row, turn: str) -> Dialogue | Unusable:
-    turns = row.get("conversations")
-    if not isinstance(turns, list) or not all(isinstance(t, Mapping) for t in turns):
-        return Unusable("the conversation is not a list of turns")
-    if isinstance(row.get("system"), str) and row["system"].strip():
-        turns = [{"from": "system", "value": row["system"]}, *turns]
-    messages = []
-    for t in turns:  # some files say role and content in a column of this name
-        role = str(t.get("from", t.get("role")))
-        content = t.get("value", t.get("content"))
-        messages.append({"role": _SHAREGPT_ROLES.get(role, role), "content": content})
-    return _conversation(messages, turn)
-
-
-def _conversation(messages: Any, turn: str) -> Dialogue | Unusable:
-    if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
-        return Unusable("the conversation is not a list of messages")
-    answers = [i for i, m in enumerate(messages) if m.get("role") == "assistant"]
-    if not answers:
-        return Unusable("no assistant turn")
-    end = answers[0] if turn == "first" else answers[-1]
-    prompt, target = messages[:end], messages[end].get("content")
-    if not prompt or prompt[-1].get("role") != "user":
-        return Unusable("the assistant turn does not follow a user turn")
-    for message in prompt:
-        if message.get("role") not in ("system", "user", "assistant"):
-            return Unusable(f"a turn of role {str(message.get('role'))[:30]!r}")
-        if not isinstance(message.get("content"), str):
-            return Unusable("a message whose content is not text")
-    plain = [{"role": m["role"], "content": m["content"]} for m in prompt]
-    checked = _checked(plain[-1]["content"], target, is_chat=True)
-    return checked if isinstance(checked, Unusable) else checked._replace(prompt=plain)
-
-
-def _checked(prompt: Any, target: Any, *, is_chat: bool = False) -> Dialogue | Unusable:
-    for name, text in (("prompt", prompt), ("target", target)):
-        if not isinstance(text, str):
-            return Unusable(f"the {name} is not text")
-        if not text.strip():
-            return Unusable(f"the {name} is empty")
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            return Unusable(f"the {name} holds half a surrogate pair")
-    return Dialogue(prompt, target, is_chat)
 
 
 def _read_jsonl(path: Path, name: str) -> list[Row]:

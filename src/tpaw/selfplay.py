@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tpaw.baselines import baseline
 from tpaw.config import RunConfig
 from tpaw.interrupt import StopSignal
 from tpaw.team import Player, Team
@@ -33,7 +34,7 @@ def algorithm_1(config: RunConfig, stages: Stages) -> Player:
 
 
 def self_play(config: RunConfig, output: str | Path, stop: StopSignal | None = None) -> Player:
-    """Run TPAW into a folder, or go on with the run that lies there; returns θ_T.
+    """Run what `method` says into a folder, or go on with the run there; returns θ_T.
 
     Args:
         stop: where a caller that handles signals asks for a stop at the next safe point.
@@ -44,4 +45,5 @@ def self_play(config: RunConfig, output: str | Path, stop: StopSignal | None = N
     from tpaw.stages import opened_stages
 
     with opened_stages(config, output, stop or StopSignal()) as stages:
-        return algorithm_1(config, stages)
+        run = algorithm_1 if config.method == "self_play" else baseline
+        return run(config, stages)

@@ -11,7 +11,7 @@ import gc
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +53,7 @@ from tpaw.scoring import Precision, fill_store, score_sequences
 from tpaw.split_weights import round_weights
 from tpaw.team import Player, Team
 from tpaw.token_table import TokenIds, read_table, write_table
-from tpaw.train_stage import Triple, TripleRows, train_iteration
+from tpaw.train_stage import BuildTrainer, Triple, TripleRows, team_trainer, train_iteration
 from tpaw.training_arguments import check_training
 
 if TYPE_CHECKING:
@@ -171,10 +171,27 @@ class Stages:
 
     def train(self, policy: Player, triples: Sequence[Triple], team: Team, t: int) -> Player:
         """θ_{t+1}, from θ_t by minimising the objective over D_O."""
+        return self.fit(policy, t, lambda: self.rows(triples, team.main_players), team_trainer)
+
+    def rows(self, triples: Sequence[Triple], players: Sequence[Player]) -> TripleRows:
+        """Triples with their log-probs under each player, which were scored."""
+        targets = [sequence_key(triple.target) for triple in triples]
+        generated = [sequence_key(triple.generated) for triple in triples]
+        stores = [self._store(player) for player in players]
+        return TripleRows(
+            triples,
+            np.stack([store.logps(targets) for store in stores], axis=1),
+            np.stack([store.logps(generated) for store in stores], axis=1),
+        )
+
+    def fit(
+        self, policy: Player, t: int, load_rows: Callable[[], Sized], build: BuildTrainer
+    ) -> Player:
+        """θ_{t+1}, from θ_t with the trainer that `build` makes."""
         folder = self.run.checkpoint(t + 1)
         if not is_published(folder):
             self.stop.check()
-            self._train(policy, triples, team, t, folder)
+            self._fit(policy, load_rows(), t, folder, build)
         shutil.rmtree(self.run.training(t + 1), ignore_errors=True)
         return Player(t + 1, str(folder), read_manifest(folder)["fingerprint"])
 
@@ -195,20 +212,10 @@ class Stages:
         """summary.json, from what is published."""
         write_summary(self.run, self.config)
 
-    def _train(
-        self, policy: Player, triples: Sequence[Triple], team: Team, t: int, folder: Path
-    ) -> None:
-        target_keys = [sequence_key(triple.target) for triple in triples]
-        generated_keys = [sequence_key(triple.generated) for triple in triples]
-        stores = [self._store(player) for player in team.main_players]
-        rows = TripleRows(
-            triples,
-            np.stack([store.logps(target_keys) for store in stores], axis=1),
-            np.stack([store.logps(generated_keys) for store in stores], axis=1),
-        )
+    def _fit(self, policy: Player, rows: Sized, t: int, folder: Path, build: BuildTrainer) -> None:
         self._loaded = None  # its memory is the policy's
         model = load_model(policy, self.config.model, dtype=torch.float32, device=self.device)
-        steps = optimizer_steps(self.config, len(triples), t)
+        steps = optimizer_steps(self.config, len(rows), t)
         meta: dict[str, object] = {"index": t + 1}
         with (
             publishing(folder, meta) as temporary,
@@ -224,6 +231,7 @@ class Stages:
                 publish_to=temporary,
                 on_step=advance,
                 stop=self.stop,
+                build=build,
             )
             meta["fingerprint"] = fingerprint(temporary)
         del model

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import (
     GenerationConfig,
+    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -38,7 +39,7 @@ from tpaw.trainer import ADVICE, FIRST_STEP_TOLERANCE, TeamTrainer
 from tpaw.training_arguments import split_optimizer, training_arguments
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Triple(NamedTuple):
@@ -87,10 +88,39 @@ class TripleRows(torch.utils.data.Dataset[dict[str, Any]]):
         }
 
 
+# (policy, tokenizer, rows, config, t, arguments): the trainer of the iteration that makes θ_{t+1}.
+BuildTrainer = Callable[..., Trainer]
+
+
+def team_trainer(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: TripleRows,
+    config: RunConfig,
+    t: int,
+    arguments: TrainingArguments,
+) -> TeamTrainer:
+    """The trainer of self-play."""
+    return TeamTrainer(
+        model=policy,
+        args=arguments,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        objective={
+            "lambda_": at_iteration(config.objective.lambda_, t),
+            **config.objective.model_dump(exclude={"lambda_"}),
+        },
+        tokens_per_row=config.train.tokens_per_row,
+        group_by_prompt=config.train.group_by_prompt,
+        first_step_tolerance=FIRST_STEP_TOLERANCE[config.precision],
+        optimizer_cls_and_kwargs=split_optimizer(config, arguments),
+    )
+
+
 def train_iteration(
     policy: PreTrainedModel,
     inputs: Inputs,
-    rows: TripleRows,
+    rows: Any,
     config: RunConfig,
     run: RunDirectory,
     t: int,
@@ -98,10 +128,14 @@ def train_iteration(
     publish_to: Path,
     on_step: Callable[[int, str], None],
     stop: StopSignal,
+    build: BuildTrainer = team_trainer,
 ) -> float:
     """Train θ_{t+1} from `policy`, which is θ_t in fp32, and save it into `publish_to` in fp32.
 
     Goes on from the last saved step, if there is one.
+
+    Args:
+        rows: what the trainer that `build` makes is to train on.
 
     Returns:
         Seconds of training, those before an interruption included.
@@ -123,21 +157,8 @@ def train_iteration(
     )
     arguments = training_arguments(config, t, run.training(t + 1))
     with _tensorboard_in(run.iteration(t + 1) / "tensorboard"):
-        trainer = TeamTrainer(
-            model=policy,
-            args=arguments,
-            train_dataset=rows,
-            processing_class=inputs.tokenizer,
-            objective={
-                "lambda_": at_iteration(config.objective.lambda_, t),
-                **config.objective.model_dump(exclude={"lambda_"}),
-            },
-            tokens_per_row=config.train.tokens_per_row,
-            group_by_prompt=config.train.group_by_prompt,
-            first_step_tolerance=FIRST_STEP_TOLERANCE[config.precision],
-            callbacks=[recorder],
-            optimizer_cls_and_kwargs=split_optimizer(config, arguments),
-        )
+        trainer = build(policy, inputs.tokenizer, rows, config, t, arguments)
+        trainer.add_callback(recorder)
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     if trainer.state.global_step < trainer.state.max_steps:
@@ -225,7 +246,10 @@ class _Recorder(TrainerCallback):
             return
         with self.log_file.open("a", encoding="utf-8") as file:
             file.write(_json_line(state.log_history[-1]))
-        note = f"loss {logs['loss']:.4f}  target reward {logs['rewards/target']:+.3f}"
+        note = f"loss {logs['loss']:.4f}"
+        for name in ("rewards/target", "rewards/chosen"):  # TRL says chosen
+            if name in logs:
+                note += f"  target reward {logs[name]:+.3f}"
         self.on_step(0, note)
 
     def on_save(
@@ -240,6 +264,8 @@ class _Recorder(TrainerCallback):
 
 
 def _json_line(entry: dict[str, Any]) -> str:
+    # TRL counts its tokens anew after an interruption, so the number would not be one of the run.
+    entry = {name: value for name, value in entry.items() if name != "num_tokens"}
     # JSON has no infinity and no NaN; as text, a gradient norm of "nan" is still there to see.
     honest = {
         k: repr(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()

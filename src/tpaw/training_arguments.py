@@ -23,6 +23,7 @@ from tpaw.config_file import explain_unknown
 from tpaw.errors import InputError
 from tpaw.model import pick_device
 from tpaw.split_weights import SplitRMSprop
+from tpaw.trl_trainers import trl_arguments
 
 # They follow a metric of evaluations during training, and there are none.
 _SCHEDULES_BY_METRIC = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
@@ -35,12 +36,15 @@ def training_arguments(config: RunConfig, t: int, output: Path) -> TrainingArgum
         InputError: transformers refuses them.
     """
     train = config.train
+    kind: type[TrainingArguments] = TrainingArguments
+    own: dict[str, Any] = {}
+    if config.method != "self_play":
+        kind, own = trl_arguments(config, t)
     try:
-        arguments = TrainingArguments(
+        arguments = kind(
             output_dir=str(output),
             num_train_epochs=at_iteration(train.epochs, t),
             learning_rate=at_iteration(train.learning_rate, t),
-            per_device_train_batch_size=train.batch_size,
             optim=train.optimizer,
             lr_scheduler_type=train.schedule,
             warmup_steps=train.warmup,
@@ -54,6 +58,7 @@ def training_arguments(config: RunConfig, t: int, output: Path) -> TrainingArgum
             save_steps=train.save_every,
             report_to=list(train.report_to) or "none",
             disable_tqdm=True,
+            **({"per_device_train_batch_size": train.batch_size} | own),
             **({"run_name": f"theta_{t + 1}"} | dict(train.training_arguments)),
         )
     except (ImportError, TypeError, ValueError) as error:

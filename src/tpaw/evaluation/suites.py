@@ -18,7 +18,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from tpaw.config import Section, Strings
+from tpaw.config import Strings
+from tpaw.config_data import Section
 from tpaw.config_file import explain_unknown, read_mapping, validate_as
 from tpaw.errors import InputError
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tpaw.artifacts import SETTINGS
-from tpaw.config import DataConfig
+from tpaw.config_data import DataConfig
 from tpaw.errors import InputError, printable
 from tpaw.rows import read_rows
 

@@ -13,7 +13,7 @@ def done_and_next(run: RunDirectory, config: RunConfig) -> tuple[list[str], str 
     upcoming: str | None = None
     has_heldout = is_published(run.inputs) and read_manifest(run.inputs)["heldout_rows"] > 0
     for i in range(config.iterations + 1):
-        for stage, is_done, note in _stages(run, i, has_heldout):
+        for stage, is_done, note in _stages(run, i, config.method, has_heldout):
             if is_done and upcoming is None:
                 done.append(stage)
             elif upcoming is None:
@@ -21,13 +21,17 @@ def done_and_next(run: RunDirectory, config: RunConfig) -> tuple[list[str], str 
     return done, upcoming
 
 
-def _stages(run: RunDirectory, i: int, has_heldout: bool) -> list[tuple[str, bool, str]]:
+def _stages(
+    run: RunDirectory, i: int, method: str, has_heldout: bool
+) -> list[tuple[str, bool, str]]:
     stages = []
     if i > 0:
         trained = is_published(run.checkpoint(i))
-        answered = is_published(run.responses(i))
-        stages.append((f"θ_{i - 1} answers the prompts", answered, _shards_note(run, i)))
-        stages.append((f"score and train θ_{i}", trained, _steps_note(run, i)))
+        if method == "self_play":
+            answered = is_published(run.responses(i))
+            stages.append((f"θ_{i - 1} answers the prompts", answered, _shards_note(run, i)))
+        what = "train" if method == "sft" else "score and train"
+        stages.append((f"{what} θ_{i}", trained, _steps_note(run, i)))
     if has_heldout:
         stages.append((f"evaluate θ_{i}", is_published(run.evaluation(i)), ""))
     return stages

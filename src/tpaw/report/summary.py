@@ -29,6 +29,7 @@ def summarise(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
     skipped = read_manifest(run.inputs)["skipped"] if is_published(run.inputs) else {}
     done = sum("checkpoint" in entry for entry in iterations)
     return {
+        "method": config.method,
         "iterations_done": done,
         "iterations": config.iterations,
         "skipped_rows": skipped,

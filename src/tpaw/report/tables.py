@@ -65,7 +65,7 @@ def plan_table(plans: Sequence[IterationPlan]) -> Table:
             f"{plan.triples:,}",
             f"{plan.optimizer_steps:,}",
             f"{plan.learning_rate:g}",
-            f"{plan.lambda_:g}",
+            f"{plan.lambda_:g}" if plan.main_players else "–",
             str(plan.epochs),
             f"{plan.to_generate:,}",
             f"{plan.to_score:,}",
@@ -107,8 +107,8 @@ def _summary_row(entry: dict[str, Any]) -> list[str]:
         accuracy,
         p_value,
         margin,
-        f"{training['rewards/target']:+.3f}" if training else "–",
-        f"{training['rewards/margins']:+.3f}" if training else "–",
+        _signed(training, "rewards/target", "rewards/chosen"),  # as TRL says
+        _signed(training, "rewards/margins"),
         f"{responses['identical_share']:.1%}" if responses else "–",
         f"{responses['truncated_share']:.1%}" if responses else "–",
         f"{sum(entry['seconds'].values()):.1f}",
@@ -121,3 +121,7 @@ def _score_cell(part: dict[str, Any]) -> str:
         return f"{part['score']:.1f} [{low:.1f}, {high:.1f}]"
     error = "" if part["stderr"] is None else f" ± {part['stderr']:.1f}"
     return f"{part['score']:.1f}{error}"
+
+
+def _signed(means: dict[str, float], *names: str) -> str:
+    return next((f"{means[name]:+.3f}" for name in names if name in means), "–")

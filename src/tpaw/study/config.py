@@ -23,7 +23,8 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from tpaw.config import RunConfig, Section, Strings
+from tpaw.config import RunConfig, Strings
+from tpaw.config_data import Section
 from tpaw.config_file import explain_unknown, load_config, nested, read_mapping, validate_as
 from tpaw.errors import InputError
 

@@ -36,7 +36,9 @@ _DECISIVE: Any = {
 
 def shared_name(config: RunConfig) -> str:
     """Configurations with the same name share; it is a folder's."""
-    text = json.dumps(config.model_dump(mode="json", include=_DECISIVE), sort_keys=True)
+    decisive = config.model_dump(mode="json", include=_DECISIVE)
+    decisive["pairs"] = config.method == "dpo"  # whose inputs hold both answers
+    text = json.dumps(decisive, sort_keys=True)
     return f"seed-{config.seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
@@ -55,7 +57,6 @@ def is_prepared(folder: Path) -> bool:
 def prepare_shared(folder: Path, stop: StopSignal) -> None:
     """Do all that comes before the first training."""
     from tpaw.stages import opened_stages
-    from tpaw.team import Team
 
     # Whoever began it, all who share it agree in what matters here.
     config = RunDirectory(folder).load_config()
@@ -63,9 +64,9 @@ def prepare_shared(folder: Path, stop: StopSignal) -> None:
         examples = stages.load_examples()
         start = stages.initial_player()
         stages.evaluate(start)
-        stages.generate(start, examples, 0)
-        team = Team(opponents=(start,), main_players=(start,))
-        stages.score(stages.build_triples(examples, team.opponents), team.main_players, 0)
+        if config.method == "self_play":
+            stages.generate(start, examples, 0)
+            stages.score(stages.build_triples(examples, [start]), [start], 0)
     (folder / "prepared").touch()
 
 
