@@ -132,9 +132,10 @@ def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str
 
 def write_json(options: argparse.Namespace, results: Mapping[str, Any]) -> None:
     """Everything measured, with what it was measured on."""
+    chosen = {name: value for name, value in vars(options).items() if name != "json"}
     content = {
         "command": shlex.join(["python", *sys.argv]),
-        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
+        "options": {k: str(v) if isinstance(v, Path) else v for k, v in chosen.items()},
         "machine": machine(options.device),
         "results": results,
     }
