@@ -162,7 +162,8 @@ def test_contenders_alternate_and_ratios_are_within_a_repeat():
 
 
 def test_peak_memory_is_that_of_the_work_alone():
-    assert 64 <= peak_bytes(memory_driver.keeps_little, 64) / 2**20 < 80
+    # The kernel adds up what its cores count some 64 pages at a time.
+    assert 63 <= peak_bytes(memory_driver.keeps_little, 64) / 2**20 < 80
 
 
 def test_peak_memory_of_training_holds_gradients_and_optimizer_state():
