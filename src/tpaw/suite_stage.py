@@ -7,7 +7,6 @@ is not evaluated again.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from tpaw.artifacts import (
     refuse_without_manifest,
     remove_temporaries,
     verify,
+    write_json,
 )
 from tpaw.checkpoints import Checkpoint, find_checkpoints
 from tpaw.config import GenerateConfig, ScoreConfig
@@ -186,7 +186,7 @@ def _evaluate(work: _Work, suite: Suite, tasks: list[LoadedTask], stop: StopSign
         "tasks": by_task,
     }
     if "results.json" not in artifact.names:
-        artifact.publish("results.json", _json_writer(results))
+        artifact.publish("results.json", lambda path: write_json(path, results))
     artifact.complete({"suite": suite.name, "fingerprint": work.origin["fingerprint"]})
 
 
@@ -265,13 +265,5 @@ def _writer(items: list[Item]) -> Callable[[Path], None]:
     def write(path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         write_items(path, items)
-
-    return write
-
-
-def _json_writer(value: dict[str, Any]) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-        path.write_text(text + "\n", encoding="utf-8")
 
     return write

@@ -105,9 +105,12 @@ def _prepare(todo: Sequence[StudyRun], folder: Path, pool: _Pool) -> dict[str, s
             if name not in configs or configs[name].method != "self_play":
                 configs[name] = run.config
     waiting = deque(name for name in configs if not is_prepared(folder / name))
-    for name in waiting:
+
+    def begin(name: str) -> tuple[str, Path]:
         begin_shared(configs[name], folder / name)
-    return pool.work(waiting, lambda name: ("prepare", folder / name))
+        return "prepare", folder / name
+
+    return pool.work(waiting, begin)
 
 
 def _run(todo: Sequence[StudyRun], shared: Path, pool: _Pool) -> dict[str, str]:

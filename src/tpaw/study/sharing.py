@@ -43,10 +43,15 @@ def shared_name(config: RunConfig) -> str:
 
 
 def begin_shared(config: RunConfig, folder: Path) -> None:
-    """Make the run directory of what is shared, for `prepare_shared`."""
-    if not RunDirectory(folder).has_begun():
-        with open_run(folder, config):
-            pass
+    """Make the run directory of what is shared, for `prepare_shared`.
+
+    Raises:
+        RunLockedError: another process is about it.
+    """
+    run = RunDirectory(folder)
+    # Whoever began it, all who share it agree in what matters here.
+    with open_run(folder, run.load_config() if run.has_begun() else config):
+        pass
 
 
 def is_prepared(folder: Path) -> bool:
@@ -58,7 +63,6 @@ def prepare_shared(folder: Path, stop: StopSignal) -> None:
     """Do all that comes before the first training."""
     from tpaw.stages import opened_stages
 
-    # Whoever began it, all who share it agree in what matters here.
     config = RunDirectory(folder).load_config()
     with opened_stages(config, folder, stop) as stages:
         examples = stages.load_examples()
