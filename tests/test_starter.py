@@ -47,8 +47,10 @@ def test_the_bundled_rows_are_the_generators_and_held_out_rows_are_new():
     trained = generate_problems(8000, seed=0)
     assert [row["question"] for row in rows("train.jsonl")] == [p.question for p in trained[:1500]]
     heldout = {row["question"] for row in rows("heldout.jsonl")}
-    assert len(heldout) == 1200
-    assert not heldout & {problem.question for problem in trained}
+    tuning = {row["question"] for row in rows("tuning.jsonl")}
+    assert len(heldout) == len(tuning) == 1200
+    assert not (heldout | tuning) & {problem.question for problem in trained}
+    assert not heldout & tuning
 
 
 def test_the_bundle_is_small():

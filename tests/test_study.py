@@ -8,16 +8,17 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import yaml
 
-from tpaw.artifacts import verify
+from tpaw.artifacts import verify, write_json
 from tpaw.config_file import validate
 from tpaw.errors import InputError
 from tpaw.interrupt import StopSignal
 from tpaw.report.figures import draw_figures
 from tpaw.report.study import sentences, study_report, study_tables
-from tpaw.rundir import RunDirectory
+from tpaw.rundir import RunDirectory, open_run
 from tpaw.selfplay import self_play
 from tpaw.study.analysis import analyse
 from tpaw.study.config import read_study
+from tpaw.study.runner import run_study, runs_of
 from tpaw.study.sharing import begin_run, begin_shared, is_prepared, prepare_shared, shared_name
 
 
@@ -126,6 +127,21 @@ def test_a_run_with_links_is_a_run_without(tmp_path, settings):
     for manifest in RunDirectory(shared).manifests(2):
         verify(manifest)
     begin_run(config, tmp_path / "linked", shared)  # trains already: left alone
+
+
+def test_a_finished_run_of_other_settings_is_not_taken_for_one_of_the_study(write, tmp_path):
+    study, conditions = read_study(write(set={"iterations": 1}, seeds=[0]))
+    [run] = runs_of(conditions, study.seeds, tmp_path / "study")
+    with open_run(run.folder, run.config) as directory:
+        write_json(directory.summary_file, {"iterations_done": 1})
+    assert run_study([run], tmp_path / "study", 1, StopSignal()) == {}
+
+    study, conditions = read_study(
+        write(set={"iterations": 1, "objective": {"eta": 2.0}}, seeds=[0])
+    )
+    changed = runs_of(conditions, study.seeds, tmp_path / "study")
+    with pytest.raises(InputError, match=r"another configuration:\n  objective.eta: 6.0 .* 2.0"):
+        run_study(changed, tmp_path / "study", 1, StopSignal())
 
 
 def test_who_shares(settings):
@@ -238,3 +254,17 @@ def test_one_setting_that_varies_is_the_axis(write, tmp_path):
     drawn = draw_figures(complete(analyse(conditions, results, None)), tmp_path)
     assert [p.stem for p in drawn] == ["accuracy-by-objective-eta", "gap-by-objective-eta"]
     assert "objective.eta" in drawn[0].read_text()
+
+
+def test_a_number_for_every_iteration_is_named_and_drawn_by_its_first(write, tmp_path):
+    rates = [[1e-4, 5e-5], [1e-2, 5e-3]]
+    _, conditions = read_study(write(vary={"train.learning_rate": rates}, set={"iterations": 2}))
+    assert [c.name for c in conditions] == [
+        "tpaw, learning_rate = 0.0001 5e-05",
+        "tpaw, learning_rate = 0.01 0.005",
+    ]
+    results = {c.name: results_of([0.5]) for c in conditions}
+    [accuracy, _] = draw_figures(complete(analyse(conditions, results, None)), tmp_path)
+    text = "".join("".join(ElementTree.parse(accuracy).getroot().itertext()).split())
+    assert "10\u22124" in text  # a logarithmic axis
+    assert "10\u22122" in text

@@ -27,6 +27,9 @@ LABELS = {
 # Okabe and Ito's colours, which the colour-blind can tell apart; markers for print in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^vPX*"
+LOGARITHMIC_FROM = 20
+"""An axis is logarithmic where the largest value of a setting is more than this many times the
+smallest."""
 
 
 def draw_figures(study: Study, folder: Path) -> list[Path]:
@@ -82,12 +85,15 @@ def _by_setting(study: Study, setting: str, measure: str) -> Figure:
     methods = list(dict.fromkeys(c["method"] for c in study["conditions"].values()))
     for i, method in enumerate(methods):
         points = [
-            (condition["settings"][setting], found)
+            (_first(condition["settings"][setting]), found)
             for condition in study["conditions"].values()
             if condition["method"] == method
             and (found := condition["by_iteration"][-1].get(measure))
         ]
         _line(axes, i, method, [value for value, _ in points], [found for _, found in points])
+    values = [_first(c["settings"][setting]) for c in study["conditions"].values()]
+    if min(values) > 0 and max(values) > LOGARITHMIC_FROM * min(values):
+        axes.set_xscale("log")
     axes.set(xlabel=setting.partition(",")[0], ylabel=f"{LABELS[measure]}, last iteration")
     _legend(figure, study)
     return figure
@@ -157,14 +163,19 @@ def _saver(figure: Figure, suffix: str) -> Callable[[Path], None]:
 
 
 def _single_axis(study: Study) -> str | None:
-    """The one setting that varies, where its values are numbers."""
+    """The one setting that varies, where its values are numbers or lists of them."""
     settings = [condition["settings"] for condition in study["conditions"].values()]
     keys = {key for of_condition in settings for key in of_condition}
     if len(keys) != 1:
         return None
     [key] = keys
-    numbers = all(isinstance(s[key], int | float) for s in settings)
+    numbers = all(isinstance(_first(s[key]), int | float) for s in settings)
     return key if numbers else None
+
+
+def _first(value: Any) -> Any:
+    """A number; of one number an iteration the first."""
+    return value[0] if isinstance(value, list | tuple) else value
 
 
 def _runs(study: Study) -> Iterator[Mapping[str, Any]]:

@@ -12,6 +12,7 @@ Written to the output directory:
     model/          a Qwen2 model in fp32 with its tokenizer and chat template
     train.jsonl     the rows for self-play, a part of those the model was trained on
     heldout.jsonl   the rows for evaluation, whose questions occur in no training row
+    tuning.jsonl    rows to choose settings by, so that the held-out ones stay unseen till the end
 """
 
 import argparse
@@ -54,6 +55,7 @@ SFT_ROWS = 8000
 SELF_PLAY_ROWS = 1500
 VALIDATION_ROWS = 500
 HELDOUT_ROWS = 1200
+TUNING_ROWS = 1200
 
 BATCH_SIZE = 64
 LEARNING_RATE = 3e-3
@@ -248,6 +250,8 @@ def build(output_dir: Path, seed: int) -> None:
     heldout = generate_problems(HELDOUT_ROWS, seed=3 * seed + 1, exclude=questions)
     questions |= {problem.question for problem in heldout}
     validation = generate_problems(VALIDATION_ROWS, seed=3 * seed + 2, exclude=questions)
+    questions |= {problem.question for problem in validation}
+    tuning = generate_problems(TUNING_ROWS, seed=3 * seed + 2, exclude=questions)
 
     tokenizer = train_tokenizer(train)
     model = make_model(tokenizer)
@@ -260,6 +264,7 @@ def build(output_dir: Path, seed: int) -> None:
     tokenizer.save_pretrained(output_dir / "model")
     write_rows(output_dir / "train.jsonl", train[:SELF_PLAY_ROWS])
     write_rows(output_dir / "heldout.jsonl", heldout)
+    write_rows(output_dir / "tuning.jsonl", tuning)
 
 
 def write_rows(path: Path, problems: Sequence[Problem]) -> None:

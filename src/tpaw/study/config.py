@@ -157,7 +157,7 @@ def _conditions(study: StudyConfig, folder: Path) -> Iterator[Condition]:
         for method, overlays in study.methods.items():
             sources = (*study.recipe, study.set_, *overlays, *varied)
             yield Condition(
-                ", ".join([method, *(f"{_short(k)} = {v}" for k, v in settings.items())]),
+                ", ".join([method, *(f"{_short(k)} = {_said(v)}" for k, v in settings.items())]),
                 method,
                 settings,
                 tuple(_beside(source, folder) for source in sources),
@@ -168,6 +168,10 @@ def _short(keys: str) -> str:
     """The last part of a setting's name, the first where several take one value."""
     section, _, key = keys.partition(",")[0].strip().rpartition(".")
     return key if "," not in keys else f"{section.partition('.')[0]}.{key}"
+
+
+def _said(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _beside(source: Source, folder: Path) -> Source:

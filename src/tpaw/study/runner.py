@@ -17,7 +17,7 @@ from tpaw.config import RunConfig
 from tpaw.errors import RunLockedError
 from tpaw.interrupt import StopSignal
 from tpaw.report.progress import note, progress
-from tpaw.rundir import RunDirectory, locked
+from tpaw.rundir import RunDirectory, check_output, locked
 from tpaw.study.config import Condition
 from tpaw.study.sharing import begin_run, begin_shared, is_prepared, shared_name
 
@@ -68,9 +68,12 @@ def run_study(
         Name of each run that failed, and the last line that it said. The others went on.
 
     Raises:
+        InputError: a run lies there, finished or not, that had another configuration.
         RunLockedError: another process works on the study.
         Interrupted: a stop was asked for; every run has stopped at a safe point.
     """
+    for run in runs:
+        check_output(run.folder, run.config)
     output.mkdir(parents=True, exist_ok=True)
     todo = [run for run in runs if not run.is_done()]
     with (
