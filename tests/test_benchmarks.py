@@ -8,13 +8,16 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
 pytest.importorskip("trl")  # in the extra "dev"
 
 import common
+import first_gradient
 import flops
 import gate
 import memory_driver
@@ -23,6 +26,8 @@ import train_step
 from contender import Training
 from memory import peak_bytes
 from workload import SHAPES, make_model, make_triples, useful_tokens
+
+from tpaw.objective import team_loss
 
 ONE_STEP = ["--triples", "4", "--batch", "4", "--length-scale", "0.1", "--no-memory"]
 SMOKE = {
@@ -176,3 +181,28 @@ def test_no_file_has_grown_past_350_lines():
     files = list(Path(common.__file__).parent.glob("*.py"))
     assert len(files) > 10
     assert all(len(file.read_text().splitlines()) <= 350 for file in files)
+
+
+def test_the_first_step_is_eta_times_sft_and_the_answers(finished, tmp_path, capsys):
+    run, config = finished
+    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float64).eval()
+    prompt, target, answer = (np.array(ids) for ids in ([5, 6, 7], [8, 9], [9, 8, 10]))
+
+    def logp(response):
+        ids = torch.tensor([[*prompt, *response]])
+        logps = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        return logps[range(len(response)), response].sum()[None]
+
+    of_target, of_answer = logp(target), logp(answer)
+    loss = team_loss(
+        of_target, of_answer, of_target.detach()[:, None], of_answer.detach()[:, None],
+        lambda_=0.1, eta=6.0, gamma=0.5,
+    ).loss_B.sum()  # fmt: skip
+    of_loss = torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*model.parameters()])])
+    parts = [first_gradient.gradient(model, [(prompt, ids)]) for ids in (target, answer)]
+    torch.testing.assert_close(of_loss, -0.1 / 2 * (6 * parts[0] - parts[1]))
+
+    assert first_gradient.main([str(run.root), "--batch", "4", "--eta", "1", "1e9"]) == 0
+    last = [line for line in capsys.readouterr().out.splitlines() if "1e+09" in line]
+    assert last
+    assert "1.00 " in last[0]

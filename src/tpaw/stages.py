@@ -106,7 +106,7 @@ class Stages:
         torch.use_deterministic_algorithms(config.deterministic)
         # Nothing reads memory that it has not written; filling it first took half of the time in
         # which TRL trains the starter.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
     def load_examples(self) -> list[Example]:
         """D_SFT."""
