@@ -65,3 +65,16 @@ def test_the_report_is_that_of_the_numbers(folder):
 def test_nothing_of_a_machine_but_its_kind_is_in_them(folder):
     text = (folder / "study.json").read_text(encoding="utf-8")
     assert not re.search(r'"/(?!/)', text), "an absolute path"
+
+
+def test_readme_quotes_them():
+    study = load(ROOT / "docs" / "results" / "methods")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for condition in study["conditions"].values():
+        found = condition["by_iteration"][-1]["accuracy"]
+        low, high = found["interval_95"]
+        assert f"| {found['mean']:.3f} [{low:.3f}, {high:.3f}] |" in readme
+    for found in study["comparisons"]:
+        low, high = found["interval_95"]
+        assert f"| {found['difference']:+.3f} [{low:+.3f}, {high:+.3f}] |" in readme
+    assert f"{len(study['seeds'])} seeds" in readme
