@@ -92,8 +92,8 @@ def test_bad_studies(write, study, message):
 
 
 def test_an_unknown_study():
-    with pytest.raises(InputError, match="study: 'ablation' is not known; did you mean"):
-        read_study("ablation")
+    with pytest.raises(InputError, match="study: 'method' is not known; did you mean"):
+        read_study("method")
 
 
 def checkpoints(folder):
