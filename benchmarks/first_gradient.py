@@ -4,8 +4,9 @@
 
 At θ_0 every reward is 0 and every target weight η, so the gradient of the loss is
 −λ/2 · (η ∇log π(y|x) − ∇log π(y_gen|x)). The second term has the mean 0 over what the policy
-samples (the score function's), the first is SFT's; so in expectation the first step is η times
-SFT's, and what differs is noise. The run must have answered its prompts (iteration 1).
+samples at temperature 1 (the score function's), the first is SFT's; so the expected gradient is
+SFT's, times λη/2, and what differs is noise. The run must have answered its prompts (iteration 1).
+For small models: the gradients of all batches are held.
 """
 
 from __future__ import annotations

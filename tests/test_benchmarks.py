@@ -183,7 +183,7 @@ def test_no_file_has_grown_past_350_lines():
     assert all(len(file.read_text().splitlines()) <= 350 for file in files)
 
 
-def test_the_first_step_is_eta_times_sft_and_the_answers(finished, tmp_path, capsys):
+def test_the_first_step_is_eta_times_sft_and_the_answers(finished, capsys):
     run, config = finished
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float64).eval()
     prompt, target, answer = (np.array(ids) for ids in ([5, 6, 7], [8, 9], [9, 8, 10]))

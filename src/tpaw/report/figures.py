@@ -175,7 +175,7 @@ def _single_axis(study: Study) -> str | None:
 
 def _first(value: Any) -> Any:
     """A number; of one number an iteration the first."""
-    return value[0] if isinstance(value, list | tuple) else value
+    return value[0] if isinstance(value, list) else value
 
 
 def _runs(study: Study) -> Iterator[Mapping[str, Any]]:
