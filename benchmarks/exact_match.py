@@ -19,12 +19,12 @@ import torch
 from common import interleaved, parse, parser, print_table, ratios, spread, write_json
 from lm_eval.models.huggingface import HFLM
 
-from tpaw.checkpoints import find_checkpoint
-from tpaw.config import GenerateConfig
-from tpaw.config_file import load_config
-from tpaw.evaluation.harness import HarnessModel, load_tasks
-from tpaw.evaluation.suites import load_suite
-from tpaw.model import load_model, load_tokenizer, stop_token_ids
+from tpaw.config.files import load_config
+from tpaw.config.schema import GenerateConfig
+from tpaw.evaluation.benchmarks.harness import HarnessModel, load_tasks
+from tpaw.evaluation.benchmarks.suite import load_suite
+from tpaw.models.loading import load_model, load_tokenizer, stop_token_ids
+from tpaw.models.references import find_checkpoint
 
 MODEL = "tpaw://starter/model"
 

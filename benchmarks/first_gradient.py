@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from tpaw.checkpoints import find_checkpoint
+from tpaw.data.inputs import load_inputs
 from tpaw.generation.responses import read_responses
-from tpaw.inputs import load_inputs
-from tpaw.model import load_model
-from tpaw.rundir import RunDirectory
+from tpaw.models.loading import load_model
+from tpaw.models.references import find_checkpoint
+from tpaw.storage.run_directory import RunDirectory
 
 IGNORED = -100
 Ids = npt.NDArray[np.int32]

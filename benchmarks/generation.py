@@ -34,9 +34,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from tpaw.generation.base import Sampling
+from tpaw.data.token_ids import TokenIds, token_ids
+from tpaw.generation.generator import Sampling
 from tpaw.generation.hf import HFGenerator
-from tpaw.token_table import TokenIds, token_ids
 
 LONGEST = 1024
 STOP = 0

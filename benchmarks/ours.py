@@ -16,12 +16,12 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from workload import LogpsPair, Triple
 
-from tpaw.config import ScoreConfig
-from tpaw.layout import PromptAndResponse
-from tpaw.logprob_store import LogprobStore, sequence_key
-from tpaw.scoring import Precision, fill_store, score_sequences
-from tpaw.split_weights import SplitRMSprop
-from tpaw.trainer import TeamTrainer
+from tpaw.config.schema import ScoreConfig
+from tpaw.logprobs.packing import PromptAndResponse
+from tpaw.scoring.score import Precision, fill_store, score_sequences
+from tpaw.scoring.store import LogprobStore, sequence_key
+from tpaw.training.split_weights import SplitRMSprop
+from tpaw.training.trainer import TeamTrainer
 
 # How work may be cut: the rows of the tables. The first is what is used where there is no sweep.
 VARIANTS: Mapping[str, Mapping[str, int]] = {

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from workload import LogpsPair, Triple
 
-from tpaw.objective import team_loss
+from tpaw.objectives.tpaw import team_loss
 
 
 def sequence_logps(

@@ -24,7 +24,7 @@ from contender import PAPER_OBJECTIVE, Settings, synchronize
 from transformers import PreTrainedModel
 from workload import LogpsPair, Triple, make_model, make_triples, shape_named
 
-from tpaw.logprob_store import LogprobStore
+from tpaw.scoring.store import LogprobStore
 
 EPOCHS = (2, 2, 1, 1)
 TEAM = 3

@@ -23,7 +23,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from tpaw.token_table import TokenIds, token_ids
+from tpaw.data.token_ids import TokenIds, token_ids
 
 MEAN_TOKENS = {"prompt": 120.0, "target": 280.0, "generated": 240.0}
 SIGMA = 0.55

@@ -13,9 +13,9 @@ import pytest
 import yaml
 from lm_eval.api.model import LM
 
-import tpaw.evaluation.harness as harness
+import tpaw.evaluation.benchmarks.harness as harness
+from tpaw.evaluation.benchmarks.suite import load_suite
 from tpaw.evaluation.exact_match import extract_answer, is_correct
-from tpaw.evaluation.suites import load_suite
 
 
 class Prepared(LM):

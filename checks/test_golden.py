@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from tpaw.objective import team_loss
+from tpaw.objectives.tpaw import team_loss
 
 
 def test_every_golden_case_to_1e_12_gradients_included(shared):

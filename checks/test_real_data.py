@@ -15,11 +15,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from tpaw.artifacts import read_manifest
-from tpaw.config import RunConfig
-from tpaw.data import read_examples
-from tpaw.inputs import read_inputs
-from tpaw.rundir import RunDirectory
+from tpaw.config.schema import RunConfig
+from tpaw.data.examples import read_examples
+from tpaw.data.inputs import read_inputs
+from tpaw.storage.artifacts import read_manifest
+from tpaw.storage.run_directory import RunDirectory
 
 # Qwen's chat template without its default system message.
 CHAT_TEMPLATE = (
@@ -63,7 +63,7 @@ def small_qwen(shared, tmp_path_factory):
 
 
 def tpaw(*arguments):
-    command = [sys.executable, "-c", "from tpaw.cli import main; main()", *map(str, arguments)]
+    command = [sys.executable, "-c", "from tpaw.cli.main import main; main()", *map(str, arguments)]
     done = subprocess.run(
         command,
         capture_output=True,

@@ -150,9 +150,9 @@ def settings(model_folder: Path, data_file: Path, heldout_file: Path) -> dict:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, model_folder, data_file, heldout_file):
     """A run of four iterations, and its configuration."""
-    from tpaw.config_file import validate
-    from tpaw.rundir import RunDirectory
+    from tpaw.config.files import validate
     from tpaw.selfplay import self_play
+    from tpaw.storage.run_directory import RunDirectory
 
     config = validate(
         {
@@ -182,7 +182,7 @@ def finished(tmp_path_factory, model_folder, data_file, heldout_file):
 @pytest.fixture
 def tpaw_(monkeypatch, capsys):
     """Run a command in this process; gives the exit code, stdout and stderr."""
-    from tpaw.cli import main
+    from tpaw.cli.main import main
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["tpaw", *map(str, arguments)])
@@ -203,7 +203,7 @@ def serve(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("tpaw.judge.endpoint.RETRIES", 0)
+    monkeypatch.setattr("tpaw.evaluation.judge.endpoint.RETRIES", 0)
     servers = []
 
     def start(reply):

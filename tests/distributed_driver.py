@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 from conftest import make_model
+from test_batching import team_rows
 from test_trainer import PAPER, arguments
-from test_triple_batches import team_rows
 
-from tpaw.scoring import Precision, score_sequences
-from tpaw.trainer import TeamTrainer
+from tpaw.scoring.score import Precision, score_sequences
+from tpaw.training.trainer import TeamTrainer
 
 
 def rows_with_players(count=11):

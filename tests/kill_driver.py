@@ -16,24 +16,24 @@ from typing import Any
 
 import transformers
 
-import tpaw.scoring
-import tpaw.stages
-import tpaw.train_stage
-from tpaw.config_file import load_config
-from tpaw.generation.slots import SlotCache
+import tpaw.pipeline.stages
+import tpaw.scoring.score
+import tpaw.training.iteration
+from tpaw.config.files import load_config
+from tpaw.generation.slot_cache import SlotCache
 from tpaw.selfplay import self_play
-from tpaw.trainer import TeamTrainer
+from tpaw.training.trainer import TeamTrainer
 
 PLACES: dict[str, tuple[Any, str]] = {
     "publish": (os, "replace"),  # every publication is a rename: just before it
     "published": (os, "replace"),  # and just after it
     "generate": (SlotCache, "step"),  # a token for every row
-    "score": (tpaw.scoring, "response_logps"),
+    "score": (tpaw.scoring.score, "response_logps"),
     "train": (TeamTrainer, "compute_loss"),
     "step": (transformers.Trainer, "training_step"),  # of a trainer that is not ours
     "save": (transformers.Trainer, "_save_optimizer_and_scheduler"),
-    "saved": (tpaw.train_stage, "write_manifest"),
-    "evaluate": (tpaw.stages, "exact_match_items"),
+    "saved": (tpaw.training.iteration, "write_manifest"),
+    "evaluate": (tpaw.pipeline.stages, "exact_match_items"),
 }
 
 

@@ -27,7 +27,7 @@ from contender import Training
 from memory import peak_bytes
 from workload import SHAPES, make_model, make_triples, useful_tokens
 
-from tpaw.objective import team_loss
+from tpaw.objectives.tpaw import team_loss
 
 ONE_STEP = ["--triples", "4", "--batch", "4", "--length-scale", "0.1", "--no-memory"]
 SMOKE = {

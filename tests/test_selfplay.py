@@ -12,24 +12,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_logprobs import oracle
+from test_response import oracle
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import tpaw.stages
-import tpaw.train_stage
-from tpaw.artifacts import read_manifest, write_manifest
-from tpaw.config_file import validate
-from tpaw.data import read_examples
+import tpaw.pipeline.stages
+import tpaw.training.iteration
+from tpaw.config.files import validate
+from tpaw.config.plan import plan_run
+from tpaw.data.examples import read_examples
+from tpaw.data.token_ids import read_table
 from tpaw.errors import PolicyMismatchError
 from tpaw.evaluation.heldout import write_items
-from tpaw.generation.base import FakeGenerator, Sampling
+from tpaw.generation.generator import FakeGenerator, Sampling
 from tpaw.generation.responses import read_responses
-from tpaw.logprob_store import LogprobStore, sequence_key
-from tpaw.model import fingerprint
-from tpaw.plan import plan_run
-from tpaw.rundir import RunDirectory
+from tpaw.models.loading import fingerprint
+from tpaw.scoring.store import LogprobStore, sequence_key
 from tpaw.selfplay import self_play
-from tpaw.token_table import read_table
+from tpaw.storage.artifacts import read_manifest, write_manifest
+from tpaw.storage.run_directory import RunDirectory
 
 N = 24
 
@@ -102,14 +102,14 @@ def test_each_triple_is_trained_on_with_the_log_probs_of_its_own_under_every_pla
     class Seen(Exception):
         pass
 
-    original = tpaw.stages.train_iteration
+    original = tpaw.pipeline.stages.train_iteration
 
     def second(model, inputs, rows, config, run, t, **kwargs):
         if t == 1:
             raise Seen(rows)
         return original(model, inputs, rows, config, run, t, **kwargs)
 
-    monkeypatch.setattr(tpaw.stages, "train_iteration", second)
+    monkeypatch.setattr(tpaw.pipeline.stages, "train_iteration", second)
     with pytest.raises(Seen) as seen:
         self_play(validate(settings), tmp_path / "r")
     rows, run = seen.value.args[0], RunDirectory(tmp_path / "r")
@@ -252,7 +252,7 @@ def test_every_setting_reaches_the_generator(settings, tmp_path, monkeypatch):
             calls.append((sampling, seed, self.dtype))
             return super().generate(prompts, sampling, seed, on_done)
 
-    monkeypatch.setattr(tpaw.stages, "HFGenerator", Recording)
+    monkeypatch.setattr(tpaw.pipeline.stages, "HFGenerator", Recording)
     settings |= {"iterations": 1, "precision": "bf16", "deterministic": False}
     settings["generate"] |= {"temperature": 0.7, "top_p": 0.8, "top_k": 9}
     settings["evaluate"] |= {"max_new_tokens": 6}
@@ -291,21 +291,21 @@ def test_training_raises_the_targets_of_the_training_rows(finished, model_folder
 
 
 def test_a_policy_that_is_not_its_newest_player_stops_the_run(settings, tmp_path, monkeypatch):
-    original = tpaw.stages.Stages.rows
+    original = tpaw.pipeline.stages.Stages.rows
 
     def other_weights(self, triples, players):
         store = self._store(players[0])
         store._logps = {key: value - 3.0 for key, value in store._logps.items()}
         return original(self, triples, players)
 
-    monkeypatch.setattr(tpaw.stages.Stages, "rows", other_weights)
+    monkeypatch.setattr(tpaw.pipeline.stages.Stages, "rows", other_weights)
     with pytest.raises(PolicyMismatchError, match="before the first update"):
         self_play(validate(settings), tmp_path / "r")
     assert not (tmp_path / "r" / "iterations" / "1" / "checkpoint").exists()
 
 
 def test_variants_run(settings, tmp_path):
-    from tpaw.config_file import load_config
+    from tpaw.config.files import load_config
 
     for variant in ("spin", "no_team"):
         tree = load_config(["starter", variant]).model_dump(by_alias=True)
@@ -367,7 +367,7 @@ def test_bf16_and_activation_checkpointing_run_through(settings, tmp_path):
 
 
 def test_algorithm_1_imports_no_torch_and_fits_one_screen():
-    imports = "import sys, tpaw.selfplay, tpaw.cli, tpaw.plan, tpaw.report.status"
+    imports = "import sys, tpaw.selfplay, tpaw.cli.main, tpaw.config.plan, tpaw.report.status"
     subprocess.run(
         [sys.executable, "-c", f"{imports}; assert 'torch' not in sys.modules"], check=True
     )

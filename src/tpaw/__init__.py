@@ -11,12 +11,12 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tpaw.config import RunConfig
+    from tpaw.config.schema import RunConfig
     from tpaw.errors import TpawError
-    from tpaw.objective import TeamLoss, team_loss
+    from tpaw.objectives.tpaw import TeamLoss, team_loss
     from tpaw.selfplay import self_play
     from tpaw.team import Player, Team
-    from tpaw.trainer import TeamTrainer
+    from tpaw.training.trainer import TeamTrainer
 
 __version__ = version("tpaw")
 __all__ = [
@@ -32,13 +32,13 @@ __all__ = [
 
 _HOME = {
     "Player": "tpaw.team",
-    "RunConfig": "tpaw.config",
+    "RunConfig": "tpaw.config.schema",
     "Team": "tpaw.team",
-    "TeamLoss": "tpaw.objective",
-    "TeamTrainer": "tpaw.trainer",
+    "TeamLoss": "tpaw.objectives.tpaw",
+    "TeamTrainer": "tpaw.training.trainer",
     "TpawError": "tpaw.errors",
     "self_play": "tpaw.selfplay",
-    "team_loss": "tpaw.objective",
+    "team_loss": "tpaw.objectives.tpaw",
 }
 
 

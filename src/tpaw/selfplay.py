@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tpaw.baselines import baseline
-from tpaw.config import RunConfig
-from tpaw.interrupt import StopSignal
+from tpaw.config.schema import RunConfig
+from tpaw.pipeline.baselines import baseline
+from tpaw.runtime.interrupt import StopSignal
 from tpaw.team import Player, Team
 
 if TYPE_CHECKING:
-    from tpaw.stages import Stages
+    from tpaw.pipeline.stages import Stages
 
 
 def algorithm_1(config: RunConfig, stages: Stages) -> Player:
@@ -42,7 +42,7 @@ def self_play(config: RunConfig, output: str | Path, stop: StopSignal | None = N
     Raises:
         TpawError: see `tpaw.errors`; an InputError comes before anything is written.
     """
-    from tpaw.stages import opened_stages
+    from tpaw.pipeline.stages import opened_stages
 
     with opened_stages(config, output, stop or StopSignal()) as stages:
         run = algorithm_1 if config.method == "self_play" else baseline

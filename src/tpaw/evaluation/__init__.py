@@ -1,1 +1,1 @@
-"""Is θ_t better? Exact match, held-out log-probs, and the statistics to say so honestly."""
+"""Is θ_t better? Held-out evaluation, benchmarks, a judge, comparisons."""

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from tpaw.errors import InputError
-from tpaw.evaluation.measures import GAP, Evaluation, Measure
-from tpaw.evaluation.statistics import (
+from tpaw.evaluation.load import GAP, Evaluation, Measure
+from tpaw.statistics.over_items import (
     Interval,
     holm,
     mcnemar,

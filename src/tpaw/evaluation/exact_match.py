@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from tpaw.data import Example
+from tpaw.data.examples import Example
 
 _ANSWER = re.compile(r"#### (-?[0-9.,]+)")
 

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tpaw.data import Example
+from tpaw.data.examples import Example
+from tpaw.data.token_ids import TokenIds
 from tpaw.evaluation.exact_match import extract_answer, is_correct
-from tpaw.evaluation.statistics import mcnemar, wilson_interval
-from tpaw.generation.base import Completion
-from tpaw.token_table import TokenIds
+from tpaw.generation.generator import Completion
+from tpaw.statistics.over_items import mcnemar, wilson_interval
 
 Item = dict[str, Any]
 

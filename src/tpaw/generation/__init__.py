@@ -1,1 +1,1 @@
-"""Answering prompts: backends behind one method, and the responses they leave on disk."""
+"""Prompts become responses: backends behind one method, and the responses on disk."""

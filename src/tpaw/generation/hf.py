@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from tpaw.generation.base import Completion, OnDone, Sampling, finish
-from tpaw.generation.continuous import answer, obstacle
-from tpaw.layout import Unit, batch
-from tpaw.token_table import TokenIds
+from tpaw.data.token_ids import TokenIds
+from tpaw.generation.continuous_batching import answer, obstacle
+from tpaw.generation.generator import Completion, OnDone, Sampling, finish
+from tpaw.logprobs.packing import Unit, batch
 
 
 class HFGenerator:

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tpaw.artifacts import ShardedArtifact, read_manifest
-from tpaw.data import Example
-from tpaw.generation.base import FinishReason, Generator, OnDone, Sampling
+from tpaw.data.examples import Example
+from tpaw.data.token_ids import TokenIds, read_table, write_table
+from tpaw.generation.generator import FinishReason, Generator, OnDone, Sampling
+from tpaw.storage.artifacts import ShardedArtifact, read_manifest
 from tpaw.team import Player
-from tpaw.token_table import TokenIds, read_table, write_table
 
 
 class Response(NamedTuple):

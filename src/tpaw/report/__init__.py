@@ -1,1 +1,1 @@
-"""What a person looks at: progress, tables, summaries. The HTML page will live here too."""
+"""What a person looks at: tables, summaries, figures."""

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tpaw.artifacts import write_file
+from tpaw.storage.artifacts import write_file
 
 Study = Mapping[str, Any]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tpaw.artifacts import PARTIAL_MANIFEST, is_published, read_json, read_manifest
-from tpaw.config import RunConfig
-from tpaw.rundir import RunDirectory
+from tpaw.config.schema import RunConfig
+from tpaw.storage.artifacts import PARTIAL_MANIFEST, is_published, read_json, read_manifest
+from tpaw.storage.run_directory import RunDirectory
 
 
 def done_and_next(run: RunDirectory, config: RunConfig) -> tuple[list[str], str | None]:

@@ -6,11 +6,11 @@ import json
 from itertools import pairwise
 from typing import Any
 
-from tpaw.artifacts import is_published, read_json, read_manifest, write_json
-from tpaw.config import RunConfig
+from tpaw.config.schema import RunConfig
 from tpaw.errors import ArtifactError
 from tpaw.generation.responses import response_facts
-from tpaw.rundir import RunDirectory
+from tpaw.storage.artifacts import is_published, read_json, read_manifest, write_json
+from tpaw.storage.run_directory import RunDirectory
 
 
 def write_summary(run: RunDirectory, config: RunConfig) -> None:

@@ -9,8 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from tpaw.config.plan import IterationPlan
 from tpaw.errors import printable
-from tpaw.plan import IterationPlan
 
 
 def summary_table(summary: dict[str, Any]) -> Table:

@@ -1,1 +1,1 @@
-"""Studies: methods × settings × seeds over one recipe, and what can be said of them."""
+"""Studies: methods × settings × seeds over one recipe, with statistics."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tpaw.evaluation.seeds import over_seeds, seed_difference, too_few_seeds
-from tpaw.evaluation.statistics import holm
+from tpaw.statistics.over_items import holm
+from tpaw.statistics.over_seeds import over_seeds, seed_difference, too_few_seeds
 from tpaw.study.config import Condition
 from tpaw.study.results import Results, measures_in
 

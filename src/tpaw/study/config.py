@@ -23,9 +23,9 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from tpaw.config import RunConfig, Strings
-from tpaw.config_data import Section
-from tpaw.config_file import explain_unknown, load_config, nested, read_mapping, validate_as
+from tpaw.config.data import Section
+from tpaw.config.files import explain_unknown, load_config, nested, read_mapping, validate_as
+from tpaw.config.schema import RunConfig, Strings
 from tpaw.errors import InputError
 
 Source = str | Mapping[str, Any]
@@ -115,7 +115,7 @@ class Condition(NamedTuple):
 
 def study_names() -> list[str]:
     """Names of the studies that come with the package."""
-    folder = files("tpaw") / "studies"
+    folder = files("tpaw") / "study" / "studies"
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name[-5:] == ".yaml")
 
 
@@ -128,7 +128,7 @@ def read_study(source: str) -> tuple[StudyConfig, list[Condition]]:
     path = Path(source)
     if not path.is_file():
         explain_unknown("study", [source], study_names())
-        path = Path(str(files("tpaw") / "studies" / f"{source}.yaml"))
+        path = Path(str(files("tpaw") / "study" / "studies" / f"{source}.yaml"))
     study = validate_as(StudyConfig, read_mapping(path, source), f"{source}: ")
     conditions = list(_conditions(study, path.parent))
     folders = [condition.folder for condition in conditions]

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tpaw.artifacts import write_json, write_text
 from tpaw.report.figures import draw_figures
 from tpaw.report.study import study_report
-from tpaw.rundir import environment
+from tpaw.storage.artifacts import write_json, write_text
+from tpaw.storage.run_directory import environment
 from tpaw.study.analysis import analyse
 from tpaw.study.config import Condition, StudyConfig
 from tpaw.study.results import collect

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tpaw.report.summary import summarise
-from tpaw.rundir import RunDirectory
+from tpaw.storage.run_directory import RunDirectory
 from tpaw.study.runner import StudyRun
 
 # By condition and seed: `iterations` (from θ_0 on, measures by name), `curve` ([step, target

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tpaw.artifacts import read_json
-from tpaw.config import RunConfig
+from tpaw.config.schema import RunConfig
 from tpaw.errors import RunLockedError
-from tpaw.interrupt import StopSignal
-from tpaw.report.progress import note, progress
-from tpaw.rundir import RunDirectory, check_output, locked
+from tpaw.runtime.interrupt import StopSignal
+from tpaw.runtime.progress import note, progress
+from tpaw.storage.artifacts import read_json
+from tpaw.storage.run_directory import RunDirectory, check_output, locked
 from tpaw.study.config import Condition
 from tpaw.study.sharing import begin_run, begin_shared, is_prepared, shared_name
 
@@ -183,7 +183,7 @@ class _Pool:
 
     def _start(self, name: str, command: str, folder: Path) -> subprocess.Popen[bytes]:
         threads = str(max(1, cores() // self.jobs))
-        code = "from tpaw.cli import main; main()"
+        code = "from tpaw.cli.main import main; main()"
         with self._log(name).open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-c", code, command, str(folder)],

@@ -13,10 +13,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tpaw.artifacts import TEMPORARY_PREFIX, remove_temporaries
-from tpaw.config import RunConfig
-from tpaw.interrupt import StopSignal
-from tpaw.rundir import RunDirectory, open_run
+from tpaw.config.schema import RunConfig
+from tpaw.runtime.interrupt import StopSignal
+from tpaw.storage.artifacts import TEMPORARY_PREFIX, remove_temporaries
+from tpaw.storage.run_directory import RunDirectory, open_run
 
 # Settings that have a say before the first training.
 _DECISIVE: Any = {
@@ -61,7 +61,7 @@ def is_prepared(folder: Path) -> bool:
 
 def prepare_shared(folder: Path, stop: StopSignal) -> None:
     """Do all that comes before the first training."""
-    from tpaw.stages import opened_stages
+    from tpaw.pipeline.stages import opened_stages
 
     config = RunDirectory(folder).load_config()
     with opened_stages(config, folder, stop) as stages:

@@ -1,0 +1,1 @@
+"""Records become examples: templated and tokenised once."""

@@ -1,0 +1,1 @@
+"""Suites of lm-evaluation-harness benchmarks."""

@@ -1,0 +1,269 @@
+"""A suite of benchmarks over the checkpoints of a run, or over a model.
+
+Each task is published when it is done, so a kill costs at most one task; a suite that is complete
+is not evaluated again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tpaw.config.schema import GenerateConfig, ScoreConfig
+from tpaw.errors import InputError
+from tpaw.evaluation.benchmarks.suite import Suite, benchmark_scores, load_suite, suite_score
+from tpaw.evaluation.heldout import Item, write_items
+from tpaw.models.loading import load_model, load_tokenizer, pick_device, stop_token_ids
+from tpaw.models.references import Checkpoint, find_checkpoints
+from tpaw.runtime.interrupt import StopSignal
+from tpaw.runtime.progress import progress
+from tpaw.storage.artifacts import (
+    MANIFEST,
+    PARTIAL_MANIFEST,
+    ShardedArtifact,
+    is_published,
+    read_json,
+    refuse_without_manifest,
+    remove_temporaries,
+    verify,
+    write_json,
+)
+from tpaw.storage.run_directory import environment, open_run
+
+if TYPE_CHECKING:
+    import torch
+
+    from tpaw.evaluation.benchmarks.harness import HarnessModel, LoadedTask
+
+
+class Evaluated(NamedTuple):
+    """Where the outcomes of a checkpoint on a suite are; `results.json` and `items/`."""
+
+    folder: Path
+    results: dict[str, Any]
+
+
+class _Work(NamedTuple):
+    """A checkpoint to evaluate.
+
+    Attributes:
+        origin: what decides its outcomes; equal for all tasks of a folder.
+    """
+
+    checkpoint: Checkpoint
+    folder: Path
+    origin: dict[str, Any]
+
+
+def evaluate_suite(
+    reference: str, suite_name: str, output: Path | None = None, stop: StopSignal | None = None
+) -> list[Evaluated]:
+    """Evaluate a model, or every checkpoint of a run that has not been, and read the results.
+
+    Args:
+        reference: see `checkpoints`.
+        suite_name: see `suites.load_suite`.
+        output: folder for a model's results; default evaluations/MODEL/SUITE.
+
+    Raises:
+        InputError: before any model is loaded: unknown names, lm_eval not installed, data that
+            cannot be had, results there that were made another way.
+        ArtifactError: something published is damaged.
+        RunLockedError: another process works on the run.
+    """
+    stop = stop or StopSignal()
+    suite = load_suite(suite_name)
+    checkpoints = find_checkpoints(reference)
+    if output is not None and checkpoints[0].run is not None:
+        raise InputError(f"--output {output}: the results of a run lie in the run; leave it out")
+    works = [_work(checkpoint, suite, output) for checkpoint in checkpoints]
+    todo = [work for work in works if not is_published(work.folder)]
+    for work in works:
+        _check_folder(work)
+    if todo:
+        from tpaw.evaluation.benchmarks.harness import load_tasks
+
+        for work in todo:
+            pick_device(_settings(work.checkpoint)[0])
+        with progress("loading tasks", len(suite.tasks), "tasks") as advance:
+            tasks = load_tasks(suite, advance)
+        for work in todo:
+            with _locked(work.checkpoint):
+                remove_temporaries(work.folder)
+                _evaluate(work, suite, tasks, stop)
+    return [Evaluated(w.folder, dict(read_json(w.folder / "results.json"))) for w in works]
+
+
+def _work(checkpoint: Checkpoint, suite: Suite, output: Path | None) -> _Work:
+    from tpaw.evaluation.benchmarks.harness import harness_version
+
+    tokenizer = load_tokenizer(checkpoint.model, checkpoint.tokenizer_folder)
+    has_template = tokenizer.chat_template is not None
+    if suite.apply_chat_template is True and not has_template:
+        raise InputError(
+            f"{suite.name}: apply_chat_template: the tokenizer of {checkpoint.name} has none"
+        )
+    run, index = checkpoint.run, checkpoint.player.index
+    folder = (
+        run.suite(index, suite.name)
+        if run is not None
+        else output or Path("evaluations") / checkpoint.name / suite.name
+    )
+    found = environment()["versions"]
+    versions = {key: found[key] for key in ("tpaw", "transformers", "torch")}
+    origin = {
+        "player": index if run is not None else None,
+        "name": checkpoint.name,
+        "fingerprint": checkpoint.player.fingerprint,
+        "versions": {"lm_eval": harness_version(), **versions},
+        "settings": {
+            "fewshot_seed": suite.fewshot_seed,
+            "chat_template": has_template and bool(suite.apply_chat_template),
+            "dtype": str(_dtype(checkpoint)).removeprefix("torch."),
+            "tasks": [task.definition() for task in suite.tasks],
+        },
+    }
+    return _Work(checkpoint, folder, origin)
+
+
+def _check_folder(work: _Work) -> None:
+    """Refuse results, or tasks of an unfinished suite, that do not fit what would join them."""
+    folder = work.folder
+    refuse_without_manifest(folder)
+    for name in (MANIFEST, PARTIAL_MANIFEST):
+        if (folder / name).is_file():
+            verify(folder / name)
+    for entry in ShardedArtifact(folder).entries:
+        there = entry.get("origin")
+        if there is not None:
+            for key, new, old in _compared(work.origin, there):
+                if new != old:
+                    raise InputError(
+                        f"{folder}: holds results with another {key}: {old!r:.200}, now "
+                        f"{new!r:.200}; move it away to evaluate again"
+                    )
+
+
+def _compared(new: dict[str, Any], old: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    yield "fingerprint", new["fingerprint"], old["fingerprint"]
+    yield "version of lm_eval", new["versions"]["lm_eval"], old["versions"]["lm_eval"]
+    for key in new["settings"]:
+        yield key, new["settings"][key], old["settings"].get(key)
+
+
+def _evaluate(work: _Work, suite: Suite, tasks: list[LoadedTask], stop: StopSignal) -> None:
+    from tpaw.evaluation.benchmarks.harness import run_task
+
+    artifact = ShardedArtifact(work.folder)
+    missing = [task for task in tasks if _items_file(task) not in artifact.names]
+    if missing:
+        model = _load(work.checkpoint, stop)
+    for task in missing:
+        stop.check()
+        started = time.monotonic()
+        facts, items = run_task(
+            model,
+            task,
+            chat=work.origin["settings"]["chat_template"],
+            fewshot_seed=suite.fewshot_seed,
+        )
+        facts["seconds"] = round(time.monotonic() - started, 3)
+        artifact.publish(
+            _items_file(task), _writer(items), task=task.name, facts=facts, origin=work.origin
+        )
+    found = {e["task"]: e["facts"] for e in artifact.entries if "task" in e}
+    by_task = {task.name: found[task.name] for task in tasks}
+    benchmarks = benchmark_scores(suite, by_task)
+    results = {
+        "suite": suite.name,
+        **work.origin,
+        **suite_score(benchmarks),
+        "benchmarks": benchmarks,
+        "tasks": by_task,
+    }
+    if "results.json" not in artifact.names:
+        artifact.publish("results.json", lambda path: write_json(path, results))
+    artifact.complete({"suite": suite.name, "fingerprint": work.origin["fingerprint"]})
+
+
+def _load(checkpoint: Checkpoint, stop: StopSignal) -> HarnessModel:
+    from tpaw.evaluation.benchmarks.harness import HarnessModel
+
+    run = checkpoint.run
+    if run is not None and checkpoint.player.index > 0:
+        verify(run.checkpoint(checkpoint.player.index) / MANIFEST)
+    device, score, generate = _settings(checkpoint)
+    model = load_model(
+        checkpoint.player,
+        checkpoint.model,
+        dtype=_dtype(checkpoint),
+        device=pick_device(device),
+    )
+    tokenizer = load_tokenizer(checkpoint.model, checkpoint.tokenizer_folder)
+
+    @contextlib.contextmanager
+    def bar(description: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        with progress(description, total, unit) as advance:
+
+            def on_done(count: int) -> None:
+                advance(count)
+                stop.check()
+
+            yield on_done
+
+    return HarnessModel(
+        model,
+        tokenizer,
+        stop_ids=stop_token_ids(checkpoint.model, tokenizer),
+        tokens_per_row=score.tokens_per_row,
+        tokens_per_batch=generate.tokens_per_batch,
+        bar=bar,
+        name=checkpoint.name,
+    )
+
+
+def _settings(checkpoint: Checkpoint) -> tuple[str, ScoreConfig, GenerateConfig]:
+    """Device and batch sizes of the run, or the defaults."""
+    if checkpoint.run is None:
+        return "auto", ScoreConfig(), GenerateConfig()
+    config = checkpoint.run.load_config()
+    return config.device, config.score, config.generate
+
+
+def _dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The run's precision; a model alone has that of its file, as in the harness."""
+    import torch
+    from transformers import AutoConfig
+
+    if checkpoint.run is not None:
+        precision = checkpoint.run.load_config().precision
+        return torch.bfloat16 if precision == "bf16" else torch.float32
+    found = AutoConfig.from_pretrained(
+        checkpoint.player.path, trust_remote_code=checkpoint.model.trust_remote_code
+    )
+    return found.dtype if isinstance(found.dtype, torch.dtype) else torch.float32
+
+
+@contextlib.contextmanager
+def _locked(checkpoint: Checkpoint) -> Iterator[None]:
+    if checkpoint.run is None:
+        yield
+        return
+    with open_run(checkpoint.run.root, checkpoint.run.load_config()):
+        yield
+
+
+def _items_file(task: LoadedTask) -> str:
+    return f"items/{re.sub(r'[^A-Za-z0-9_.-]', '_', task.name)}.jsonl"
+
+
+def _writer(items: list[Item]) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        path.parent.mkdir(exist_ok=True)
+        write_items(path, items)
+
+    return write

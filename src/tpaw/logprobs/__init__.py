@@ -1,0 +1,1 @@
+"""log π(y|x): the only place that computes it."""

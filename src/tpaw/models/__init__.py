@@ -1,0 +1,1 @@
+"""A player on disk and in memory."""

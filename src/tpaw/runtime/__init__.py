@@ -1,0 +1,1 @@
+"""How work is carried out: progress and interruption."""

@@ -1,0 +1,1 @@
+"""Reference log-probs, each pair computed once in a run."""

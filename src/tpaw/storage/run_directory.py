@@ -1,0 +1,243 @@
+"""The run directory: what lies where, whose it is, and that only one process works on it.
+
+Everything in it is relative, so it can be moved. `tpaw run` on it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import socket
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from tpaw.config.files import differences, load_config, to_yaml
+from tpaw.config.schema import RunConfig
+from tpaw.errors import ArtifactError, InputError, RunLockedError
+from tpaw.storage.artifacts import (
+    MANIFEST,
+    PARTIAL_MANIFEST,
+    is_published,
+    read_json,
+    refuse_without_manifest,
+    remove_temporaries,
+    write_json,
+    write_text,
+)
+
+FORMAT = 1
+
+
+class RunDirectory:
+    """Paths of one run. Iteration numbers are the paper's: iteration i makes θ_i."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    @property
+    def run_file(self) -> Path:
+        """Written once, when the run begins: format, versions, time."""
+        return self.root / "run.json"
+
+    @property
+    def config_file(self) -> Path:
+        """The complete configuration."""
+        return self.root / "config.yaml"
+
+    @property
+    def initial_player_file(self) -> Path:
+        """θ_0: path or hub id, revision, fingerprint."""
+        return self.root / "players" / "0.json"
+
+    @property
+    def inputs(self) -> Path:
+        """Artifact: rows, templated and tokenised once, and the tokenizer that did it."""
+        return self.root / "inputs"
+
+    @property
+    def summary_file(self) -> Path:
+        """What `tpaw run` prints at its end, for programs."""
+        return self.root / "summary.json"
+
+    def iteration(self, i: int) -> Path:
+        """Folder of the iteration that makes θ_i; 0 holds the evaluation of the SFT model."""
+        return self.root / "iterations" / str(i)
+
+    def responses(self, i: int) -> Path:
+        """Sharded artifact: D_{i-1}, answered by θ_{i-1}."""
+        return self.iteration(i) / "responses"
+
+    def checkpoint(self, i: int) -> Path:
+        """Artifact: θ_i, loadable by from_pretrained and vLLM."""
+        return self.iteration(i) / "checkpoint"
+
+    def training(self, i: int) -> Path:
+        """Saved steps of an iteration under way; removed when θ_i is published."""
+        return self.iteration(i) / "training"
+
+    def last_saved_step(self, i: int) -> Path | None:
+        """The newest saved step that is whole."""
+        whole = [path for path in self.training(i).glob("checkpoint-*") if is_published(path)]
+        return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+    def training_log(self, i: int) -> Path:
+        """One JSON line a logged step."""
+        return self.iteration(i) / "training.jsonl"
+
+    def evaluation(self, i: int) -> Path:
+        """Artifact: results and per-item outcomes of θ_i."""
+        return self.iteration(i) / "evaluation"
+
+    def suite(self, i: int, name: str) -> Path:
+        """Sharded artifact: results and per-item outcomes of θ_i on a suite of benchmarks."""
+        return self.iteration(i) / "suites" / name
+
+    def logprobs(self, fingerprint: str) -> Path:
+        """Sharded artifact: log-probs under one player."""
+        return self.root / "logprobs" / fingerprint
+
+    def iterations_begun(self) -> int:
+        """How many iterations have begun to train."""
+        names = (path.name for path in (self.root / "iterations").glob("*"))
+        numbers = (int(name) for name in names if name.isdecimal())
+        return max((i for i in numbers if self.training_log(i).exists()), default=0)
+
+    def has_begun(self) -> bool:
+        """Whether a run lies here."""
+        return self.run_file.exists()
+
+    def load_config(self) -> RunConfig:
+        """The configuration that the run began with (or last went on with)."""
+        if not self.config_file.is_file():
+            raise ArtifactError(f"{self.config_file}: missing, though the run has begun")
+        return load_config([str(self.config_file)])
+
+    def manifests(self, iterations: int) -> list[Path]:
+        """The manifest of every artifact that is there, whole or growing.
+
+        Raises:
+            ArtifactError: an artifact has lost its manifest.
+        """
+        folders = [self.inputs, *sorted((self.root / "logprobs").glob("*"))]
+        for i in range(iterations + 1):
+            folders += [self.responses(i), self.checkpoint(i), self.evaluation(i)]
+            folders += sorted(self.suite(i, "").glob("*"))
+        for folder in folders:
+            refuse_without_manifest(folder)
+        # A saved step without a manifest is one that was half written.
+        folders += sorted((self.root / "iterations").glob("*/training/checkpoint-*"))
+        candidates = [folder / name for folder in folders for name in (MANIFEST, PARTIAL_MANIFEST)]
+        return [manifest for manifest in candidates if manifest.is_file()]
+
+
+def check_output(root: str | Path, config: RunConfig) -> None:
+    """Refuse an output that cannot be written, is somebody else's, or holds another run.
+
+    Raises:
+        InputError: naming the folder, and for another run the settings that differ.
+    """
+    run = RunDirectory(root)
+    if run.root.exists() and not run.root.is_dir():
+        raise InputError(f"--output {root}: is a file")
+    nearest = next(p for p in (run.root.absolute(), *run.root.absolute().parents) if p.exists())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"--output {root}: {nearest} is not writable")
+    if run.has_begun():
+        facts = read_json(run.run_file)
+        if not isinstance(facts, dict):
+            raise ArtifactError(f"{run.run_file}: damaged: it is no mapping")
+        if (found := facts.get("format")) != FORMAT:
+            raise InputError(f"--output {root}: has format {found}; this version reads {FORMAT}")
+        changed = differences(run.load_config(), config, begun=run.iterations_begun())
+        if changed:
+            raise InputError(
+                f"--output {root}: holds a run of another configuration:\n  "
+                + "\n  ".join(changed)
+                + "\nGive another --output, or the configuration that the run began with."
+            )
+    elif run.root.exists():
+        foreign = _foreign(run.root)
+        if foreign:
+            raise InputError(f"--output {root}: not a run, and not empty: {', '.join(foreign[:5])}")
+
+
+@contextlib.contextmanager
+def open_run(root: str | Path, config: RunConfig) -> Iterator[RunDirectory]:
+    """Lock the run directory, and begin the run or check that it is this one.
+
+    Raises:
+        InputError: see `check_output`.
+        RunLockedError: another process works on it.
+        ArtifactError: run.json is damaged.
+    """
+    check_output(root, config)
+    run = RunDirectory(root)
+    run.root.mkdir(parents=True, exist_ok=True)
+    with locked(run.root / "lock"):
+        check_output(root, config)
+        remove_temporaries(run.root)
+        if not run.has_begun() or run.load_config() != config:
+            write_text(run.config_file, to_yaml(config, comments=True))
+        if not run.has_begun():
+            write_json(run.run_file, {"format": FORMAT, "began": _now(), **environment()})
+        yield run
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the record."""
+    packages = ("tpaw", "torch", "transformers", "tokenizers", "accelerate", "datasets", "pyarrow")
+    found = {}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return {"versions": found, "python": platform.python_version(), "machine": platform.machine()}
+
+
+def _foreign(root: Path) -> list[str]:
+    """What lies in a folder that never came to begin, and is not left from trying to."""
+    names = sorted(path.name for path in root.iterdir() if not path.name.startswith(".tmp-"))
+    holder = (root / "lock").read_text(errors="replace") if "lock" in names else ""
+    # An empty lock is what a crash at the very first write leaves.
+    left_by_us = ["lock", "config.yaml"] if '"pid"' in holder else ["lock"] if not holder else []
+    return [name for name in names if name not in left_by_us]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file while in the context.
+
+    Raises:
+        RunLockedError: another process holds it.
+    """
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            # The kernel drops this lock when the process ends, however it ends.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise RunLockedError(f"{path.parent}: in use by {_holder(file.read())}") from None
+        file.truncate(0)
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}
+        file.write(json.dumps(holder))
+        file.flush()
+        # A forked child, such as a data loader's worker, would hold the lock after our death.
+        os.register_at_fork(after_in_child=file.close)
+        yield
+
+
+def _holder(text: str) -> str:
+    try:
+        holder = json.loads(text)
+        return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+    except (ValueError, KeyError):
+        return "another process"

@@ -1,0 +1,120 @@
+"""Settings of one iteration as transformers' TrainingArguments, and whether they can work.
+
+What transformers would only refuse after hours of generation and scoring is tried here beforehand,
+on a model of one parameter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+
+from tpaw.config.files import explain_unknown
+from tpaw.config.schema import RunConfig, at_iteration
+from tpaw.errors import InputError
+from tpaw.models.loading import pick_device
+from tpaw.training.split_weights import SplitRMSprop
+from tpaw.training.trl import trl_arguments
+
+# They follow a metric of evaluations during training, and there are none.
+_SCHEDULES_BY_METRIC = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+
+
+def training_arguments(config: RunConfig, t: int, output: Path) -> TrainingArguments:
+    """The arguments of the iteration that trains θ_{t+1}.
+
+    Raises:
+        InputError: transformers refuses them.
+    """
+    train = config.train
+    kind: type[TrainingArguments] = TrainingArguments
+    own: dict[str, Any] = {}
+    if config.method != "self_play":
+        kind, own = trl_arguments(config, t)
+    try:
+        arguments = kind(
+            output_dir=str(output),
+            num_train_epochs=at_iteration(train.epochs, t),
+            learning_rate=at_iteration(train.learning_rate, t),
+            optim=train.optimizer,
+            lr_scheduler_type=train.schedule,
+            warmup_steps=train.warmup,
+            activation_checkpointing=train.activation_checkpointing,
+            bf16=config.precision == "bf16",
+            use_cpu=pick_device(config.device).type == "cpu",
+            seed=int(np.random.SeedSequence((config.seed, t)).generate_state(1)[0] % 2**31),
+            logging_steps=train.log_every,
+            logging_first_step=True,
+            save_strategy="steps",
+            save_steps=train.save_every,
+            report_to=list(train.report_to) or "none",
+            disable_tqdm=True,
+            **({"per_device_train_batch_size": train.batch_size} | own),
+            **({"run_name": f"theta_{t + 1}"} | dict(train.training_arguments)),
+        )
+    except (ImportError, TypeError, ValueError) as error:
+        raise InputError(f"train.training_arguments: {error}") from None
+    if arguments.n_gpu > 1:
+        raise InputError(
+            f"device: {arguments.n_gpu} GPUs are visible to one process, which would multiply "
+            "train.batch_size; set CUDA_VISIBLE_DEVICES to one of them"
+        )
+    return arguments
+
+
+def split_optimizer(
+    config: RunConfig, arguments: TrainingArguments
+) -> tuple[type[SplitRMSprop], dict[str, Any]] | None:
+    """The optimizer of `train.weights: split` and its options; None where transformers chooses."""
+    if config.train.weights == "fp32":
+        return None
+    return SplitRMSprop, Trainer.get_optimizer_cls_and_kwargs(arguments)[1]
+
+
+def check_training(config: RunConfig) -> None:
+    """Refuse an optimizer, schedule, tracker or passed-through argument that cannot work.
+
+    Raises:
+        InputError: naming the setting, with what is allowed or what transformers says.
+    """
+    train = config.train
+    known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
+    explain_unknown("train.training_arguments", train.training_arguments, known)
+    explain_unknown("train.optimizer", [train.optimizer], [o.value for o in OptimizerNames])
+    schedules = [s.value for s in SchedulerType if s not in _SCHEDULES_BY_METRIC]
+    explain_unknown("train.schedule", [train.schedule], schedules)
+    with TemporaryDirectory() as folder:
+        for t in range(config.iterations):
+            arguments = training_arguments(config, t, Path(folder))
+        try:
+            for callback in get_reporting_integration_callbacks(arguments.report_to):
+                callback()
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise InputError(f"train.report_to: {list(train.report_to)}: {error}") from None
+        model = torch.nn.Linear(1, 1)
+        try:
+            optimizer_class, options = split_optimizer(
+                config, arguments
+            ) or Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+            optimizer = optimizer_class(model.parameters(), **options)
+        except (ImportError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"train.optimizer: {train.optimizer}: {error}") from None
+        try:
+            get_scheduler(
+                train.schedule,
+                optimizer,
+                num_warmup_steps=1,
+                num_training_steps=10,
+                scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+            )
+        except (TypeError, ValueError) as error:
+            raise InputError(f"train.schedule: {train.schedule}: {error}") from None

@@ -1,0 +1,353 @@
+"""The command line as people use it: exit codes, messages, tables, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from conftest import make_model, make_tokenizer, save_model, sums, write_jsonl
+from test_kill import contents
+from transformers import AutoModelForCausalLM
+
+import tpaw.pipeline.stages
+import tpaw.selfplay
+from tpaw.errors import Interrupted
+
+
+@pytest.fixture
+def config(tmp_path, settings):
+    return write_config(tmp_path, settings)
+
+
+def write_config(folder, settings):
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_run_status_and_run_again(tpaw_, config, tmp_path):
+    code, out, _ = tpaw_("run", config, "-o", tmp_path / "r", "--set", "iterations=1")
+    assert code == 0
+    for heading in (
+        "iteration",
+        "accuracy",
+        "target reward",
+        "margin",
+        "identical",
+        "truncated",
+        "seconds",
+    ):
+        assert heading in out
+    assert "θ_0" in out
+    assert "θ_1" in out
+    assert f"Results: {tmp_path / 'r'}" in out
+    code, out, _ = tpaw_("status", tmp_path / "r")
+    assert code == 0
+    assert "all done" in out
+    assert "done  score and train θ_1" in out
+    code, again, _ = tpaw_("run", tmp_path / "r")
+    assert code == 0
+    assert "θ_1" in again
+    code, _, err = tpaw_("run", config, "-o", tmp_path / "r", "--set", "iterations=2")
+    assert code == 2
+    assert "iterations: 1 → 2" in err
+
+
+def test_sft_makes_a_starting_model(tpaw_, settings, tmp_path):
+    del settings["iterations"], settings["train"]["epochs"]
+    config = write_config(tmp_path, settings)
+    code, out, err = tpaw_("sft", config, "-o", tmp_path / "s")
+    assert code == 0, err
+    assert "θ_1" in out
+    assert "target reward" in out
+    code, out, _ = tpaw_("status", tmp_path / "s")
+    assert code == 0
+    assert "done  train θ_1" in out
+    assert "all done" in out
+    code, _, _ = tpaw_("sft", tmp_path / "s")
+    assert code == 0
+    model = tmp_path / "s" / "iterations" / "1" / "checkpoint"
+    code, out, _ = tpaw_("plan", config, "--set", f"model.path={model}")
+    assert code == 0
+    code, _, err = tpaw_("sft", config, "--set", "method=dpo", "-o", tmp_path / "t")
+    assert code == 2
+    assert "method: dpo; `tpaw sft` trains by sft" in err
+    code, out, _ = tpaw_("plan", "sft", config)
+    assert code == 0
+    assert "–" in out
+
+
+def test_plan_spends_nothing(tpaw_, config, monkeypatch, tmp_path):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: 1 / 0)
+    code, out, _ = tpaw_("plan", config)
+    assert code == 0
+    assert "24 examples, 10 held out; skipped: none" in out
+    assert [word for word in out.split() if word in ("24", "48", "72")][:3] == ["24", "24", "48"]
+    assert "θ_2 θ_1 θ_0" in out
+    question, answer = sums(1)[0].values()
+    assert f"prompt '<|user|>{question}<|end|>\\n<|assistant|>'" in out
+    assert f"target {answer + '<|end|>'!r}" in out
+    assert {p.name for p in tmp_path.iterdir()} == {"config.yaml"}
+
+
+def test_config_show_and_schema(tpaw_):
+    code, out, _ = tpaw_("config", "show", "starter", "spin", "--set", "seed=3")
+    assert code == 0
+    shown = yaml.safe_load(out)
+    assert shown["seed"] == 3
+    assert shown["team"]["opponents"] == {"last": 2}
+    assert "# η ≥ 1" in out
+    code, out, _ = tpaw_("config", "schema")
+    assert code == 0
+    assert json.loads(out)["properties"]["iterations"]["default"] == 4
+    code, _, err = tpaw_("config", "show", "spni")
+    assert code == 2
+    assert "did you mean spin?" in err
+
+
+def bad(name, message):
+    return pytest.param(name, message, id=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        bad("missing file", "data.path: {tmp}/none.jsonl: no such file"),
+        bad("missing column", "data.path: {tmp}/column.jsonl: columns text are none of"),
+        bad("empty data", "data.path: {tmp}/empty.jsonl: holds no rows"),
+        bad("malformed line", "data.path: {tmp}/malformed.jsonl: line 2: malformed JSON"),
+        bad("missing held-out file", "evaluate.data.path: {tmp}/none.jsonl: no such file"),
+        bad(
+            "no chat template",
+            "data.template: the rows are conversations and the tokenizer has no chat template",
+        ),
+        bad("no eos", "has no end-of-sequence token; set model.eos_token"),
+        bad("encoder-decoder", "model.path: {tmp}/t5: t5 is an encoder-decoder"),
+        bad("classifier", "is not a causal language model"),
+        bad("adapter", "model.path: {tmp}/adapter: an adapter, not a model"),
+        bad("too long for the model", "max_length: 999 is beyond the 256 positions"),
+        bad(
+            "every target too long",
+            "24 of 24 rows (100.0%) cannot be used, none is left: longer than max_length 14: 24",
+        ),
+        bad(
+            "too many skipped", "2 of 12 rows (16.7%) cannot be used, data.max_skipped allows 1.0%"
+        ),
+        bad("unknown tracker", "train.report_to: ['foo']: foo is not supported"),
+        bad("optimizer without its package", "train.optimizer: adamw_bnb_8bit: "),
+        bad("schedule without its settings", "train.schedule: cosine_with_min_lr: "),
+        bad("schedule by metric", "train.schedule: 'reduce_lr_on_plateau' is not known"),
+        bad("training argument of another type", "train.training_arguments: "),
+        bad("no held-out rows to match", "evaluate.exact_match: it needs held-out rows"),
+        bad("output is a file", "--output {tmp}/column.jsonl: is a file"),
+        bad("output is foreign", "--output {tmp}: not a run, and not empty"),
+        bad("unknown optimizer", "train.optimizer: 'rmsporp' is not known; did you mean rmsprop?"),
+        bad("unknown schedule", "train.schedule: 'cosin' is not known; did you mean cosine?"),
+        bad(
+            "unknown training argument",
+            "train.training_arguments: 'weight_dekay' is not known; did you mean weight_decay?",
+        ),
+        bad(
+            "owned training argument",
+            "train: training_arguments.seed belongs to the loop; set it by seed",
+        ),
+        bad("exact match without answers", "evaluate.exact_match: some held-out target has no"),
+        bad("foreign tokenizer", "model.path: {tmp}/foreign: the tokenizer gives token id"),
+    ],
+)
+def test_bad_input_ends_with_2_before_any_model_is_loaded(
+    name, message, tpaw_, settings, tmp_path, monkeypatch
+):
+    from transformers import Qwen2ForSequenceClassification, T5Config
+
+    write_jsonl(tmp_path / "column.jsonl", [{"text": "x"}])
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "malformed.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": \n')
+    output = tmp_path / "out"
+    model, data = settings["model"], settings["data"]
+    match name:
+        case "missing file":
+            data["path"] = f"{tmp_path}/none.jsonl"
+        case "missing column":
+            data["path"] = f"{tmp_path}/column.jsonl"
+        case "empty data":
+            data["path"] = f"{tmp_path}/empty.jsonl"
+        case "malformed line":
+            data["path"] = f"{tmp_path}/malformed.jsonl"
+        case "missing held-out file":
+            settings["evaluate"]["data"]["path"] = f"{tmp_path}/none.jsonl"
+        case "no chat template":
+            model["path"] = str(save_model(tmp_path / "plain", chat=False))
+            row = {
+                "messages": [
+                    {"role": "user", "content": "u"},
+                    {"role": "assistant", "content": "a"},
+                ]
+            }
+            data["path"] = str(write_jsonl(tmp_path / "chats.jsonl", [row]))
+        case "no eos":
+            model["path"] = str(save_model(tmp_path / "endless"))
+            tokenizer = make_tokenizer()
+            tokenizer.eos_token = None
+            tokenizer.save_pretrained(tmp_path / "endless")
+            (tmp_path / "endless" / "generation_config.json").unlink()
+        case "encoder-decoder":
+            model["path"] = f"{tmp_path}/t5"
+            T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path / "t5")
+        case "classifier":
+            model["path"] = f"{tmp_path}/classifier"
+            Qwen2ForSequenceClassification(make_model().config).save_pretrained(
+                tmp_path / "classifier"
+            )
+        case "adapter":
+            model["path"] = f"{tmp_path}/adapter"
+            (tmp_path / "adapter").mkdir()
+            (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+        case "too long for the model":
+            settings["max_length"] = 999
+        case "every target too long":
+            settings["max_length"] = 14
+        case "too many skipped":
+            rows = [*sums(10), {"question": "", "answer": "x"}, {"question": "x", "answer": None}]
+            data["path"] = str(write_jsonl(tmp_path / "some.jsonl", rows))
+        case "output is a file":
+            output = tmp_path / "column.jsonl"
+        case "output is foreign":
+            output = tmp_path
+        case "unknown optimizer":
+            settings["train"]["optimizer"] = "rmsporp"
+        case "unknown schedule":
+            settings["train"]["schedule"] = "cosin"
+        case "unknown training argument":
+            settings["train"]["training_arguments"] = {"weight_dekay": 0.1}
+        case "owned training argument":
+            settings["train"]["training_arguments"] = {"seed": 1}
+        case "unknown tracker":
+            settings["train"]["report_to"] = "foo"
+        case "optimizer without its package":
+            settings["train"]["optimizer"] = "adamw_bnb_8bit"
+        case "schedule without its settings":
+            settings["train"]["schedule"] = "cosine_with_min_lr"
+        case "schedule by metric":
+            settings["train"]["schedule"] = "reduce_lr_on_plateau"
+        case "training argument of another type":
+            settings["train"]["training_arguments"] = {"hub_strategy": "sometimes"}
+        case "no held-out rows to match":
+            settings["evaluate"] = {"exact_match": True}
+        case "exact match without answers":
+            settings["evaluate"]["exact_match"] = True
+            rows = [{"question": "q", "answer": "no idea"}]
+            settings["evaluate"]["data"]["path"] = str(write_jsonl(tmp_path / "free.jsonl", rows))
+        case "foreign tokenizer":
+            model["path"] = str(save_model(tmp_path / "foreign"))
+            make_model(vocab_size=100).save_pretrained(tmp_path / "foreign")
+
+    def load_model(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(tpaw.pipeline.stages, "load_model", load_model)
+    (tmp_path / "config").mkdir()
+    code, _, err = tpaw_("run", write_config(tmp_path / "config", settings), "-o", output)
+    assert code == 2, err
+    assert message.format(tmp=tmp_path) in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_key_and_a_missing_argument(tpaw_, config):
+    code, _, err = tpaw_("run", config, "--set", "train.epcohs=2")
+    assert code == 2
+    assert "did you mean train.epochs?" in err
+    assert tpaw_("run")[0] == 2
+    code, _, err = tpaw_("status", config.parent)
+    assert code == 2
+    assert "not a run directory" in err
+
+
+def test_a_locked_run_and_a_damaged_artifact_have_exit_code_1(tpaw_, config, tmp_path):
+    from tpaw.config.files import load_config
+    from tpaw.storage.run_directory import open_run
+
+    with open_run(tmp_path / "r", load_config([str(config)])):
+        code, _, err = tpaw_("run", config, "-o", tmp_path / "r")
+    assert code == 1
+    assert f"in use by process {os.getpid()} on " in err
+    (tmp_path / "r" / "run.json").write_text("{")
+    code, _, err = tpaw_("run", config, "-o", tmp_path / "r")
+    assert code == 1
+    assert "run.json: damaged" in err
+
+
+@pytest.mark.parametrize(("error", "code"), [(Interrupted(15), 143), (KeyboardInterrupt(), 130)])
+def test_a_stopped_run_says_what_to_type(tpaw_, config, tmp_path, monkeypatch, error, code):
+    def self_play(*arguments):
+        raise error
+
+    monkeypatch.setattr(tpaw.selfplay, "self_play", self_play)
+    found, _, err = tpaw_("run", config, "-o", tmp_path / "my run")
+    assert found == code
+    assert err == f"stopped; go on with: tpaw run '{tmp_path / 'my run'}'\n"
+
+
+def test_a_run_without_output_is_named_after_its_configuration(
+    tpaw_, config, tmp_path, monkeypatch
+):
+    outputs = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tpaw.selfplay, "self_play", lambda *given: outputs.append(given[1]))
+    tpaw_("run", config, "spin")
+    assert [str(output) for output in outputs] == ["runs/config-spin"]
+
+
+def tpaw_process(config, output):
+    command = [
+        sys.executable,
+        "-c",
+        "from tpaw.cli.main import main; main()",
+        "run",
+        str(config),
+        "-o",
+        str(output),
+    ]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "stage"),
+    [
+        (signal.SIGTERM, 143, "iterations/1/training.jsonl"),
+        (signal.SIGINT, 130, "iterations/2/responses"),
+    ],
+)
+def test_a_signal_stops_at_a_safe_point_and_says_how_to_go_on(
+    number, code, stage, settings, tmp_path
+):
+    settings["train"] |= {"epochs": 20}
+    settings["iterations"] = 2
+    config = write_config(tmp_path, settings)
+    with tpaw_process(config, tmp_path / "r") as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "r" / stage).exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == code, err
+    assert err.splitlines()[-1] == f"stopped; go on with: tpaw run {tmp_path / 'r'}"
+    assert "Traceback" not in err
+    if stage.endswith("training.jsonl"):
+        assert list(
+            (tmp_path / "r" / "iterations" / "1" / "training").glob("checkpoint-*/manifest.json")
+        )
+    for output in ("r", "whole"):
+        with tpaw_process(config, tmp_path / output) as process:
+            process.communicate(timeout=300)
+        assert process.returncode == 0
+    assert contents(tmp_path / "r") == contents(tmp_path / "whole")

@@ -1,0 +1,314 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from tpaw.config.files import differences, load_config, recipe_names, to_yaml
+from tpaw.config.schema import ObjectiveConfig, RunConfig
+from tpaw.errors import InputError
+from tpaw.training.reserved import OWNED_TRAINING_ARGUMENTS
+
+PAPER_RECIPES = {
+    "ultrachat-qwen2.5-1.5b": ((1e-6, 1e-6, 1e-7, 1e-7), (2, 2, 2, 1)),
+    "ultrachat-llama-3.1-8b": ((1e-6, 1e-6, 5e-7, 5e-7), (2, 2, 1, 1)),
+    "gsm8k-qwen2.5-1.5b": ((1e-6, 1e-6, 1e-7, 1e-7), (2, 2, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", PAPER_RECIPES)
+def test_recipes_are_the_papers(name):
+    config = RunConfig.load(name)
+    assert (config.train.learning_rate, config.train.epochs) == PAPER_RECIPES[name]
+    assert config.objective.lambda_ == (0.1, 0.1, 0.1, 5.0)
+    assert (config.objective.eta, config.objective.gamma) == (6.0, 0.5)
+    assert (config.objective.min_player_weight, config.iterations) == (0.01, 4)
+    assert (config.train.batch_size, config.max_length) == (64, 2048)
+    assert (config.train.optimizer, config.train.schedule, config.train.warmup) == (
+        "rmsprop",
+        "cosine",
+        0.1,
+    )
+    assert (config.team.opponents.last, config.team.main_players.last) == (3, 3)
+    assert (config.generate.temperature, config.generate.top_p, config.generate.top_k) == (
+        1.0,
+        1.0,
+        0,
+    )
+    assert config.precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("variant", "opponents", "players", "target_weight", "player_weight"),
+    [
+        ("tpaw", 3, 3, "adaptive", "softmax"),
+        ("no_target_weight", 3, 3, "one", "softmax"),
+        ("no_player_weight", 3, 3, "adaptive", "uniform"),
+        ("no_adaptive_weights", 3, 3, "one", "uniform"),
+        ("no_team", 1, 1, "adaptive", "softmax"),
+        ("spin", 2, 1, "one", "uniform"),
+    ],
+)
+def test_variants_are_recipes_over_a_recipe(
+    variant, opponents, players, target_weight, player_weight
+):
+    config = RunConfig.load("starter", variant)
+    team, objective = config.team, config.objective
+    assert (team.opponents.last, team.main_players.last) == (opponents, players)
+    assert (objective.target_weight, objective.player_weight) == (target_weight, player_weight)
+    assert config.model == RunConfig.load("starter").model
+
+
+@pytest.mark.parametrize(
+    ("name", "learning_rate"),
+    [("sft-ultrachat-qwen2.5-1.5b", 5e-5), ("sft-ultrachat-llama-3.1-8b", 1e-5)],
+)
+def test_the_first_stage_is_the_papers(name, learning_rate):
+    config = RunConfig.load(name)
+    train = config.train
+    assert (config.method, config.iterations, train.epochs) == ("sft", 1, 1)
+    assert (train.learning_rate, train.optimizer, train.batch_size) == (
+        learning_rate,
+        "adamw_torch",
+        64,
+    )
+    assert (train.schedule, train.warmup, config.max_length) == ("cosine", 0.1, 2048)
+    assert (config.data.split, config.data.limit) == ("train_sft", None)
+
+
+def test_spins_official_schedule():
+    config = RunConfig.load("starter", "spin_schedule")
+    spin = RunConfig.load("starter", "spin")
+    assert (config.team, config.objective.target_weight) == (spin.team, "one")
+    assert config.objective.lambda_ == (0.1, 0.1, 0.1, 5.0)
+    train = config.train
+    assert (train.learning_rate, train.epochs) == ((5e-7, 5e-7, 1e-7, 1e-7), 6)
+    assert (train.optimizer, train.schedule, train.warmup) == ("rmsprop", "linear", 0.1)
+
+
+@pytest.mark.parametrize("base", ["starter", *PAPER_RECIPES])
+@pytest.mark.parametrize(
+    ("name", "method", "iterations", "epochs"),
+    [("sft", "sft", 1, 1), ("sft_continue", "sft", 4, 1), ("dpo", "dpo", 1, 2)],
+)
+def test_baselines_go_on_top_of_a_recipe(base, name, method, iterations, epochs):
+    config = RunConfig.load(base, name)
+    assert (config.method, config.iterations) == (method, iterations)
+    assert (config.train.epochs, config.train.optimizer) == (epochs, "adamw_torch")
+    assert config.objective.lambda_ == 0.1
+    assert config.train.learning_rate == (1e-6 if name == "dpo" else 5e-5)
+
+
+def test_a_variant_alone_says_what_it_lacks():
+    with pytest.raises(InputError, match="model: missing"):
+        RunConfig.load("spin")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "train.leraning_rate=1",
+            "train.leraning_rate: unknown key; did you mean train.learning_rate?",
+        ),
+        ("trian.epochs=1", "trian: unknown key; did you mean train?"),
+        ("evaluate.data.pth=x", "evaluate.data.pth: unknown key; did you mean evaluate.data.path?"),
+        (
+            "train.learning_rate=-1",
+            "train.learning_rate: -1 is not allowed: input should be greater than 0",
+        ),
+        (
+            "train.learning_rate=[1e-6, 1e-7]",
+            r"lists 2 values (\[1e-06, 1e-07\]); give one, or one for each of the 4 iterations",
+        ),
+        ("train.epochs=[1,1,1,1,1]", "train.epochs lists 5 values"),
+        ("objective.lambda=[1,2]", "objective.lambda lists 2 values"),
+        ("objective.lambda=[1,2,-3,4]", r"objective.lambda\[2\]: -3 is not allowed"),
+        ("train.epochs=1.5", "train.epochs: 1.5 is not allowed: input should be a valid integer"),
+        ("train.epochs=0", "train.epochs: 0 is not allowed"),
+        (
+            "objective.eta=0.5",
+            "objective.eta: 0.5 is not allowed: input should be greater than or equal to 1",
+        ),
+        ("objective.gamma=.nan", "objective.gamma: nan is not allowed"),
+        (
+            "objective.target_weight=two",
+            "'two' is not allowed: input should be 'adaptive' or 'one'",
+        ),
+        ("precision=fp16", "precision: 'fp16' is not allowed: input should be 'fp32' or 'bf16'"),
+        ("iterations=true", "iterations: True is not allowed"),
+        ("iterations='4'", "iterations: '4' is not allowed"),
+        ("team.opponents.last=0", "team.opponents.last: 0 is not allowed"),
+        ("generate.max_new_tokens=256", "leaves no room for a prompt"),
+        ("data.columns={prompt: a}", "data.columns: give prompt and target, or messages alone"),
+        ("data.columns={prompt: a, messages: c}", "data.columns: give prompt and target, or"),
+        ("data.columns={prompt: a, target: b, messages: c}", "give prompt and target, or messages"),
+        ("data.columns={}", "data.columns: give prompt and target, or messages alone"),
+        (
+            "generate.temperature=0",
+            "generate.temperature: 0 is not allowed: input should be greater than 0",
+        ),
+        ("model=null", "model: None is not allowed"),
+        ("objective.min_player_weight=0.4", "with 3 main players every weight could be below it"),
+        ("nonsense", "--set nonsense: write it as section.key=value"),
+        ("a..b=1", "write it as section.key=value"),
+        ("train.epochs=[1", "is not a YAML value"),
+    ],
+)
+def test_every_error_names_the_key_the_value_and_what_is_allowed(override, message):
+    with pytest.raises(
+        InputError,
+        match=message.replace("(\\[", r"\(\[").replace("\\])", r"\]\)").replace("?", r"\?"),
+    ):
+        load_config(["starter"], [override])
+
+
+@pytest.mark.parametrize("name", sorted(OWNED_TRAINING_ARGUMENTS))
+def test_what_the_loop_owns_is_refused_by_name(name):
+    with pytest.raises(
+        InputError, match=f"training_arguments.{name} belongs to the loop; set it by"
+    ):
+        load_config(["starter"], [f"train.training_arguments={{{name}: 1}}"])
+
+
+def test_owned_names_are_names_of_transformers():
+    import dataclasses
+
+    from transformers import TrainingArguments
+
+    assert set(OWNED_TRAINING_ARGUMENTS) <= {f.name for f in dataclasses.fields(TrainingArguments)}
+
+
+def test_all_problems_are_reported_at_once():
+    with pytest.raises(InputError) as caught:
+        load_config(["starter"], ["objective.eta=0", "train.epochs=0", "sed=1"])
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_numbers_as_people_write_them(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "extends: starter\n"
+        "train: {learning_rate: [1e-6, 1E-6, 1.e-7, 1e-07]}\n"
+        "objective: {lambda: .1}\n"
+    )
+    config = RunConfig.load(str(path))
+    assert config.train.learning_rate == (1e-6, 1e-6, 1e-7, 1e-7)
+    assert config.objective.lambda_ == 0.1
+
+
+def test_extends_merges_in_order_and_finds_files_beside(tmp_path):
+    (tmp_path / "base.yaml").write_text("extends: starter\ntrain: {epochs: 3, warmup: 0.2}\n")
+    (tmp_path / "mine.yaml").write_text("extends: [base.yaml, spin]\ntrain: {epochs: 5}\n")
+    config = RunConfig.load(str(tmp_path / "mine.yaml"), overrides=["seed=7"])
+    assert (config.train.epochs, config.train.warmup, config.seed) == (5, 0.2, 7)
+    assert config.team.opponents.last == 2
+    (tmp_path / "later.yaml").write_text("train: {epochs: 4}\n")
+    (tmp_path / "mine.yaml").write_text("extends: [base.yaml, later.yaml]\n")
+    config = RunConfig.load(str(tmp_path / "mine.yaml"))
+    assert (config.train.epochs, config.train.warmup) == (4, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: [", "not valid YAML"),
+        ("- 1", "a configuration is a mapping"),
+        ("seed: 1\nseed: 2", "the key 'seed' stands twice"),
+        ("extends: 3", "extends: 3; it must be a name"),
+        ("extends: staretr", "staretr: no such file or recipe; did you mean starter"),
+    ],
+)
+def test_files_that_are_not_configurations(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        RunConfig.load(str(path))
+
+
+def test_a_file_that_extends_itself(tmp_path):
+    (tmp_path / "a.yaml").write_text("extends: b.yaml")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml")
+    with pytest.raises(InputError, match="extends itself"):
+        RunConfig.load(str(tmp_path / "a.yaml"))
+
+
+@pytest.mark.parametrize("name", ["starter", *PAPER_RECIPES])
+@pytest.mark.parametrize("comments", [True, False])
+def test_what_is_shown_loads_as_the_same_configuration(tmp_path, name, comments):
+    config = RunConfig.load(name)
+    path = tmp_path / "shown.yaml"
+    path.write_text(to_yaml(config, comments=comments))
+    assert RunConfig.load(str(path)) == config
+
+
+def test_every_setting_has_a_text():
+    def walk(schema, root, path):
+        for key, field in schema.get("properties", {}).items():
+            target = field
+            for option in [field, *field.get("anyOf", [])]:
+                if "$ref" in option:
+                    target = root["$defs"][option["$ref"].rpartition("/")[2]]
+            if "properties" in target:
+                yield from walk(target, root, f"{path}{key}.")
+            elif "description" not in field:
+                yield path + key
+
+    schema = RunConfig.model_json_schema(by_alias=True)
+    json.dumps(schema)
+    assert list(walk(schema, schema, "")) == []
+
+
+def test_a_configuration_is_frozen():
+    with pytest.raises(ValidationError):
+        RunConfig.load("starter").seed = 3
+
+
+def test_only_what_changes_results_counts_as_a_difference():
+    old = load_config(["starter"], [])
+    assert (
+        differences(
+            old, load_config(["starter"], ["train.tokens_per_row=32", "train.save_every=7"])
+        )
+        == []
+    )
+    assert differences(old, load_config(["starter"], ["objective.eta=4", "data.limit=3"])) == [
+        "data.limit: None → 3",
+        "objective.eta: 6.0 → 4.0",
+    ]
+
+
+def test_recipe_names():
+    assert {"starter", "spin", "tpaw", *PAPER_RECIPES} <= set(recipe_names())
+
+
+def test_a_single_tracker_and_the_name_lambda_as_people_write_them():
+    assert load_config(["starter"], ["train.report_to=wandb"]).train.report_to == ("wandb",)
+    assert ObjectiveConfig(lambda_=0.2).lambda_ == 0.2
+
+
+def test_settings_of_iterations_to_come_may_change():
+    old = load_config(["starter"], ["train.learning_rate=1e-6"])
+    new = load_config(["starter"], ["train.learning_rate=[1e-6, 1e-6, 5e-7, 5e-7]"])
+    assert differences(old, new, begun=2) == []
+    assert differences(old, new, begun=3) == [
+        "train.learning_rate: [1e-06, 1e-06, 1e-06] → [1e-06, 1e-06, 5e-07]"
+    ]
+
+
+def test_a_revision_that_looks_like_a_number_survives(tmp_path):
+    config = load_config(["starter"], ["model.revision='1e10'"])
+    (tmp_path / "c.yaml").write_text(to_yaml(config, comments=False))
+    assert RunConfig.load(str(tmp_path / "c.yaml")).model.revision == "1e10"
+
+
+def test_the_configuration_in_the_readme_loads(tmp_path):
+    readme = Path(__file__).parents[2] / "README.md"
+    block = readme.read_text().partition("```yaml\n")[2].partition("```")[0]
+    assert len([line for line in block.splitlines() if not line.startswith("#")]) < 10
+    (tmp_path / "mine.yaml").write_text(block)
+    config = RunConfig.load(str(tmp_path / "mine.yaml"))
+    assert config.train.epochs == (2, 2, 1, 1)
+    assert config.evaluate.data.path == "heldout.jsonl"

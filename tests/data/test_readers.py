@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import csv
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import sums, write_jsonl
+from datasets import Dataset, DatasetDict
+
+from tpaw.config.data import DataConfig
+from tpaw.data.formats import Dialogue, Unusable, shape_of
+from tpaw.data.readers import read_rows
+from tpaw.errors import InputError
+
+USER, SYSTEM, ASSISTANT = ({"role": r, "content": r[0]} for r in ("user", "system", "assistant"))
+
+
+def convert(row, **settings):
+    config = DataConfig(path="x.json", **settings)
+    return shape_of([row], config, "data")(row)
+
+
+def write_csv(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_arrow_file(path, rows):
+    table = pa.Table.from_pylist(rows)
+    with pa.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table)
+
+
+WRITERS = {
+    "a.jsonl": write_jsonl,
+    "a.json": lambda path, rows: path.write_text(json.dumps(rows)),
+    "lines.json": write_jsonl,
+    "a.csv": write_csv,
+    "a.parquet": lambda path, rows: pq.write_table(pa.Table.from_pylist(rows), path),
+    "a.arrow": write_arrow_file,
+    "saved": lambda path, rows: Dataset.from_list(rows).save_to_disk(str(path)),
+    "splits": lambda path, rows: DatasetDict(train=Dataset.from_list(rows)).save_to_disk(str(path)),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_local_format_gives_the_same_rows(tmp_path, name):
+    rows = [*sums(5), {"question": 'Größe, "quoted"\nand two lines?', "answer": "a\n#### 1"}]
+    WRITERS[name](tmp_path / name, rows)
+    assert read_rows(DataConfig(path=str(tmp_path / name)), "data") == rows
+
+
+def test_the_stream_that_datasets_caches(tmp_path):
+    Dataset.from_list(sums(4)).save_to_disk(str(tmp_path / "d"))
+    arrow = next((tmp_path / "d").glob("*.arrow"))
+    assert read_rows(DataConfig(path=str(arrow)), "data") == sums(4)
+
+
+def test_limit_takes_the_first_rows(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", sums(5))
+    assert read_rows(DataConfig(path=str(path), limit=2), "data") == sums(2)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"a": 1}\n\n{"a": 2\n', "line 3: malformed JSON"),
+        ("a.jsonl", '{"a": 1}\n[1]\n', r"line 2: a row is a JSON object, not \[1\]"),
+        ("a.jsonl", "", "holds no rows"),
+        ("a.json", '[{"a": 1}, 3]', "row 2: a row is a JSON object, not 3"),
+        ("a.json", '[{"a": 1},', "malformed JSON"),
+        ("a.json", "[]", "holds no rows"),
+        ("a.csv", "question,answer\n1,2\n3\n", "line 3: not 2 fields"),
+        ("a.csv", "question,answer\n1,2,3\n", "line 2: not 2 fields"),
+        ("a.parquet", "nonsense", "not a readable parquet file"),
+        ("a.arrow", "nonsense", "not a readable arrow file"),
+        ("a.txt", "nonsense", "not one of .json, .jsonl"),
+    ],
+)
+def test_bad_files_are_named_with_the_place(tmp_path, name, text, message):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        read_rows(DataConfig(path=str(path)), "data")
+    assert str(caught.value).startswith(f"data.path: {path}")
+
+
+def test_bytes_that_are_not_text(tmp_path):
+    for name in ("a.jsonl", "a.json"):
+        (tmp_path / name).write_bytes(b'\xff\xfe{"a": 1}')
+        with pytest.raises(InputError, match="not UTF-8"):
+            read_rows(DataConfig(path=str(tmp_path / name)), "data")
+
+
+@pytest.mark.parametrize("path", ["missing.jsonl", "./missing", "/missing/folder"])
+def test_a_missing_file(path):
+    with pytest.raises(InputError, match="no such file"):
+        read_rows(DataConfig(path=path), "data")
+
+
+def test_a_hub_id_that_cannot_be_had_says_so():
+    with pytest.raises(
+        InputError, match="neither a file or folder here, nor a dataset that the hub"
+    ):
+        read_rows(DataConfig(path="nobody/nothing"), "data")
+
+
+def test_a_hub_id_is_loaded_with_split_and_revision(monkeypatch):
+    import datasets
+
+    calls = {}
+
+    def load_dataset(path, **options):
+        calls.update(options, path=path)
+        return Dataset.from_list(sums(3))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    config = DataConfig(path="openai/gsm8k", split="train[:3]", revision="main")
+    assert read_rows(config, "data") == sums(3)
+    assert calls == {"path": "openai/gsm8k", "split": "train[:3]", "revision": "main"}
+
+
+def test_a_folder_that_is_no_dataset_and_a_split_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match="not a saved dataset"):
+        read_rows(DataConfig(path=str(tmp_path)), "data")
+    DatasetDict(train=Dataset.from_list(sums(1))).save_to_disk(str(tmp_path / "d"))
+    with pytest.raises(InputError, match="no split 'test'; there are train"):
+        read_rows(DataConfig(path=str(tmp_path / "d"), split="test"), "data")
+
+
+def test_prompt_and_completion_as_text_and_as_messages():
+    assert convert({"prompt": "p", "completion": "c"}) == Dialogue("p", "c", False)
+    row = {"prompt": [SYSTEM, USER], "completion": [ASSISTANT]}
+    assert convert(row) == Dialogue([SYSTEM, USER], "a", True)
+    # What stands in the prompt is prompt, earlier answers included.
+    row = {"prompt": [USER, ASSISTANT, USER], "completion": "b"}
+    assert convert(row) == Dialogue([USER, ASSISTANT, USER], "b", True)
+
+
+def test_first_round_is_the_default_and_a_system_message_is_kept():
+    later = [{"role": "user", "content": "more"}, {"role": "assistant", "content": "last"}]
+    row = {"messages": [SYSTEM, USER, ASSISTANT, *later]}
+    assert convert(row) == Dialogue([SYSTEM, USER], "a", True)
+    assert convert(row, turn="last") == Dialogue([SYSTEM, USER, ASSISTANT, later[0]], "last", True)
+
+
+def test_sharegpt():
+    turns = [
+        {"from": "human", "value": "u"},
+        {"from": "gpt", "value": "a"},
+        {"from": "human", "value": "x"},
+    ]
+    assert convert({"conversations": turns, "system": "s"}) == Dialogue([SYSTEM, USER], "a", True)
+    calls = [
+        turns[0],
+        {"from": "function_call", "value": "{}"},
+        {"from": "observation", "value": "1"},
+        turns[1],
+    ]
+    assert convert({"conversations": calls}, turn="last") == Unusable(
+        "the assistant turn does not follow a user turn"
+    )
+    gap = [{"from": "human", "value": "q1"}, {"from": "gpt"}, *turns[:2]]
+    assert convert({"conversations": gap}) == Unusable("the target is not text")
+    assert convert({"conversations": [USER, ASSISTANT]}) == Dialogue([USER], "a", True)
+    assert convert({"conversations": [{"from": ["human"], "value": "x"}]}) == Unusable(
+        "no assistant turn"
+    )
+    assert convert({"conversations": "text"}) == Unusable("the conversation is not a list of turns")
+    assert convert({"conversations": [{"from": "human"}, turns[1]]}) == Unusable(
+        "a message whose content is not text"
+    )
+
+
+def test_alpaca_joins_instruction_and_input():
+    row = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
+    assert convert(row) == Dialogue([{"role": "user", "content": "Add.\n1 and 2"}], "3", False)
+    assert convert(row | {"input": ""}).prompt == [{"role": "user", "content": "Add."}]
+    assert convert(row | {"system": "s"}).prompt[0] == SYSTEM
+
+
+def test_question_and_answer_and_named_columns():
+    assert convert({"question": "u", "answer": "a"}) == Dialogue([USER], "a", False)
+    named = {"columns": {"prompt": "q", "target": "r"}}
+    # Named columns are treated as question and answer, so both files of a run agree.
+    row = {"q": "u", "r": "a", "prompt": "x", "completion": "y"}
+    assert convert(row, **named) == convert({"question": "u", "answer": "a"})
+    assert convert({"chat": [USER, ASSISTANT]}, columns={"messages": "chat"}) == Dialogue(
+        [USER], "a", True
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "", "completion": "c"}, "the prompt is empty"),
+        ({"prompt": "p", "completion": " \n"}, "the target is empty"),
+        ({"prompt": None, "completion": "c"}, "the prompt is not text"),
+        ({"prompt": "p", "completion": 3}, "the target is not text"),
+        ({"question": 1, "answer": "a"}, "the prompt is not text"),
+        ({"messages": [USER]}, "no assistant turn"),
+        ({"messages": []}, "no assistant turn"),
+        ({"messages": "hello"}, "the conversation is not a list of messages"),
+        ({"messages": [ASSISTANT]}, "the assistant turn does not follow a user turn"),
+        ({"messages": [SYSTEM, ASSISTANT]}, "the assistant turn does not follow a user turn"),
+        (
+            {"messages": [{"role": "tool", "content": "x"}, USER, ASSISTANT]},
+            "a turn of role 'tool'",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}, ASSISTANT]},
+            "a message whose content is not text",
+        ),
+    ],
+)
+def test_rows_that_cannot_be_used_say_why(row, reason):
+    assert convert(row) == Unusable(reason)
+
+
+def test_a_shape_fits_if_all_its_columns_are_there():
+    row = {"prompt": "x", "instruction": "y", "question": "u", "answer": "a"}
+    assert convert(row) == Dialogue([USER], "a", False)
+
+
+def test_columns_that_do_not_fit():
+    with pytest.raises(
+        InputError, match="columns text are none of chosen/rejected, prompt/completion"
+    ):
+        convert({"text": "x"})
+    with pytest.raises(InputError, match="no column 'q'; there are answer, question"):
+        convert({"question": "x", "answer": "y"}, columns={"prompt": "q", "target": "answer"})
+
+
+def test_columns_that_are_null_do_not_decide_the_shape():
+    rows = [{"messages": None, "question": "u", "answer": "a"}] * 3
+    assert shape_of(rows, DataConfig(path="x.json"), "data")(rows[0]) == Dialogue(
+        [USER], "a", False
+    )
+
+
+def test_half_a_surrogate_pair_is_no_text():
+    reason = Unusable("the target holds half a surrogate pair")
+    assert convert({"prompt": "p", "completion": "\ud800"}) == reason
+
+
+def test_a_byte_order_mark_and_capital_suffixes(tmp_path):
+    (tmp_path / "a.JSONL").write_bytes(b"\xef\xbb\xbf" + json.dumps(sums(1)[0]).encode())
+    assert read_rows(DataConfig(path=str(tmp_path / "a.JSONL")), "data") == sums(1)

@@ -1,0 +1,277 @@
+"""Suites through lm-evaluation-harness, on tasks and models made here; no network."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import save_model, sums, write_jsonl
+
+pytest.importorskip("lm_eval")  # in the extra "evaluate"
+
+from lm_eval.tasks import TaskManager
+from transformers import AutoModelForCausalLM
+
+import tpaw.evaluation.benchmarks.harness
+import tpaw.evaluation.benchmarks.run
+from tpaw.config.schema import DataConfig
+from tpaw.data.readers import read_rows
+from tpaw.errors import ArtifactError, InputError
+from tpaw.evaluation.benchmarks.harness import HarnessModel, load_tasks
+from tpaw.evaluation.benchmarks.run import evaluate_suite
+from tpaw.evaluation.benchmarks.suite import load_suite
+from tpaw.evaluation.exact_match import is_correct
+from tpaw.evaluation.heldout import read_items
+from tpaw.storage.artifacts import is_published, verify
+
+GENERATE = {
+    "task": "sums",
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"train": "train.jsonl", "test": "test.jsonl"}},
+    "output_type": "generate_until",
+    "training_split": "train",
+    "fewshot_split": "train",
+    "test_split": "test",
+    "doc_to_text": "Q: {{question}}",
+    "doc_to_target": "{{answer}}",
+    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    "generation_kwargs": {"until": ["Q:"], "do_sample": False, "max_gen_toks": 8},
+    "metadata": {"version": 2.0},
+}
+CHOOSE = GENERATE | {
+    "task": "parity",
+    "output_type": "multiple_choice",
+    "doc_to_target": "{{answer.split()[-1] | int % 2}}",
+    "doc_to_choice": ["even", "odd"],
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+}
+del CHOOSE["generation_kwargs"]
+
+
+@pytest.fixture
+def suite(tmp_path):
+    """Two local tasks, 2-shot and 1-shot, over six rows."""
+    write_jsonl(tmp_path / "train.jsonl", sums(9, seed=3))
+    write_jsonl(tmp_path / "test.jsonl", sums(6, seed=4))
+    for task in (GENERATE, CHOOSE):
+        (tmp_path / f"{task['task']}.yaml").write_text(yaml.safe_dump(task))
+    columns = [
+        {"name": "Sums", "task": "sums.yaml", "num_fewshot": 2, "metric": "exact_match"},
+        {"name": "Parity", "task": "parity.yaml", "num_fewshot": 1, "metric": "acc"},
+    ]
+    path = tmp_path / "local.yaml"
+    path.write_text(yaml.safe_dump({"name": "local", "tasks": columns}))
+    return path
+
+
+def rewrite(path, **changes):
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changes))
+
+
+@pytest.fixture
+def prompts(monkeypatch):
+    """What the harness asks the model, by the kind of question."""
+    asked = {}
+
+    def record(kind):
+        answer = getattr(HarnessModel, kind)
+
+        def recorded(self, requests, *args, **kwargs):
+            asked[kind] = [request.args[0] for request in requests]
+            return answer(self, requests, *args, **kwargs)
+
+        monkeypatch.setattr(HarnessModel, kind, recorded)
+
+    record("generate_until")
+    record("loglikelihood")
+    return asked
+
+
+def test_a_model_from_the_command_line(tpaw_, suite, model_folder, tmp_path, prompts):
+    out_folder = tmp_path / "out"
+    code, out, err = tpaw_("evaluate", model_folder, "--suite", suite, "-o", out_folder)
+    assert code == 0, err
+    for text in ("Sums (2-shot)", "Parity (1-shot)", "score", "qwen2", f"Results: {out_folder}"):
+        assert text in out
+    results = json.loads((out_folder / "results.json").read_text())
+    assert results["player"] is None
+    assert results["settings"]["chat_template"] is False
+    assert results["settings"]["fewshot_seed"] == 1234
+    assert set(results["versions"]) == {"lm_eval", "tpaw", "transformers", "torch"}
+    sums_, parity = results["tasks"]["sums"], results["tasks"]["parity"]
+    assert (sums_["num_fewshot"], parity["num_fewshot"]) == (2, 1)
+    assert (sums_["metric"], parity["metric"]) == ("exact_match,none", "acc,none")
+    assert sums_["version"] == 2.0
+    # Each task had its own number of solved examples before the question.
+    assert {text.count("Q: ") for text in prompts["generate_until"]} == {3}
+    assert {text.count("Q: ") for text in prompts["loglikelihood"]} == {2}
+
+    items = read_items(out_folder / "items" / "parity.jsonl")
+    assert [item["id"] for item in items] == list(range(6))
+    assert sum(item["score"] for item in items) / 6 == parity["value"]
+    for item in items:
+        (even, _), (odd, _) = item["resps"]
+        assert item["correct"] == ((odd > even) == item["target"])
+    items = read_items(out_folder / "items" / "sums.jsonl")
+    assert [item["target"] for item in items] == [row["answer"] for row in sums(6, seed=4)]
+    assert all("Q:" not in item["completion"] for item in items)
+    assert results["score"] == pytest.approx(50 * (sums_["value"] + parity["value"]))
+    verify(out_folder / "manifest.json")
+
+
+def test_a_run_is_evaluated_checkpoint_by_checkpoint_and_once(
+    finished, suite, tmp_path, monkeypatch
+):
+    root = shutil.copytree(finished[0].root, tmp_path / "run")
+    (only,) = evaluate_suite(f"{root}@2", str(suite))
+    assert only.folder == root / "iterations" / "2" / "suites" / "local"
+    all_ = evaluate_suite(str(root), str(suite))
+    assert [one.results["player"] for one in all_] == [0, 1, 2, 3, 4]
+    assert all_[2].results == only.results
+    assert len({one.results["fingerprint"] for one in all_}) == 5
+    assert len({one.results["tasks"]["sums"]["data_hash"] for one in all_}) == 1
+    monkeypatch.setattr(tpaw.evaluation.benchmarks.run, "load_model", lambda *a, **k: 1 / 0)
+    assert [one.results for one in evaluate_suite(str(root), str(suite))] == [
+        one.results for one in all_
+    ]
+    rewrite(suite, fewshot_seed=5)
+    with pytest.raises(InputError, match=r"another fewshot_seed: 1234, now 5; move it away"):
+        evaluate_suite(str(root), str(suite))
+    rewrite(suite, fewshot_seed=1234)
+    with pytest.raises(InputError, match="--output x: the results of a run lie in the run"):
+        evaluate_suite(str(root), str(suite), output=tmp_path.relative_to(tmp_path) / "x")
+
+    item_file = all_[3].folder / "items" / "sums.jsonl"
+    item_file.write_text(item_file.read_text().replace('"id": 0', '"id": 7', 1))
+    with pytest.raises(ArtifactError, match=r"suites/local/items/sums.jsonl: damaged"):
+        evaluate_suite(str(root), str(suite))
+    manifests = finished[0].__class__(root).manifests(4)
+    assert all_[3].folder / "manifest.json" in manifests  # tpaw run names it too
+
+
+KILLED = """
+import os, signal, sys
+import tpaw.evaluation.benchmarks.harness as harness
+from tpaw.data.readers import read_rows
+from tpaw.evaluation.benchmarks.run import evaluate_suite
+run_task, seen = harness.run_task, []
+def run_one(model, task, **options):
+    if seen:
+        os.kill(os.getpid(), signal.SIGKILL)
+    seen.append(task)
+    return run_task(model, task, **options)
+harness.run_task = run_one
+evaluate_suite(*sys.argv[1:3], output=__import__("pathlib").Path(sys.argv[3]))
+"""
+
+
+def test_killed_between_tasks_it_goes_on(suite, model_folder, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", KILLED, str(model_folder), str(suite), str(out)]
+    done = subprocess.run(command, check=False, capture_output=True, env=os.environ)
+    assert done.returncode == -9, done.stderr
+    assert not is_published(out)
+    (out / "items" / ".tmp-parity.jsonl").write_text("half")  # as if killed a moment later
+    ran = []
+    run_task = tpaw.evaluation.benchmarks.harness.run_task
+
+    def record(model, task, **options):
+        ran.append(task.name)
+        return run_task(model, task, **options)
+
+    monkeypatch.setattr(tpaw.evaluation.benchmarks.harness, "run_task", record)
+    (resumed,) = evaluate_suite(str(model_folder), str(suite), output=out)
+    assert ran == ["parity"]
+    (whole,) = evaluate_suite(str(model_folder), str(suite), output=tmp_path / "whole")
+    for task in resumed.results["tasks"].values():
+        task["seconds"] = 0
+    for task in whole.results["tasks"].values():
+        task["seconds"] = 0
+    assert resumed.results == whole.results
+    for name in ("sums", "parity"):
+        files = [one.folder / "items" / f"{name}.jsonl" for one in (resumed, whole)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    assert not list(out.rglob(".tmp-*"))
+
+
+def test_data_that_cannot_be_had_is_reported_before_a_model_is_loaded(
+    tpaw_,
+    suite,
+    model_folder,
+    tmp_path,
+    monkeypatch,
+):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: 1 / 0)
+    rewrite(tmp_path / "sums.yaml", dataset_path="nobody/nothing", dataset_kwargs=None)
+    rewrite(tmp_path / "parity.yaml", dataset_kwargs={"data_files": {"test": "none.jsonl"}})
+    code, _, err = tpaw_("evaluate", model_folder, "--suite", suite, "-o", tmp_path / "out")
+    assert code == 2
+    assert "tasks that cannot be loaded" in err
+    assert f"Sums ({tmp_path}/sums.yaml): " in err
+    assert "nobody/nothing" in err
+    assert f"Parity ({tmp_path}/parity.yaml): FileNotFoundError: " in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_suite_asks_for_must_exist(suite, tmp_path, monkeypatch):
+    tree = yaml.safe_load(suite.read_text())
+    tree["tasks"][0]["metric"] = "exact_match,strict"
+    suite.write_text(yaml.safe_dump(tree))
+    with pytest.raises(InputError, match=r"Sums: metric: 'exact_match,strict' is not known; did"):
+        load_tasks(load_suite(str(suite)))
+    few = TaskManager(include_path=tmp_path, include_defaults=False)  # all take seconds to read
+    with monkeypatch.context() as patched:
+        patched.setattr(tpaw.evaluation.benchmarks.harness, "TaskManager", lambda **options: few)
+        tree["tasks"][0] |= {"metric": "exact_match", "task": "sumz"}
+        suite.write_text(yaml.safe_dump(tree))
+        with pytest.raises(InputError, match="the harness knows no task 'sumz'; did you mean sums"):
+            load_tasks(load_suite(str(suite)))
+    tree["tasks"][0] |= {"task": "parity.yaml", "metric": "acc"}
+    suite.write_text(yaml.safe_dump(tree))
+    with pytest.raises(InputError, match="local: the task parity stands in it twice"):
+        load_tasks(load_suite(str(suite)))
+    rewrite(suite, apply_chat_template=True)
+    plain = save_model(tmp_path / "plain", chat=False)
+    with pytest.raises(InputError, match="apply_chat_template: the tokenizer of plain has none"):
+        evaluate_suite(str(plain), str(suite))
+
+
+def test_the_chat_template_where_there_is_one(suite, model_folder, tmp_path, prompts):
+    rewrite(suite, apply_chat_template="auto", tasks=yaml.safe_load(suite.read_text())["tasks"][:1])
+    (chat,) = evaluate_suite(str(model_folder), str(suite), output=tmp_path / "chat")
+    assert chat.results["settings"]["chat_template"] is True
+    assert all(text.count("<|user|>Q: ") == 3 for text in prompts["generate_until"])
+    assert all(text.endswith("<|assistant|>") for text in prompts["generate_until"])
+    plain = save_model(tmp_path / "plain", chat=False)
+    (text,) = evaluate_suite(str(plain), str(suite), output=tmp_path / "text")
+    assert text.results["settings"]["chat_template"] is False
+
+
+def test_without_the_harness_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
+    monkeypatch.delitem(sys.modules, "tpaw.evaluation.benchmarks.harness")
+    with pytest.raises(InputError, match=r"pip install 'tpaw\[evaluate\]'"):
+        import tpaw.evaluation.benchmarks.harness  # noqa: F401
+
+
+def test_the_starter_is_evaluated_from_the_readme_line(tpaw_, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = functools.partial(tpaw.evaluation.benchmarks.harness.evaluate, limit=40)
+    monkeypatch.setattr(tpaw.evaluation.benchmarks.harness, "evaluate", few)
+    code, out, err = tpaw_("evaluate", "tpaw://starter/model", "--suite", "starter")
+    assert code == 0, err
+    folder = tmp_path / "evaluations" / "model" / "starter"
+    assert "Results: evaluations/model/starter" in out
+    rows = read_rows(DataConfig(path="tpaw://starter/heldout.jsonl"), "data")
+    items = read_items(folder / "items" / "starter.jsonl")
+    assert [item["target"] for item in items] == [row["answer"] for row in list(rows)[:40]]
+    assert 0.3 < sum(item["correct"] for item in items) / 40 < 0.9
+    for item in items:
+        assert item["correct"] == is_correct(item["completion"], item["target"])

@@ -1,0 +1,142 @@
+"""The harness's model class with our generator under it, against the harness's own loop."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from conftest import make_model, make_tokenizer, sums
+
+pytest.importorskip("lm_eval")  # in the extra "evaluate"
+
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+import tpaw.evaluation.benchmarks.harness
+from tpaw.errors import InputError
+from tpaw.evaluation.benchmarks.harness import HarnessModel
+from tpaw.generation.continuous_batching import ASK_EVERY
+
+
+def make_ours(model, tokenizer=None):
+    return HarnessModel(
+        model,
+        tokenizer or make_tokenizer(),
+        stop_ids=(4,),
+        tokens_per_row=300,
+        tokens_per_batch=1000,
+    )
+
+
+def requests(until, count=12, **settings):
+    settings = {"until": until, "do_sample": False, "max_gen_toks": 40} | settings
+    rows = sums(count, seed=5)
+    texts = [row["question"] * (1 + i % 3) for i, row in enumerate(rows)]
+    return [
+        Instance("generate_until", {}, (text, dict(settings)), 0, metadata=("t", i, 1))
+        for i, text in enumerate(texts)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_answers_are_those_of_the_harness_own_loop(kind):
+    model = make_model(kind, seed=3)
+    stock = HFLM(pretrained=model, tokenizer=make_tokenizer(), batch_size=1)
+    whole = stock.generate_until(requests([]), disable_tqdm=True)
+    assert len(set(whole)) > 3
+    # Strings that do come up, one of several tokens, and one that only this row has.
+    until = [whole[0][9:13], whole[5][20:22], whole[7][-3:], "never seen"]
+    expected = stock.generate_until(requests(until), disable_tqdm=True)
+    assert expected != whole
+    assert make_ours(make_model(kind, seed=3)).generate_until(requests(until)) == expected
+    assert make_ours(make_model(kind, seed=3)).generate_until(requests([])) == whole
+
+
+def test_a_row_ends_soon_after_a_stop_string_and_never_before(monkeypatch):
+    model = make_model("gpt2", seed=3)
+    whole = make_ours(model).generate_until(requests([]))
+    rng = np.random.default_rng(0)
+    emitted = []
+    real = tpaw.evaluation.benchmarks.harness.HFGenerator.generate
+
+    def record(self, *args):
+        found = real(self, *args)
+        emitted.append([completion.token_ids.tolist() for completion in found])
+        return found
+
+    monkeypatch.setattr(tpaw.evaluation.benchmarks.harness.HFGenerator, "generate", record)
+    tokenizer = make_tokenizer()
+    for _ in range(20):
+        text = whole[rng.integers(len(whole))]
+        start = int(rng.integers(len(text) - 4))
+        stop = text[start : start + int(rng.integers(1, 5))]
+        if not stop.strip("\ufffd"):
+            continue
+        # The oracle: generate to the end, then cut at the first occurrence.
+        assert make_ours(model).generate_until(requests([stop])) == [
+            one.split(stop)[0] for one in whole
+        ]
+        for ids in emitted[-1]:
+            texts = [tokenizer.decode(ids[:n], skip_special_tokens=True) for n in range(41)]
+            first = next((n for n, text in enumerate(texts) if stop in text), 40)
+            assert len(ids) < first + ASK_EVERY
+
+
+def test_a_special_token_among_the_stop_strings_ends_an_answer():
+    tokenizer = make_tokenizer()
+    stock = HFLM(pretrained=make_model("gpt2", seed=3), tokenizer=tokenizer, batch_size=1)
+    whole = stock.generate_until(requests([]), disable_tqdm=True)
+    # A token that comes up becomes special, so that no text shows it.
+    stop = tokenizer.decode(tokenizer.encode(whole[0])[7])
+    tokenizer.add_special_tokens({"extra_special_tokens": [stop]})
+    expected = stock.generate_until(requests([stop]), disable_tqdm=True)
+    assert expected[0] != whole[0].replace(stop, "")
+    ours = make_ours(make_model("gpt2", seed=3), tokenizer=tokenizer)
+    assert ours.generate_until(requests([stop])) == expected
+
+
+def test_sampling_tasks_go_through_the_harness_own_loop(monkeypatch):
+    called = []
+    monkeypatch.setattr(
+        HFLM,
+        "generate_until",
+        lambda self, rows, **k: called.append(len(rows)) or ["x"] * len(rows),
+    )
+    ours = make_ours(make_model(seed=3))
+    mixed = [*requests([], 3), *requests([], 2, do_sample=True, temperature=0.7)]
+    answers = ours.generate_until(mixed)
+    assert called == [2]
+    assert answers[3:] == ["x", "x"]
+    assert "x" not in answers[:3]
+    assert ours.model.generation_config.eos_token_id == [4]
+
+
+def test_a_limit_that_leaves_no_room_for_a_prompt_is_refused():
+    with pytest.raises(InputError, match="max_gen_toks 256: .* 256 positions of model"):
+        make_ours(make_model(seed=3)).generate_until(requests([], max_gen_toks=256))
+
+
+def test_log_likelihoods_are_those_of_the_harness():
+    rows = sums(9, seed=6)
+    asked = [
+        Instance("loglikelihood", {}, (row["question"] * (1 + i % 3), row["answer"]), 0)
+        for i, row in enumerate(rows)
+    ]
+    stock = HFLM(pretrained=make_model(seed=3), tokenizer=make_tokenizer(), batch_size=1)
+    expected = stock.loglikelihood(asked, disable_tqdm=True)
+    found = make_ours(make_model(seed=3)).loglikelihood(asked)
+    assert [is_greedy for _, is_greedy in found] == [is_greedy for _, is_greedy in expected]
+    np.testing.assert_allclose([a for a, _ in found], [a for a, _ in expected], atol=1e-4)
+
+
+def test_the_benchmark_compares_the_two(tmp_path, capsys):
+    import exact_match
+
+    file = tmp_path / "out.json"
+    options = ["--items", "12", "--repeats", "1", "--batch", "5", "--device", "cpu"]
+    assert exact_match.main([*options, "--json", str(file)]) == 0
+    assert "harness, 5 at a time" in capsys.readouterr().out
+    results = json.loads(file.read_text())["results"]
+    assert set(results["seconds"]) == {"harness, 5 at a time", "tpaw"}
+    assert 0 < results["correct"] < 12

@@ -1,0 +1,166 @@
+"""`tpaw judge` and an endpoint that fails, refuses, is slow, or is gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from judge_server import JudgeServer, ask, completion, longer, results
+
+
+def test_what_may_pass_is_tried_again(tpaw_, serve, six, tmp_path, monkeypatch):
+    monkeypatch.setattr("tpaw.evaluation.judge.endpoint.RETRIES", 2)
+    failures = [(503, {"error": "busy"}), (429, {"error": "slow down"})]
+    server = serve(lambda question: failures.pop() if failures else longer(question))
+    assert ask(tpaw_, server, *six, "--parallel", 1)[0] == 0
+    assert len(server.requests) == 12
+    assert results(tmp_path)["wins"] == 3
+
+
+def test_a_judge_that_fails_midway_is_asked_the_rest_later(tpaw_, serve, six, tmp_path):
+    count = iter(range(100))
+    flaky = serve(lambda question: longer(question) if next(count) < 4 else (500, {}))
+    code, _, err = ask(tpaw_, flaky, *six, "--parallel", 1)
+    assert code == 3
+    assert "500" in err
+    assert len(flaky.requests) in (5, 6)  # one may be under way
+    assert not (tmp_path / "judgements/a-vs-b/results.json").exists()
+    well = serve(longer)
+    assert ask(tpaw_, well, *six)[0] == 0
+    assert len(well.requests) == 6
+    assert results(tmp_path)["wins"] == 3
+
+
+def test_nobody_there(tpaw_, serve, six, monkeypatch):
+    monkeypatch.setattr("tpaw.evaluation.judge.endpoint.RETRIES", 1)
+    gone = JudgeServer(longer)
+    gone.close()
+    code, _, err = ask(tpaw_, gone.url, *six)
+    assert code == 3
+    assert gone.url in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        ((401, {"error": {"message": "bad \x1b[31mkey"}}), r"bad \x1b[31mkey"),
+        ((404, {"error": {"message": "no such model"}}), "no such model"),
+        ((400, {"error": {"message": "no such parameter"}}), "no such parameter"),
+        ((200, b"<html>hello</html>"), "no reply of chat completions"),
+        ({"object": "list", "data": []}, "no reply of chat completions"),
+        (completion(None) | {"choices": []}, "no reply of chat completions"),
+    ],
+    ids=["key", "model", "request", "html", "other-json", "no-choice"],
+)
+def test_an_endpoint_that_refuses_everything(tpaw_, serve, six, reply, message):
+    server = serve(lambda question: reply)
+    code, _, err = ask(tpaw_, server, *six, "--parallel", 1)
+    assert code == 3
+    assert message in err
+    assert "\x1b" not in err
+    assert len(server.requests) <= 9  # one may be under way
+
+
+def test_a_question_that_is_refused_alone_is_invalid(tpaw_, serve, six, tmp_path):
+    def reply(question):
+        return (400, {"error": "too long"}) if "aaaaa" in question else longer(question)
+
+    server = serve(reply)
+    assert ask(tpaw_, server, *six)[0] == 0
+    found = results(tmp_path)
+    assert found["invalid"] == 1
+    assert found["invalid_replies"] == {"refused": 2}
+    assert found["win_rate"] == pytest.approx(3 / 5)
+    assert ask(tpaw_, server, *six)[0] == 0
+    assert len(server.requests) == 12  # asked again: another endpoint may take it
+
+
+def test_as_many_at_once_as_asked_for(tpaw_, serve, six):
+    barrier = threading.Barrier(2)
+
+    def reply(question):
+        barrier.wait(timeout=20)
+        return longer(question)
+
+    server = serve(reply)
+    assert ask(tpaw_, server, *six, "--parallel", 2)[0] == 0
+    assert server.most_at_once == 2
+
+
+def test_stopped_by_a_signal(tpaw_, serve, six):
+    count = iter(range(100))
+
+    def reply(question):
+        if next(count) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return longer(question)
+
+    server = serve(reply)
+    code, _, err = ask(tpaw_, server, *six, "--parallel", 1)
+    assert code == 143
+    assert "stopped; go on with: the same command" in err
+    asked = len(server.requests)
+    assert 3 <= asked < 10
+    assert ask(tpaw_, server, *six)[0] == 0
+    assert len(server.requests) == 10
+
+
+def test_asked_twice_to_stop_awaits_nobody(tpaw_, serve, six):
+    ended = threading.Event()
+
+    def reply(question):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+        ended.wait(60)
+        return longer(question)
+
+    started = time.monotonic()
+    server = serve(reply)
+    code, _, err = ask(tpaw_, server, *six, "--parallel", 1)
+    ended.set()
+    assert code == 130
+    assert "again: at once" in err
+    assert len(server.requests) == 1
+    assert time.monotonic() - started < 30
+
+
+def test_a_kill_costs_the_requests_under_way(tpaw_, serve, six, tmp_path):
+    hangs, count = threading.Event(), iter(range(100))
+
+    def reply(question):
+        if next(count) >= 3:
+            hangs.set()
+            threading.Event().wait(30)
+        return longer(question)
+
+    stuck = serve(reply)
+    arguments = [*six, "--endpoint", stuck.url, "--model", "j", "--parallel", "1"]
+    program = "from tpaw.cli.main import main; main()"
+    process = subprocess.Popen([sys.executable, "-c", program, "judge", *map(str, arguments)])
+    assert hangs.wait(60)
+    process.kill()
+    process.wait()
+    server = serve(longer)
+    assert ask(tpaw_, server, *six)[0] == 0
+    assert len(server.requests) == 7
+
+
+def test_a_key_is_sent_only_where_one_is_named(tpaw_, serve, six, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    server = serve(longer)
+    ask(tpaw_, server, *six)
+    assert all("secret" not in json.dumps(headers) for headers in server.headers)
+    monkeypatch.setenv("MY_KEY", "my-secret")
+    ask(tpaw_, server, *six, "--key-env", "MY_KEY", "--max-tokens", 7, "-o", "again")
+    assert server.headers[-1]["authorization"] == "Bearer my-secret"
+    assert "secret" not in "".join(
+        p.read_text() for p in (six[0].parent).rglob("*.json*") if p.is_file()
+    )

@@ -1,0 +1,399 @@
+"""Answers against one row at a time without a cache."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import make_model
+
+import tpaw.generation.continuous_batching
+import tpaw.generation.hf
+from tpaw.data.token_ids import token_ids
+from tpaw.generation.continuous_batching import SPARE_COLUMNS, draw
+from tpaw.generation.generator import Sampling, finish
+from tpaw.generation.hf import HFGenerator
+from tpaw.generation.slot_cache import SlotCache
+from tpaw.logprobs.prepare import prepare
+
+SAMPLING = Sampling(
+    temperature=1.0,
+    top_p=1.0,
+    top_k=0,
+    max_new_tokens=12,
+    max_length=64,
+    stop_token_ids=(4,),
+    tokens_per_batch=200,
+)
+
+
+GREEDY = SAMPLING._replace(temperature=0.0)
+
+
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+}
+
+
+def build(name, **settings):
+    """A random model of transformers, by the name of its architecture."""
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{name}Config")(
+        **settings, pad_token_id=0, bos_token_id=1, eos_token_id=4
+    )
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+# Models that look at distances or positions in other ways, windows shorter than the rows included.
+UNUSUAL = {
+    "mistral": lambda: build("Mistral", **SIZES, sliding_window=5),
+    "gemma2": lambda: build("Gemma2", **SIZES, sliding_window=5),
+    "gpt_neo": lambda: build(
+        "GPTNeo",
+        vocab_size=320,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=5,
+    ),
+    "falcon": lambda: build(
+        "Falcon",
+        vocab_size=320,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        alibi=True,
+    ),
+    "bloom": lambda: build("Bloom", vocab_size=320, hidden_size=32, n_layer=2, n_head=4),
+    "mpt": lambda: build("Mpt", vocab_size=320, d_model=32, n_layers=2, n_heads=4),
+    "opt": lambda: build(
+        "OPT",
+        vocab_size=320,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+    ),
+    "mixtral": lambda: build("Mixtral", **SIZES, num_local_experts=4),
+}
+
+
+# Models whose memory is not a key and a value for every column.
+OTHER_CACHES = {
+    "mamba": lambda: build("Mamba", vocab_size=320, hidden_size=32, num_hidden_layers=2),
+    "recurrent_gemma": lambda: build(
+        "RecurrentGemma",
+        **{k: v for k, v in SIZES.items() if k != "max_position_embeddings"}
+        | {"num_hidden_layers": 3},
+        num_hidden_layers_=3,
+        attention_window_size=64,
+    ),
+}
+
+
+def prompts(count, seed=0, longest=30):
+    rng = np.random.default_rng(seed)
+    return [token_ids(rng.integers(5, 320, rng.integers(1, longest))) for _ in range(count)]
+
+
+def ignore(count):
+    pass
+
+
+def oracle_greedy(model, prompt, stop_ids, limit):
+    """One row, no batch, no cache: the likeliest token again and again."""
+    ids = prompt.tolist()
+    for _ in range(limit):
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+        ids.append(int(logits.argmax()))
+        if ids[-1] in stop_ids:
+            break
+    return ids[len(prompt) :]
+
+
+@pytest.fixture(params=["own loop", "generate"])
+def make_generator(request):
+    """Both ways of answering, over models that either can serve."""
+
+    def make(model):
+        generator = HFGenerator(model)
+        assert generator.obstacle is None
+        generator.obstacle = None if request.param == "own loop" else "a test"
+        return generator
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt2", *UNUSUAL])
+def test_greedy_equals_one_row_at_a_time_and_stops_where_the_model_does(kind, monkeypatch):
+    # A small value moves columns often.
+    monkeypatch.setattr(tpaw.generation.continuous_batching, "SPARE_COLUMNS", 1)
+    model = UNUSUAL[kind]() if kind in UNUSUAL else make_model(kind, seed=1)
+    rows = [*prompts(20), token_ids([7]), token_ids([8])]
+    sampling = GREEDY._replace(max_length=35)  # long prompts get shorter answers
+    limits = [sampling.limit(prompt) for prompt in rows]
+    with torch.no_grad():
+        free = [oracle_greedy(model, prompt, (), 12) for prompt in rows]
+        # Tokens that greedy decoding does emit early, so that stopping is really tried.
+        stops = (free[0][2], free[1][0])
+        expected = [
+            oracle_greedy(model, prompt, stops, n) for prompt, n in zip(rows, limits, strict=True)
+        ]
+    generator = HFGenerator(model)
+    assert generator.obstacle is None
+    widths = watch_rows(model)
+    joined, add = [], SlotCache.add
+
+    def watch_add(cache, filled, lengths):
+        joined.append(len(cache.starts))
+        add(cache, filled, lengths)
+
+    monkeypatch.setattr(SlotCache, "add", watch_add)
+    found = generator.generate(rows, sampling._replace(stop_token_ids=stops), 0, ignore)
+    assert [c.token_ids.tolist() for c in found] == expected
+    assert len({len(tokens) for tokens in expected}) > 3
+    # Five rows of 35 tokens fit, and shorter ones come in as rows end: no row is carried on.
+    assert sum(widths) == sum(map(len, expected))
+    assert widths[0] == 5 < max(widths)
+    assert sum(others > 0 for others in joined) > 3
+    for completion in found:
+        ended = completion.token_ids[-1] in stops
+        assert completion.finish_reason == ("stop" if ended else "length")
+
+
+def watch_rows(model):
+    """How many rows each step of decoding has, in a list that fills."""
+    widths = []
+
+    def watch(module, args, kwargs):
+        if kwargs.get("attention_mask") is not None:
+            widths.append(len(kwargs["input_ids"]))
+
+    model.register_forward_pre_hook(watch, with_kwargs=True)
+    return widths
+
+
+@pytest.mark.parametrize("kind", OTHER_CACHES)
+def test_a_model_with_another_kind_of_cache_is_answered_by_generate(kind, monkeypatch):
+    model = OTHER_CACHES[kind]()
+    rows = prompts(9)
+    with torch.no_grad():
+        free = [oracle_greedy(model, prompt, (), 12) for prompt in rows]
+        stops = (free[0][2], free[1][0])
+        expected = [oracle_greedy(model, prompt, stops, 12) for prompt in rows]
+    with pytest.warns(UserWarning, match="slower: it"):
+        generator = HFGenerator(model)
+    monkeypatch.setattr(tpaw.generation.hf, "answer", None)
+    done = []
+    sampling = GREEDY._replace(stop_token_ids=stops)
+    found = generator.generate(rows, sampling, 0, done.append)
+    assert [c.token_ids.tolist() for c in found] == expected
+    assert sum(done) == 9
+    assert len(done) > 1
+
+
+@pytest.mark.parametrize("sampling", [SAMPLING, GREEDY])
+def test_an_answer_does_not_depend_on_the_other_rows(sampling):
+    generator = HFGenerator(make_model(seed=1))
+    rows = prompts(12)
+    found = [
+        generator.generate(rows, sampling._replace(tokens_per_batch=tokens), 3, ignore)
+        for tokens in (1, 200, 10_000)
+    ]
+    tokens = [[c.token_ids.tolist() for c in completions] for completions in found]
+    assert tokens[0] == tokens[1] == tokens[2]
+    other = [rows[0], *prompts(11, seed=5)]
+    assert generator.generate(other, sampling, 3, ignore)[0].token_ids.tolist() == tokens[0][0]
+    # The same prompt twice is answered twice.
+    twice = generator.generate([rows[0]] * 2, SAMPLING, 3, ignore)
+    assert twice[0].token_ids.tolist() != twice[1].token_ids.tolist()
+
+
+def test_the_cache_stays_within_the_budget_and_grows_as_prompts_get_shorter(monkeypatch):
+    sizes, reshape = [], SlotCache.reshape
+
+    def watch(cache, slots, columns):
+        sizes.append((slots, columns))
+        reshape(cache, slots, columns)
+
+    monkeypatch.setattr(SlotCache, "reshape", watch)
+    rows = prompts(60)
+    HFGenerator(make_model()).generate(rows, GREEDY, 0, ignore)
+    assert all(slots * (columns - SPARE_COLUMNS) <= 200 for slots, columns in sizes)
+    assert len({slots for slots, _ in sizes}) > 2
+    sizes.clear()
+    HFGenerator(make_model()).generate(rows[:9], GREEDY._replace(tokens_per_batch=1), 0, ignore)
+    assert {slots for slots, _ in sizes} == {1}
+
+
+def test_whoever_watches_hears_of_every_prompt_and_may_stop_the_work(make_generator):
+    rows, heard = prompts(20), []
+    generator = make_generator(make_model(seed=1))
+    generator.generate(rows, SAMPLING, 3, heard.append)
+    assert sum(heard) == 20
+    assert len(heard) > 3
+
+    def stop(count):
+        raise KeyboardInterrupt
+
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    with pytest.raises(KeyboardInterrupt):
+        generator.generate(rows, SAMPLING, 3, stop)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_draw_falls_where_the_cumulative_probability_passes_it():
+    rng = np.random.default_rng(0)
+    weights = rng.random((200, 700)) * (rng.random((200, 700)) < 0.1)
+    probabilities = torch.tensor(weights / weights.sum(1, keepdims=True), dtype=torch.float32)
+    draws = torch.tensor(rng.random((200, 1)))
+    draws[0], draws[1] = 0.0, 1 - 2.0**-53
+    found = draw(probabilities, draws)
+    exact = probabilities.double().cumsum(1)
+    expected = (exact <= draws * exact[:, -1:]).sum(1)
+    assert found[2:] == expected[2:].tolist()
+    positive = probabilities.nonzero()
+    assert found[0] == positive[positive[:, 0] == 0][0, 1]
+    assert found[1] == positive[positive[:, 0] == 1][-1, 1]
+
+
+def test_nothing_comes_from_the_models_own_generation_config(make_generator):
+    rows = prompts(20)
+    plain = make_generator(make_model(seed=1)).generate(rows, SAMPLING, 3, ignore)
+    model = make_model(seed=1)
+    hostile = {
+        "top_k": 1,
+        "top_p": 0.01,
+        "temperature": 0.01,
+        "repetition_penalty": 5.0,
+        "do_sample": False,
+    }
+    hostile |= {
+        "min_new_tokens": 12,
+        "max_length": 5,
+        "eos_token_id": list(range(5, 200)),
+        "num_beams": 3,
+        "no_repeat_ngram_size": 1,
+    }
+    model.generation_config.update(**hostile)
+    found = make_generator(model).generate(rows, SAMPLING, 3, ignore)
+    assert [c.token_ids.tolist() for c in plain] == [c.token_ids.tolist() for c in found]
+
+
+def test_sampling_is_the_models_distribution_at_temperature_one(make_generator):
+    model = make_model(seed=1)
+    with torch.no_grad():  # few likely tokens, so that frequencies can be told apart
+        model.lm_head.weight[:300] *= 0
+        model.lm_head.weight *= 30
+    prompt = prompts(1)[0]
+    with torch.no_grad():
+        expected = torch.softmax(
+            model(input_ids=torch.tensor(prompt)[None].long()).logits[0, -1], 0
+        )
+    count = 4000
+    sampling = SAMPLING._replace(max_new_tokens=1, tokens_per_batch=30000)
+    drawn = make_generator(model).generate([prompt] * count, sampling, 0, ignore)
+    frequency = torch.bincount(torch.tensor([c.token_ids[0] for c in drawn]), minlength=320) / count
+    assert expected.max() < 0.9
+    # Five standard errors of a binomial proportion.
+    assert torch.all(
+        (frequency - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt() + 1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    "change", [{"temperature": 3.0}, {"temperature": 0.3}, {"top_p": 0.46}, {"top_k": 3}]
+)
+def test_temperature_top_p_and_top_k_shape_the_distribution(change, make_generator):
+    model = make_model(seed=1)
+    with torch.no_grad():
+        model.lm_head.weight[:300] *= 0
+        model.lm_head.weight *= 30
+        prompt = prompts(1)[0]
+        logits = model(input_ids=torch.tensor(prompt)[None].long()).logits[0, -1].double()
+    likeliest = torch.softmax(logits, 0).sort(descending=True)
+    kept = likeliest.indices[: change.get("top_k", 320)].tolist()
+    if "top_p" in change:  # as many of the likeliest as it takes to reach top_p
+        before = likeliest.values.cumsum(0) - likeliest.values
+        kept = likeliest.indices[before < change["top_p"]].tolist()
+    expected = torch.zeros(320, dtype=torch.float64)
+    expected[kept] = torch.softmax(logits[kept] / change.get("temperature", 1.0), 0)
+    count = 4000
+    sampling = SAMPLING._replace(max_new_tokens=1, tokens_per_batch=30000, **change)
+    drawn = make_generator(model).generate([prompt] * count, sampling, 0, ignore)
+    frequency = torch.bincount(torch.tensor([c.token_ids[0] for c in drawn]), minlength=320) / count
+    plain = torch.softmax(logits, 0)
+    assert (expected - plain).abs().max() > 0.05  # the setting matters here
+    assert torch.all(
+        (frequency - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt() + 1e-3
+    )
+
+
+def test_top_k_0_leaves_every_token_possible(make_generator):
+    # A random model's tokens are nearly equally likely; by itself `generate` would keep 50.
+    sampling = SAMPLING._replace(max_new_tokens=1, tokens_per_batch=30000)
+    drawn = make_generator(make_model(seed=1)).generate([prompts(1)[0]] * 3000, sampling, 0, ignore)
+    assert len({int(c.token_ids[0]) for c in drawn}) > 250
+
+
+def test_the_same_seed_gives_the_same_and_the_global_state_is_left_alone(make_generator):
+    generator = make_generator(make_model(seed=1))
+    rows = prompts(7)
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    first, again, other = (generator.generate(rows, SAMPLING, seed, ignore) for seed in (1, 1, 2))
+    assert torch.equal(before, torch.random.get_rng_state())
+    tokens = [[c.token_ids.tolist() for c in found] for found in (first, again, other)]
+    assert tokens[0] == tokens[1] != tokens[2]
+
+
+def test_a_long_prompt_leaves_less_room(make_generator):
+    rows = [token_ids(range(5, 65)), token_ids(range(5, 15))]
+    sampling = GREEDY._replace(stop_token_ids=(319,))
+    found = make_generator(make_model()).generate(rows, sampling, 0, ignore)
+    assert [len(c.token_ids) for c in found] == [4, 12]
+    assert [c.finish_reason for c in found] == ["length", "length"]
+
+
+def test_no_model_is_asked_for_a_token_beyond_max_length(make_generator):
+    # This GPT-2 has 256 positions; a token more is an index error.
+    rows = [token_ids([5] * 250), token_ids([6] * 250)]
+    sampling = GREEDY._replace(stop_token_ids=(319,), max_length=256)
+    found = make_generator(make_model("gpt2")).generate(rows, sampling, 0, ignore)
+    assert [len(c.token_ids) for c in found] == [6, 6]
+
+
+def test_finish_cuts_at_the_first_stop_token_and_adds_none():
+    cut = finish([7, 4, 4, 9], SAMPLING, 12)
+    assert (cut.token_ids.tolist(), cut.finish_reason) == ([7, 4], "stop")
+    cut = finish([7, 8, 9, 4], SAMPLING, 3)
+    assert (cut.token_ids.tolist(), cut.finish_reason) == ([7, 8, 9], "length")
+    cut = finish([4], SAMPLING, 12)
+    assert (cut.token_ids.tolist(), cut.finish_reason) == ([4], "stop")
+
+
+def test_a_model_that_has_scored_answers_as_before():
+    """Scoring leaves an attention implementation of its own behind."""
+    model = make_model("llama")
+    asked = prompts(9)
+    sampling = SAMPLING._replace(temperature=0.0)
+    answers = []
+    for _ in range(2):
+        generator = HFGenerator(model)
+        assert generator.obstacle is None
+        answers.append(
+            [c.token_ids.tolist() for c in generator.generate(asked, sampling, 0, ignore)]
+        )
+        prepare(model, 99)
+    assert answers[0] == answers[1]

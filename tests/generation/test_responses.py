@@ -1,0 +1,128 @@
+"""D_t on disk: one response per prompt and checkpoint, kept for good."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import make_tokenizer
+from test_generation import SAMPLING, ignore
+
+from tpaw.data.examples import Example
+from tpaw.data.token_ids import token_ids
+from tpaw.generation.generator import FakeGenerator
+from tpaw.generation.responses import generate_responses, read_responses, response_facts
+from tpaw.storage.artifacts import is_published, read_manifest
+from tpaw.team import Player
+
+
+class Counting(FakeGenerator):
+    def __init__(self):
+        super().__init__(lambda prompt, seed: [int(prompt[0]), seed % 97 + 5, 4])
+        self.answered = 0
+
+    def generate(self, prompts, sampling, seed, on_done):
+        self.answered += len(prompts)
+        return super().generate(prompts, sampling, seed, on_done)
+
+
+def answer(folder, examples, generator, on_done=ignore, seed=0):
+    tokenizer = make_tokenizer()
+    generate_responses(
+        folder,
+        Player(2, "", "f"),
+        examples,
+        lambda: generator,
+        tokenizer.decode,
+        SAMPLING,
+        shard_size=4,
+        seed=seed,
+        on_done=on_done,
+    )
+
+
+def make_examples(count):
+    return [
+        Example(f"{i}-x", token_ids([i + 5, 6]), token_ids([i + 5, 7, 4]), "p", "t")
+        for i in range(count)
+    ]
+
+
+def test_responses_are_one_per_example_in_order_with_what_was_counted(tmp_path):
+    examples = make_examples(10)
+    answer(
+        tmp_path / "r",
+        examples,
+        FakeGenerator(lambda prompt, seed: [int(prompt[0]), 7, *([4] * int(prompt[0] % 3 == 2))]),
+    )
+    responses = read_responses(tmp_path / "r")
+    assert [r.example_id for r in responses] == [e.id for e in examples]
+    assert [r.finish_reason for r in responses] == [
+        "stop" if i % 3 == 0 else "length" for i in range(10)
+    ]
+    assert responses[0].token_ids.tolist() == [5, 7, 4]
+    assert responses[1].token_ids.tolist() == [
+        6,
+        7,
+    ]
+    facts = response_facts(tmp_path / "r")
+    # Every third example is answered with its target's very ids; the others without the last.
+    assert (facts["rows"], facts["identical"], facts["truncated"], facts["tokens"]) == (
+        10,
+        4,
+        6,
+        24,
+    )
+    assert read_manifest(tmp_path / "r")["player"] == 2
+
+
+def test_a_kill_costs_one_shard_and_nothing_is_answered_twice(tmp_path):
+    examples = make_examples(10)
+    answer(tmp_path / "whole", examples, Counting())
+    generator, calls = Counting(), 0
+
+    def kill_at_sixth(count):
+        nonlocal calls
+        calls += count
+        if calls == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        answer(tmp_path / "r", examples, generator, kill_at_sixth)
+    assert not is_published(tmp_path / "r")
+    assert generator.answered == 8
+    rest = Counting()
+    answer(tmp_path / "r", examples, rest)
+    assert rest.answered == 6  # the second shard again, and the third
+    for shard in (tmp_path / "whole").glob("*.parquet"):
+        assert shard.read_bytes() == (tmp_path / "r" / shard.name).read_bytes()
+
+
+def test_the_model_is_loaded_once_and_only_if_a_shard_is_missing(tmp_path):
+    loads, done = [], []
+
+    def load():
+        loads.append(1)
+        return Counting()
+
+    for _ in range(2):
+        generate_responses(
+            tmp_path / "r",
+            Player(0, "", "f"),
+            make_examples(10),
+            load,
+            make_tokenizer().decode,
+            SAMPLING,
+            shard_size=4,
+            seed=0,
+            on_done=done.append,
+        )
+    assert len(loads) == 1
+    assert sum(done) == 20  # shards that are there count as done
+
+
+def test_shards_and_players_have_their_own_seeds(tmp_path):
+    examples = make_examples(8)
+    answer(tmp_path / "a", examples, Counting(), seed=0)
+    answer(tmp_path / "b", examples, Counting(), seed=1)
+    a, b = ([int(r.token_ids[1]) for r in read_responses(tmp_path / x)] for x in "ab")
+    assert len({a[0], a[4], b[0], b[4]}) == 4
+    assert a[0] == a[3]

@@ -1,0 +1,85 @@
+"""Log-probs of labels from hidden states, chunk by chunk, against torch's own in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tpaw.logprobs.fused_head
+import tpaw.logprobs.response
+from tpaw.logprobs.fused_head import token_logps
+
+
+def reference_token_logps(hidden, weight, bias, labels):
+    logits = hidden @ weight.T + (0 if bias is None else bias)
+    return torch.log_softmax(logits, dim=1)[torch.arange(len(labels)), labels]
+
+
+@pytest.mark.parametrize("tokens_in_a_chunk", [1, 3, 10, 11, 100])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_chunked_log_probs_and_their_gradients(tokens_in_a_chunk, has_bias, dtype, monkeypatch):
+    monkeypatch.setattr(tpaw.logprobs.fused_head, "LOGITS_IN_A_CHUNK", tokens_in_a_chunk * 23 + 22)
+    torch.manual_seed(tokens_in_a_chunk)
+    leaves = [torch.randn(10, 7) * 3, torch.randn(23, 7), *([torch.randn(23)] if has_bias else [])]
+    labels = torch.randint(0, 23, (10,))
+    labels[3] = labels[4]
+    upstream = torch.randn(10)
+
+    def run(function, of):
+        hidden, weight, bias = [x.detach().to(of).requires_grad_() for x in leaves] + [None] * (
+            not has_bias
+        )
+        logps = function(hidden, weight, bias, labels)
+        inputs = [x for x in (hidden, weight, bias) if x is not None]
+        return [logps, *torch.autograd.grad((logps * upstream.to(of)).sum(), inputs)]
+
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    for found, wanted in zip(
+        run(token_logps, dtype), run(reference_token_logps, torch.float64), strict=True
+    ):
+        assert found.dtype == dtype
+        assert torch.allclose(found.double(), wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_a_second_backward_gives_the_same_gradient_again():
+    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4)
+    logps = token_logps(hidden, weight, None, torch.arange(6))
+    [first] = torch.autograd.grad(logps.sum(), hidden, retain_graph=True)
+    [second] = torch.autograd.grad(logps.sum(), hidden)
+    assert torch.allclose(first, second, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e4, -1e4])
+def test_large_logits_do_not_overflow(scale):
+    hidden, weight = torch.tensor([[scale, 0.0]]), torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    logps = token_logps(hidden, weight, None, torch.tensor([0]))
+    assert logps.item() == (0 if scale > 0 else -2e4)
+
+
+@pytest.mark.parametrize("by", ["weights", "autocast"])
+def test_bf16_loses_what_its_operands_round_and_no_more(by):
+    """Logits from rounded operands, in fp32; a bf16 logit would be off by up to 0.06 at 16."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(200, 64), torch.randn(500, 64)
+    labels = torch.randint(0, 500, (200,))
+    rounded = (x.bfloat16() for x in (hidden, weight)) if by == "weights" else (hidden, weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=by == "autocast"):
+        found = token_logps(*rounded, None, labels)
+    assert found.dtype == torch.float32
+    operands = [x.bfloat16() if by == "weights" else x for x in (hidden, weight)]
+    expected = reference_token_logps(*(x.double() for x in operands), None, labels)
+    # A CPU multiplies in fp32, so only the rounding of the operands, if any, is lost.
+    assert (found - expected).abs().max() < 1e-4
+    # Gradients are sums of products that were rounded to bf16 once.
+    leaves = [x.detach().requires_grad_() for x in operands]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=by == "autocast"):
+        gradients = torch.autograd.grad(token_logps(*leaves, None, labels).sum(), leaves)
+    exact = [x.double().detach().requires_grad_() for x in operands]
+    wanted = torch.autograd.grad(reference_token_logps(*exact, None, labels).sum(), exact)
+    for gradient, expected_gradient, leaf in zip(gradients, wanted, leaves, strict=True):
+        assert gradient.dtype == leaf.dtype
+        error = (gradient - expected_gradient).norm() / expected_gradient.norm()
+        assert error < 2**-8
+    in_bf16 = torch.log_softmax(hidden.bfloat16() @ weight.bfloat16().T, dim=1).double()
+    assert (in_bf16[torch.arange(200), labels] - expected).abs().max() > 1e-2

@@ -1,0 +1,216 @@
+"""Which models are packed, whose head answers, and that both are right."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import make_model
+from test_response import LAYOUTS, expected_logps, ragged_team
+
+from tpaw.logprobs.packing import PACKED_ROWS, PADDED_ROWS, packed_row
+from tpaw.logprobs.prepare import prepare
+from tpaw.logprobs.response import HeadChangedError, answer_with_logits, response_logps
+
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+
+
+ONE_A_ROW = "one sequence a row, prompts not shared: "
+
+
+ALL_LOGITS = "all logits are held: the model changes what its output head gives"
+
+
+ARCHITECTURES = {
+    "mistral": ({"sliding_window": 8}, [ONE_A_ROW + "its window of 8 tokens is shorter than 40"]),
+    "mistral-wide": ({"sliding_window": 40}, []),
+    "phi3": ({"sliding_window": None}, []),
+    "qwen3": ({}, []),
+    "olmo2": ({}, []),
+    "gemma3_text": (
+        {"sliding_window": 8, "query_pre_attn_scalar": 8},
+        [ONE_A_ROW + "its window of 8 tokens is shorter than 40"],
+    ),
+    "gemma2": (
+        {"sliding_window": 64, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
+        [ALL_LOGITS, ONE_A_ROW + "its attention is 'eager', not sdpa"],
+    ),
+    "granite": ({"logits_scaling": 4.0}, [ALL_LOGITS]),
+    "cohere": ({"logit_scale": 0.5}, [ALL_LOGITS]),
+    "bloom": (
+        {"n_layer": 2, "n_head": 4},
+        [ONE_A_ROW + "its attention is 'eager', not sdpa"],
+    ),
+    "falcon": (
+        {"alibi": True, "head_dim": None, "new_decoder_architecture": False, "multi_query": True},
+        [ONE_A_ROW + "its attention does not follow transformers' interface"],
+    ),
+    "mamba": (
+        {"state_size": 4},
+        [ONE_A_ROW + "its attention is 'eager', not sdpa"],
+    ),
+    "opt": ({"ffn_dim": 48, "word_embed_proj_dim": 32}, []),
+    "gpt_neox": ({"rotary_pct": 0.5}, []),
+    "qwen3_moe": ({"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}, []),
+    "llama4_text": (
+        {"attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 48},
+        [ONE_A_ROW + "it has layers of chunked_attention"],
+    ),
+    "gpt_oss": (
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64},
+        [ONE_A_ROW + "its attention is 'eager', not sdpa"],
+    ),
+}
+
+
+def architecture(name, seed=0):
+    kind = name.partition("-")[0]
+    settings = TINY | ARCHITECTURES[name][0]
+    if settings["head_dim"] is None:
+        del settings["head_dim"]
+    config = transformers.AutoConfig.for_model(kind, **settings)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():  # small weights would hide what a layer does
+        if parameter.dim() > 1:
+            parameter.data.normal_(std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_architecture_is_packed_if_it_can_be_and_right_in_any_case(name):
+    model, reference = architecture(name), architecture(name)
+    layout, notes = prepare(model, 40)
+    expected_notes = ARCHITECTURES[name][1]
+    assert len(notes) == len(expected_notes), notes
+    for note, expected in zip(notes, expected_notes, strict=True):
+        assert note.startswith(expected)
+    assert (layout is PACKED_ROWS) == (not any(ONE_A_ROW in note for note in notes))
+    sequences = [s for s in ragged_team(3, seed=1, vocab_size=64) if sum(map(len, s)) <= 40]
+    with torch.no_grad():
+        expected_S = expected_logps(reference, sequences)
+        logps_S = response_logps(model, layout.rows(sequences))
+    assert torch.allclose(logps_S, expected_S, rtol=1e-5, atol=1e-4)
+
+
+def test_a_prepared_model_generates_and_gives_logits_as_before():
+    model, reference = make_model("llama"), make_model("llama")
+    prepare(model, 99)
+    ids = torch.randint(5, 320, (3, 12))
+    mask = torch.ones_like(ids)
+    ids[0, :5] = mask[0, :5] = 0
+    for call in (
+        lambda m: m.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False),
+        lambda m: m(input_ids=ids, attention_mask=mask).logits,
+        lambda m: m(input_ids=ids).logits,
+    ):
+        assert torch.equal(call(model), call(reference))
+
+
+def test_preparing_twice_is_as_once_and_can_be_undone():
+    model = make_model("llama")
+    forward = model.lm_head.forward
+    first, second = prepare(model, 99), prepare(model, 99)
+    assert first == second
+    answer_with_logits(model.lm_head)
+    assert model.lm_head.forward == forward
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_a_copy_of_a_prepared_model_has_a_head_of_its_own(kind):
+    model = make_model(kind)
+    prepare(model, 99)
+    other = copy.deepcopy(model)
+    rows = packed_row(ragged_team(2, seed=0))
+    before = response_logps(other, rows)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    after = response_logps(other, rows)
+    assert torch.equal(before, after)
+    after.sum().backward()
+    assert other.lm_head.weight.grad.abs().max() > 0
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_choice_of_attention_is_respected():
+    model = make_model("llama")
+    model.set_attn_implementation("eager")
+    layout, notes = prepare(model, 99)
+    assert layout is PADDED_ROWS
+    assert notes == (ONE_A_ROW + "its attention is 'eager', not sdpa",)
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_model_that_lies_about_its_attention_is_found_out(kind, monkeypatch):
+    """One that ignores positions gives other numbers from packed rows, so it must not get any."""
+    model = make_model(kind)
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda position_ids=None, **kw: forward(**kw))
+    layout, notes = prepare(model, 99)
+    assert layout is PADDED_ROWS
+    assert notes == (ONE_A_ROW + "its attention gives other results from packed rows",)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["granite", "gemma2"])
+def test_weights_in_bf16_do_not_hide_what_a_model_does_to_its_logits(name):
+    """Their own rounding is larger than what a soft cap or a scale changes on a few tokens."""
+    model = architecture(name).bfloat16()
+    assert prepare(model, 40).notes[0] == ALL_LOGITS
+
+
+def test_weights_in_bf16_do_not_hide_wrong_attention(monkeypatch):
+    model = make_model("gpt2").bfloat16()
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda position_ids=None, **kw: forward(**kw))
+    assert prepare(model, 99).layout is PADDED_ROWS
+
+
+@LAYOUTS
+def test_a_head_that_is_changed_without_a_trial_is_noticed_in_the_call(layout):
+    model = architecture("granite")
+    next(model.parameters()).ds_id = 0  # as DeepSpeed marks what it has taken apart
+    assert prepare(model, 40) == (PACKED_ROWS, ())
+    with pytest.raises(HeadChangedError):
+        response_logps(model, layout.rows(ragged_team(1, seed=1, vocab_size=64)))
+
+
+def test_a_log_prob_that_is_no_number_is_not_taken_for_a_changed_head():
+    model = make_model("llama")
+    prepare(model, 99)
+    model.lm_head.weight.data[7] = math.nan
+    assert response_logps(model, packed_row(ragged_team(1, seed=0))).isnan().any()
+
+
+def test_virtual_tokens_are_refused():
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = peft.get_peft_model(make_model("llama"), config)
+    with pytest.raises(ValueError, match="virtual tokens"):
+        prepare(model, 99)
+
+
+def test_lora_may_come_around_a_head_that_has_answered():
+    model = make_model("llama", seed=5)
+    prepare(model, 99)
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
+    model = peft.get_peft_model(model, config)
+    expected_S = expected_logps(model, ragged_team(2, seed=0))
+    assert prepare(model, 99) == (PACKED_ROWS, ())
+    logps_S = response_logps(model, packed_row(ragged_team(2, seed=0)))
+    assert torch.allclose(logps_S, expected_S, rtol=1e-5)

@@ -1,0 +1,234 @@
+"""Log-probs of responses against one float64 sequence at a time."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import peft
+import pytest
+import torch
+from conftest import make_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import tpaw.logprobs.fused_head
+import tpaw.logprobs.response
+from tpaw.data.token_ids import token_ids
+from tpaw.logprobs.attention import packed_attention
+from tpaw.logprobs.packing import PACKED_ROWS, PADDED_ROWS, packed_row, padded_rows
+from tpaw.logprobs.prepare import prepare
+from tpaw.logprobs.response import response_logps
+
+LAYOUTS = pytest.mark.parametrize("layout", [PACKED_ROWS, PADDED_ROWS], ids=["packed", "padded"])
+
+
+def oracle(model, prompt, response):
+    """log π(y|x), one unpadded float64 sequence, token by token; differentiable."""
+    ids = torch.tensor([*prompt, *response])[None].long()
+    logps = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0], dim=-1)
+    total = torch.zeros((), dtype=torch.float64)
+    for position, token in enumerate(response, start=len(prompt)):
+        total = total + logps[position - 1, int(token)]
+    return total
+
+
+def ragged(count, seed, vocab_size=320, longest=40):
+    """Random sequences; among them a prompt of one token and an empty response."""
+    rng = np.random.default_rng(seed)
+    sizes = [(int(rng.integers(1, longest)), int(rng.integers(0, longest))) for _ in range(count)]
+    sizes[:3] = [(1, 5), (4, 0), (1, 1)]
+    return [
+        (token_ids(rng.integers(0, vocab_size, p)), token_ids(rng.integers(0, vocab_size, r)))
+        for p, r in sizes
+    ]
+
+
+def ragged_team(players, seed, vocab_size=320):
+    """Prompts, each with a target and a response of every player; the first are hostile."""
+    rng = np.random.default_rng(seed)
+
+    def ids(length):
+        return token_ids(rng.integers(0, vocab_size, length))
+
+    sequences = []
+    for prompt_length, target_length in [(1, 6), (3, 1), (2, 5), (int(rng.integers(1, 30)), 9)]:
+        prompt, target = ids(prompt_length), ids(target_length)
+        generated = [ids(rng.integers(0, 25)) for _ in range(players)]
+        if prompt_length == 2:
+            generated[0] = target  # the opponent has learned it by heart
+        if prompt_length == 3:
+            generated[0] = ids(0)
+        sequences += [(prompt, target), *((prompt, g) for g in generated)]
+    return sequences
+
+
+def expected_logps(model, sequences):
+    return torch.stack([oracle(model, *sequence) for sequence in sequences])
+
+
+@LAYOUTS
+@pytest.mark.parametrize("players", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt2"])
+def test_values_and_gradients_equal_the_oracle_on_ragged_rows(kind, players, layout):
+    sequences = ragged_team(players, seed=players)
+    reference = make_model(kind, seed=players).double()
+    expected_S = expected_logps(reference, sequences)
+    weights_S = torch.linspace(-1, 1, len(sequences), dtype=torch.float64)
+    expected = torch.autograd.grad((weights_S * expected_S).sum(), list(reference.parameters()))
+
+    model = make_model(kind, seed=players)
+    assert prepare(model, 99) == (PACKED_ROWS, ())
+    logps_S = response_logps(model, layout.rows(sequences))
+    assert logps_S.dtype == torch.float64
+    assert torch.allclose(logps_S, expected_S, rtol=1e-5, atol=0)
+    assert logps_S[players + 2] == 0  # the empty response
+    assert logps_S[2 * players + 2] == logps_S[2 * players + 3]  # the one learned by heart
+    gradients = torch.autograd.grad((weights_S * logps_S).sum(), list(model.parameters()))
+    for found, wanted in zip(gradients, expected, strict=True):
+        assert torch.allclose(
+            found.double(), wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item()
+        )
+
+
+@LAYOUTS
+def test_values_equal_the_oracle_to_the_last_digits_of_float64(layout):
+    sequences = ragged_team(3, seed=0)
+    model = make_model("llama").double()
+    prepare(model, 99)
+    expected_S = expected_logps(make_model("llama").double(), sequences)
+    assert torch.allclose(
+        response_logps(model, layout.rows(sequences)), expected_S, rtol=1e-12, atol=0
+    )
+
+
+def test_what_lies_beside_a_sequence_changes_nothing():
+    model = make_model("llama").double()
+    prepare(model, 99)
+    sequences = ragged_team(3, seed=2)
+    together = response_logps(model, packed_row(sequences))
+    for rows_of in (packed_row, padded_rows):
+        alone = torch.cat([response_logps(model, rows_of([s])) for s in sequences])
+        assert torch.allclose(alone, together, rtol=1e-12, atol=0)
+
+
+def test_a_sum_and_no_mean_and_no_prompt_tokens():
+    model = make_model()
+    (prompt, response) = token_ids([1, 2, 3]), token_ids([4, 5, 6, 7])
+    one, two = token_ids([4, 5]), token_ids([6, 7])
+
+    def logp(p, r):
+        return response_logps(model, padded_rows([(p, r)])).item()
+
+    # The chain rule: log π(ab|x) = log π(a|x) + log π(b|xa).
+    chained = logp(prompt, one) + logp(np.concatenate([prompt, one]), two)
+    assert logp(prompt, response) == pytest.approx(chained, abs=1e-4)
+
+
+def test_terms_are_float32_and_their_sum_float64_whatever_the_logits_are():
+    class Coin(torch.nn.Module):
+        """Two tokens, equally likely, in the type that autocast leaves logits in."""
+
+        def forward(self, input_ids, use_cache):
+            return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 2, dtype=torch.bfloat16))
+
+    rows = padded_rows([(token_ids([0]), token_ids([1] * 1000))])
+    # ln 2 is 0.691 in bf16, and float32 has steps of 6e-5 at 693.
+    logp = response_logps(Coin(), rows).item()
+    assert logp == pytest.approx(-1000 * math.log(2), abs=4e-6)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation made."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.elements = max(self.elements, leaf.untyped_storage().nbytes() // 4)
+        return result
+
+
+@LAYOUTS
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_no_tensor_is_as_large_as_the_logits(kind, layout, monkeypatch):
+    V, H, C = 5000, 32, 16
+    monkeypatch.setattr(tpaw.logprobs.fused_head, "LOGITS_IN_A_CHUNK", C * V)
+    model = make_model(kind, vocab_size=V)
+    prepare(model, 99)
+    sequences = [(token_ids(range(9)), token_ids(range(i, i + 30))) for i in range(8)]
+    with Largest() as largest:
+        response_logps(model, layout.rows(sequences)).sum().backward()
+    assert V * H <= largest.elements <= max(V * H, C * V)  # the head's gradient, or a chunk
+    assert largest.elements < 8 * 30 * V / 4
+
+
+@LAYOUTS
+@pytest.mark.parametrize("target", ["all-linear", ["lm_head", "q_proj"]])
+def test_lora_on_the_body_and_on_the_head(target, layout, monkeypatch):
+    monkeypatch.setattr(tpaw.logprobs.response, "TOKENS_IN_A_CHUNK", 7)
+    sequences = ragged_team(2, seed=5)
+    results = []
+    for is_oracle in (True, False):
+        torch.manual_seed(1)
+        model = peft.get_peft_model(
+            make_model("llama", seed=5),
+            peft.LoraConfig(r=4, target_modules=target, init_lora_weights=False),
+        ).double()
+        if is_oracle:
+            logps_S = expected_logps(model, sequences)
+        else:
+            assert prepare(model, 99) == (PACKED_ROWS, ())
+            logps_S = response_logps(model, layout.rows(sequences))
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        assert any("lora" in name for name in trained)
+        results.append([logps_S, *torch.autograd.grad(logps_S.sum(), list(trained.values()))])
+    for wanted, found in zip(*results, strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max().item())
+
+
+def test_a_wrapper_that_rounds_what_the_model_returns_does_not_round_log_probs():
+    """FSDP2 does so in mixed precision."""
+
+    class Rounding(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, **inputs):
+            output = self.model(**inputs).logits.bfloat16()
+            output.register_hook(heard.append)  # as FSDP2 does, to gather weights for backward
+            return SimpleNamespace(logits=output)
+
+    heard = []
+    model = make_model("llama")
+    prepare(model, 99)
+    rows = packed_row(ragged_team(2, seed=0))
+    results = []
+    for entered in (model, Rounding(model)):
+        logps_S = response_logps(entered, rows)
+        results.append([logps_S, *torch.autograd.grad(logps_S.sum(), list(model.parameters()))])
+    for plain, rounded in zip(*results, strict=True):
+        assert torch.equal(plain, rounded)
+    assert len(heard) == 1
+
+
+@pytest.mark.parametrize("asked", [{"sliding_window": 7}, {"softcap": 30.0}, {"s_aux": 1.0}])
+def test_attention_that_spans_do_not_have_is_refused_and_never_left_out(asked):
+    rows = packed_row([(token_ids(range(4)), token_ids(range(5)))])  # 8 tokens
+    states = torch.randn(1, 2, 8, 4)
+    options = {"tpaw_spans": rows["spans"]}
+    packed_attention(None, states, states, states, None, sliding_window=8, **options)
+    with pytest.raises(ValueError, match="packed attention has no (softcap|s_aux|sliding window)"):
+        packed_attention(None, states, states, states, None, **asked, **options)
+
+
+@LAYOUTS
+def test_a_prompt_without_tokens_is_refused(layout):
+    with pytest.raises(ValueError, match="a prompt has no tokens"):
+        layout.rows([(token_ids([]), token_ids([1, 2]))])

@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from conftest import make_model, make_tokenizer, save_model
+from safetensors.torch import save_file
+from transformers import BertConfig, Qwen2ForSequenceClassification, T5Config
+
+from tpaw.config.files import validate
+from tpaw.config.schema import ModelConfig
+from tpaw.errors import ArtifactError, InputError
+from tpaw.models.loading import (
+    check_model,
+    disable_dropout,
+    fingerprint,
+    initial_player,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    stop_token_ids,
+)
+from tpaw.team import Player
+
+CPU = torch.device("cpu")
+
+
+def check(settings, path, **changes):
+    settings = settings | changes
+    settings["model"] = {"path": str(path)}
+    return check_model(validate(settings))
+
+
+def test_decoders_pass(settings, tmp_path):
+    for kind in ("qwen2", "llama", "gpt2"):
+        assert check(settings, save_model(tmp_path / kind, kind)).model_type == kind
+
+
+def test_models_that_cannot_play(settings, tmp_path, model_folder):
+    T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path / "t5")
+    with pytest.raises(InputError, match="t5 is an encoder-decoder"):
+        check(settings, tmp_path / "t5")
+    config = make_model().config
+    Qwen2ForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
+    with pytest.raises(InputError, match="Qwen2ForSequenceClassification is not a causal language"):
+        check(settings, tmp_path / "classifier")
+    BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(tmp_path / "bert")
+    with pytest.raises(InputError, match="BertForMaskedLM is not a causal language model"):
+        check(settings, tmp_path / "bert")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="an adapter, not a model; merge it"):
+        check(settings, tmp_path / "adapter")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="without config.json"):
+        check(settings, tmp_path / "empty")
+    with pytest.raises(InputError, match="neither a model folder here nor a model that the hub"):
+        check(settings, tmp_path / "missing")
+    with pytest.raises(InputError, match="max_length: 300 is beyond the 256 positions"):
+        check(settings, model_folder, max_length=300)
+    check(settings, model_folder, max_length=256)  # all of them may be used
+
+
+def test_the_fingerprint_is_of_the_weights_and_not_of_their_place_or_shards(tmp_path):
+    model = make_model(seed=1)
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    shutil.copytree(tmp_path / "whole", tmp_path / "moved")
+    same = {fingerprint(tmp_path / name) for name in ("whole", "sharded", "moved")}
+    assert len(same) == 1
+    with torch.no_grad():
+        model.model.norm.weight[3] += 1e-6
+    model.save_pretrained(tmp_path / "edited")
+    make_model(seed=1).to(torch.bfloat16).save_pretrained(tmp_path / "other_dtype")
+    assert fingerprint(tmp_path / "edited") not in same
+    assert fingerprint(tmp_path / "other_dtype") not in same
+    with pytest.raises(InputError, match="holds no weights"):
+        fingerprint(tmp_path)
+
+
+def test_names_types_and_shapes_are_part_of_the_fingerprint(tmp_path):
+    same_bytes = {
+        "a": {"x.weight": torch.zeros(2, 3)},
+        "renamed": {"y.weight": torch.zeros(2, 3)},
+        "reshaped": {"x.weight": torch.zeros(3, 2)},
+        "retyped": {"x.weight": torch.zeros(2, 3, dtype=torch.int32)},
+    }
+    for name, tensors in same_bytes.items():
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    assert len({fingerprint(tmp_path / name) for name in same_bytes}) == 4
+
+
+def test_pickled_weights_have_a_fingerprint_too(tmp_path):
+    for name, value in (("a", 1.0), ("copy", 1.0), ("b", 2.0)):
+        (tmp_path / name).mkdir()
+        torch.save({"x.weight": torch.tensor([value])}, tmp_path / name / "pytorch_model.bin")
+    a, copy, b = (fingerprint(tmp_path / name) for name in ("a", "copy", "b"))
+    assert a == copy != b
+
+
+def test_a_hub_id_is_recorded_with_its_commit_and_found_again(tmp_path, monkeypatch):
+    commit = save_model(tmp_path / "0123abc")  # the hub's cache names a snapshot by its commit
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda path, revision, allow_patterns: str(commit)
+    )
+    config, record = ModelConfig(path="org/model", revision="main"), tmp_path / "players" / "0.json"
+    player = initial_player(config, record)
+    assert player == Player(0, str(commit), fingerprint(commit))
+    assert json.loads(record.read_text())["revision"] == "0123abc"
+    assert initial_player(config, record) == player
+
+
+def test_the_initial_player_is_recorded_and_edited_weights_are_refused(tmp_path):
+    folder = save_model(tmp_path / "model")
+    config, record = ModelConfig(path=str(folder)), tmp_path / "run" / "players" / "0.json"
+    record.parent.parent.mkdir()
+    player = initial_player(config, record)
+    assert player == Player(0, str(folder), fingerprint(folder))
+    assert json.loads(record.read_text())["fingerprint"] == player.fingerprint
+    assert initial_player(config, record) == player
+    assert not load_model(player, config, dtype=torch.float32, device=CPU).training
+    make_model(seed=9).save_pretrained(folder)
+    with pytest.raises(InputError, match="its weights are not those that this run began with"):
+        initial_player(config, record)
+    shutil.rmtree(folder)
+    absent = initial_player(config, record)
+    assert absent.fingerprint == player.fingerprint
+    with pytest.raises(InputError, match="not there, but θ_0 is needed"):
+        load_model(absent, config, dtype=torch.float32, device=CPU)
+
+
+def test_absent_weights_are_an_error_and_not_random_numbers(tmp_path):
+    model = make_model("llama")
+    state = {k: v for k, v in model.state_dict().items() if "layers.1.mlp" not in k}
+    model.save_pretrained(tmp_path, state_dict=state)
+    player = Player(0, str(tmp_path), "")
+    with pytest.raises(ArtifactError, match=r"lacks weights of the model: model.layers.1.mlp"):
+        load_model(player, ModelConfig(path="x"), dtype=torch.float32, device=CPU)
+
+
+SMALL = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+DROPPING = {
+    "gpt2": transformers.GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, vocab_size=99, resid_pdrop=0.5, attn_pdrop=0.5
+    ),
+    "llama": transformers.LlamaConfig(**SMALL, intermediate_size=32, attention_dropout=0.5),
+    "opt": transformers.OPTConfig(**SMALL, ffn_dim=32, dropout=0.5, word_embed_proj_dim=32),
+    "gpt_bigcode": transformers.GPTBigCodeConfig(
+        n_embd=32, n_layer=2, n_head=4, vocab_size=99, attn_pdrop=0.5, resid_pdrop=0.5
+    ),
+    "bloom": transformers.BloomConfig(
+        vocab_size=99,
+        hidden_size=32,
+        n_layer=2,
+        n_head=4,
+        hidden_dropout=0.5,
+        attention_dropout=0.5,
+    ),
+    "falcon": transformers.FalconConfig(**SMALL, hidden_dropout=0.5, attention_dropout=0.5),
+    "mixtral": transformers.MixtralConfig(
+        **SMALL, intermediate_size=32, num_key_value_heads=2, router_jitter_noise=0.5
+    ),
+}
+
+
+@pytest.mark.parametrize("family", DROPPING)
+def test_nothing_is_dropped_in_training_mode(family):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(DROPPING[family])
+    ids = torch.arange(20)[None]
+    model.train()
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    disable_dropout(model)
+    trained = model(ids).logits
+    model.eval()
+    assert torch.equal(trained, model(ids).logits)
+
+
+def test_rope_that_depends_on_the_batch_is_refused(settings, tmp_path):
+    folder = save_model(tmp_path / "m", "llama")
+    config = json.loads((folder / "config.json").read_text())
+    for kind in ("dynamic", "longrope"):
+        rope = {"rope_type": kind, "factor": 2.0, "rope_theta": 1e4}
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if kind == "longrope" else {}
+        rope |= {"original_max_position_embeddings": 128}
+        (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+        check(settings, folder, max_length=128)
+        with pytest.raises(InputError, match=f"max_length: 200: beyond 128 tokens this .* {kind}"):
+            check(settings, folder, max_length=200)
+
+
+def test_damaged_weights_are_refused_before_anything_is_written(settings, tmp_path):
+    folder = save_model(tmp_path / "m")
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-500])
+    with pytest.raises(InputError, match=r"model.safetensors: damaged: \d+ bytes; its header says"):
+        check(settings, folder)
+    weights.write_bytes(b"nonsense" + whole[8:])
+    with pytest.raises(InputError, match="damaged"):
+        check(settings, folder)
+    weights.unlink()
+    with pytest.raises(InputError, match="holds no weights"):
+        check(settings, folder)
+
+
+def test_an_attention_that_is_not_there(settings, model_folder):
+    for name in ("foo", "flash_attention_2"):
+        settings["model"] = {"path": str(model_folder), "attn_implementation": name}
+        with pytest.raises(InputError, match=f"model.attn_implementation: '{name}' cannot be used"):
+            check_model(validate(settings))
+
+
+def test_an_unreadable_generation_config_is_not_taken_for_an_absent_one(tmp_path):
+    folder = save_model(tmp_path / "m")
+    (folder / "generation_config.json").write_text("{")
+    config = ModelConfig(path=str(folder))
+    with pytest.raises(InputError, match=r"generation_config.json"):
+        stop_token_ids(config, load_tokenizer(config))
+
+
+def test_stop_tokens_are_the_tokenizers_and_the_generation_configs(tmp_path):
+    folder = save_model(tmp_path / "m")
+    config = ModelConfig(path=str(folder))
+    assert stop_token_ids(config, load_tokenizer(config)) == (4,)
+    published = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(published | {"eos_token_id": [4, 0]}))
+    assert stop_token_ids(config, load_tokenizer(config)) == (4, 0)
+    chosen = ModelConfig(path=str(folder), eos_token="<|bos|>")
+    assert stop_token_ids(chosen, load_tokenizer(chosen)) == (5, 4, 0)
+    with pytest.raises(InputError, match="model.eos_token: '<nope>' is not in the vocabulary"):
+        load_tokenizer(ModelConfig(path=str(folder), eos_token="<nope>"))
+
+
+def test_no_end_of_sequence_token_at_all(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    config = ModelConfig(path=str(tmp_path))
+    with pytest.raises(InputError, match="has no end-of-sequence token; set model.eos_token"):
+        stop_token_ids(config, load_tokenizer(config))
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="tokenizer knows no text"):
+        load_tokenizer(ModelConfig(path=str(tmp_path)))
+
+
+def test_a_device_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto").type == "cpu"
+    with pytest.raises(InputError, match="device: 'cuda' is not there"):
+        pick_device("cuda")

@@ -1,0 +1,230 @@
+"""A run goes on: from anywhere, after anything, and never over damaged files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+
+import pytest
+
+import tpaw.pipeline.stages
+import tpaw.training.iteration
+from tpaw.config.files import validate
+from tpaw.errors import ArtifactError, DivergenceError, TpawError
+from tpaw.selfplay import self_play
+from tpaw.storage.run_directory import RunDirectory
+from tpaw.training.trainer import TeamTrainer
+
+
+def test_a_finished_run_comes_back_at_once_from_anywhere(finished, tmp_path, monkeypatch):
+    run, config = finished
+    moved = tmp_path / "elsewhere" / "run"
+    shutil.copytree(run.root, moved)
+
+    def load_model(*args, **kwargs):
+        raise AssertionError("a finished run needs no model")
+
+    monkeypatch.setattr(tpaw.pipeline.stages, "load_model", load_model)
+    before = {p: p.read_bytes() for p in moved.rglob("*.safetensors")}
+    assert self_play(config, moved).path == str(moved / "iterations" / "4" / "checkpoint")
+    assert before == {p: p.read_bytes() for p in moved.rglob("*.safetensors")}
+    private = str(run.root).encode()
+    for path in moved.rglob("*"):
+        if path.is_file():
+            assert private not in path.read_bytes(), f"{path} names the run's own folder"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "inputs/train.parquet",
+        "iterations/1/responses/shard-00001.parquet",
+        "iterations/2/checkpoint/model.safetensors",
+        "iterations/3/evaluation/exact_match.jsonl",
+        "logprobs/*/iteration-1-00000.parquet",
+    ],
+)
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_artifact_is_named_and_refused_and_not_redone(finished, tmp_path, name, damage):
+    run, config = finished
+    shutil.copytree(run.root, tmp_path / "run")
+    path = next((tmp_path / "run").glob(name))
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif damage == "truncate":
+        path.write_bytes(content[:-1])
+    else:
+        path.unlink()
+    damaged = path.read_bytes() if path.exists() else None
+    with pytest.raises(ArtifactError, match=path.name):
+        self_play(config, tmp_path / "run")
+    assert (path.read_bytes() if path.exists() else None) == damaged
+
+
+def test_a_saved_step_that_is_damaged_is_refused_too(settings, tmp_path):
+    from tpaw.errors import Interrupted
+    from tpaw.runtime.interrupt import StopSignal
+
+    config, stop = validate(settings), StopSignal()
+
+    original = tpaw.pipeline.stages.train_iteration
+
+    def stopping(*args, on_step, **kwargs):
+        def step(count, note):
+            on_step(count, note)
+            stop.signal_number = 15
+
+        return original(*args, on_step=step, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tpaw.pipeline.stages, "train_iteration", stopping)
+        with pytest.raises(Interrupted) as caught:
+            self_play(config, tmp_path / "r", stop)
+    assert caught.value.exit_code == 143
+    saved = tmp_path / "r" / "iterations" / "1" / "training" / "checkpoint-1"
+    stop.signal_number = None
+    state = saved / "optimizer.pt"
+    content = bytearray(state.read_bytes())
+    content[100] ^= 1
+    state.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"checkpoint-1/optimizer.pt: damaged"):
+        self_play(config, tmp_path / "r", stop)
+
+
+def test_a_lost_manifest_is_named_and_nothing_is_redone_over_it(finished, tmp_path):
+    run, config = finished
+    for name in ("iterations/2/checkpoint", "iterations/0/evaluation", "inputs"):
+        copy = tmp_path / name.replace("/", "-")
+        shutil.copytree(run.root, copy)
+        (copy / name / "manifest.json").unlink()
+        before = {path: path.read_bytes() for path in copy.rglob("*.safetensors")}
+        with pytest.raises(ArtifactError, match=f"{name}: its manifest.json is missing"):
+            self_play(config, copy)
+        assert before == {path: path.read_bytes() for path in copy.rglob("*.safetensors")}
+
+
+def test_other_files_in_a_run_are_left_alone(finished, tmp_path):
+    run, config = finished
+    shutil.copytree(run.root, tmp_path / "run")
+    (tmp_path / "run" / "notes").mkdir()
+    (tmp_path / "run" / "notes" / "manifest.json").write_text('{"mine": 1}')
+    self_play(config, tmp_path / "run")
+    assert (tmp_path / "run" / "notes" / "manifest.json").read_text() == '{"mine": 1}'
+
+
+def test_a_missing_or_unfinite_log_is_said_and_no_crash(finished, tmp_path):
+    run, config = finished
+    shutil.copytree(run.root, tmp_path / "run")
+    log = tmp_path / "run" / "iterations" / "2" / "training.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines[-1] |= {"grad_norm": "inf", "rewards/target": "nan"}
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    from tpaw.report.summary import summarise
+
+    summary = summarise(RunDirectory(tmp_path / "run"), config)
+    assert math.isnan(summary["players"][2]["training"]["rewards/target"])
+    log.unlink()
+    with pytest.raises(ArtifactError, match=r"2/training.jsonl: missing, though θ_2 is published"):
+        self_play(config, tmp_path / "run")
+
+
+def stopped_at_step(steps, config, folder):
+    """Run until an optimizer step of the first iteration, as if SIGTERM came there."""
+    from tpaw.errors import Interrupted
+    from tpaw.runtime.interrupt import StopSignal
+
+    stop, original = StopSignal(), tpaw.pipeline.stages.train_iteration
+
+    def stopping(*args, on_step, **kwargs):
+        def step(count, note):
+            nonlocal steps
+            on_step(count, note)
+            steps -= count
+            if steps <= 1:
+                stop.signal_number = 15
+
+        return original(*args, on_step=step, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tpaw.pipeline.stages, "train_iteration", stopping)
+        with pytest.raises(Interrupted):
+            self_play(config, folder, stop)
+
+
+def test_a_resumed_iteration_obeys_the_new_intervals_and_logs_the_same(settings, tmp_path):
+    settings |= {"iterations": 1}
+    settings["train"] |= {"epochs": 4, "log_every": 5, "save_every": 5}
+    config = validate(settings)
+    self_play(config, tmp_path / "whole")
+    stopped_at_step(7, config, tmp_path / "cut")
+    self_play(config, tmp_path / "cut")
+
+    def lines(name):
+        path = tmp_path / name / "iterations" / "1" / "training.jsonl"
+        return {line["step"]: line for line in map(json.loads, path.read_text().splitlines())}
+
+    whole, cut = lines("whole"), lines("cut")
+    # The stop logged what was summed up to it; the rest of that window is a line of its own.
+    assert sorted(whole) == [1, 5, 10, 12]
+    assert sorted(cut) == [1, 5, 7, 10, 12]
+    for name, weights in (("rewards/target", (2, 3)), ("loss", (2, 3))):
+        together = (weights[0] * cut[7][name] + weights[1] * cut[10][name]) / 5
+        assert together == pytest.approx(whole[10][name], abs=1e-6)
+    stopped_at_step(3, config, tmp_path / "changed")
+    settings["train"] |= {"log_every": 1}
+    self_play(validate(settings), tmp_path / "changed")
+    assert sorted(lines("changed")) == [1, *range(3, 13)]
+
+
+def test_a_model_that_moved_is_found_by_its_weights(settings, tmp_path, model_folder):
+    settings |= {"iterations": 2}
+    shutil.copytree(model_folder, tmp_path / "here")
+    settings["model"] = {"path": str(tmp_path / "here")}
+    stopped_at_step(2, validate(settings), tmp_path / "r")
+    (tmp_path / "here").rename(tmp_path / "there")
+    with pytest.raises(TpawError, match="not there, but θ_0 is needed"):
+        self_play(validate(settings), tmp_path / "r")
+    settings["model"] = {"path": str(tmp_path / "there")}
+    assert self_play(validate(settings), tmp_path / "r").index == 2
+
+
+@pytest.mark.parametrize("when", ["during", "at the last step"])
+def test_divergence_publishes_nothing_and_can_be_left(settings, tmp_path, monkeypatch, when):
+    settings |= {"iterations": 1}
+    original = TeamTrainer.compute_loss
+
+    def poisoned(self, model, inputs, *args, **kwargs):
+        loss = original(self, model, inputs, *args, **kwargs)
+        last = self.state.global_step == self.state.max_steps - 1
+        return loss * math.nan if when == "during" or last else loss
+
+    monkeypatch.setattr(TeamTrainer, "compute_loss", poisoned)
+    with pytest.raises(DivergenceError, match=r"lower train.learning_rate"):
+        self_play(validate(settings), tmp_path / "r")
+    iteration = tmp_path / "r" / "iterations" / "1"
+    assert not (iteration / "checkpoint").exists()
+    monkeypatch.undo()
+    shutil.rmtree(iteration / "training")
+    (iteration / "training.jsonl").unlink()
+    settings["train"] |= {"learning_rate": 1e-4}
+    assert self_play(validate(settings), tmp_path / "r").index == 1
+
+
+def test_files_of_trackers_outlive_the_saved_steps(settings, tmp_path, monkeypatch):
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    seen = []
+    original = TeamTrainer.__init__
+
+    def init(self, *args, **kwargs):  # where transformers' callback looks for its folder
+        seen.append(os.environ["TENSORBOARD_LOGGING_DIR"])
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(TeamTrainer, "__init__", init)
+    settings |= {"iterations": 2}
+    self_play(validate(settings), tmp_path / "r")
+    assert seen == [str(tmp_path / "r" / "iterations" / str(i) / "tensorboard") for i in (1, 2)]
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ

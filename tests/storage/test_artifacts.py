@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+import tpaw.storage.artifacts
+from tpaw.errors import ArtifactError
+from tpaw.storage.artifacts import (
+    MANIFEST,
+    PARTIAL_MANIFEST,
+    ShardedArtifact,
+    is_published,
+    publishing,
+    read_json,
+    read_manifest,
+    remove_temporaries,
+    verify,
+    write_file,
+    write_json,
+)
+
+
+def publish(folder):
+    with publishing(folder, {"rows": 3}) as temporary:
+        (temporary / "a.txt").write_text("one")
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "b.bin").write_bytes(bytes(100))
+    return folder
+
+
+def test_a_published_folder_lists_its_files_and_can_be_moved(tmp_path):
+    folder = publish(tmp_path / "x")
+    manifest = read_manifest(folder)
+    assert manifest["rows"] == 3
+    assert [(e["path"], e["bytes"]) for e in manifest["files"]] == [
+        ("a.txt", 3),
+        ("sub/b.bin", 100),
+    ]
+    # sha256 of "one", from coreutils' sha256sum.
+    assert (
+        manifest["files"][0]["sha256"]
+        == "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"
+    )
+    folder.rename(tmp_path / "y")
+    verify(tmp_path / "y" / MANIFEST)
+
+
+def test_nothing_appears_before_all_is_written(tmp_path):
+    def fail_half_way():
+        with publishing(tmp_path / "x", {}) as temporary:
+            (temporary / "a.txt").write_text("half")
+            assert not (tmp_path / "x").exists()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_half_way()
+    assert not is_published(tmp_path / "x")
+    remove_temporaries(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    publish(tmp_path / "x")
+
+
+def test_a_folder_appears_with_its_manifest_or_not_at_all(tmp_path, monkeypatch):
+    def die(path, value):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tpaw.storage.artifacts, "write_json", die)
+        with pytest.raises(KeyboardInterrupt):
+            publish(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    # What the attempt left behind is no part of the next one.
+    (tmp_path / ".tmp-x" / "c.txt").write_text("left behind")
+    publish(tmp_path / "x")
+    assert {e["path"] for e in read_manifest(tmp_path / "x")["files"]} == {"a.txt", "sub/b.bin"}
+
+
+def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def half(temporary):
+        temporary.write_text("ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_file(path, half)
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "a.txt").write_text("two"), "a.txt: damaged: its content differs"),
+        (lambda f: (f / "a.txt").write_text("on"), "a.txt: 2 bytes; published with 3"),
+        (lambda f: (f / "sub" / "b.bin").unlink(), "b.bin: missing, though manifest.json lists it"),
+        (lambda f: (f / MANIFEST).write_text("{"), "manifest.json: damaged or unreadable"),
+        (lambda f: (f / MANIFEST).write_text("{}"), "it lists no files"),
+        (lambda f: (f / MANIFEST).write_text('{"files": [{"path": 1}]}'), "it lists no files"),
+        (
+            lambda f: (f / MANIFEST).write_text(
+                '{"files": [{"path": 1, "bytes": 3, "sha256": "a"}]}'
+            ),
+            "it lists no files",
+        ),
+    ],
+)
+def test_damage_is_named(tmp_path, damage, message):
+    folder = publish(tmp_path / "x")
+    damage(folder)
+    with pytest.raises(ArtifactError, match=message):
+        verify(folder / MANIFEST)
+
+
+def test_json_is_whole_or_absent_and_never_holds_nan(tmp_path):
+    write_json(tmp_path / "a.json", {"θ": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a.json", {"x": math.nan})
+    assert read_json(tmp_path / "a.json") == {"θ": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def write(text):
+    return lambda path: path.write_text(text) and None
+
+
+def test_shards_count_from_the_moment_they_are_listed(tmp_path):
+    folder = tmp_path / "s"
+    shards = ShardedArtifact(folder)
+    shards.publish("0.txt", write("a"), rows=1)
+    shards.publish("1.txt", write("b"), rows=2)
+    (folder / "2.txt").write_text("written, and then the power went")
+    again = ShardedArtifact(folder)
+    assert again.names == {"0.txt", "1.txt"}
+    assert not again.is_complete
+    assert not is_published(folder)
+    verify(folder / PARTIAL_MANIFEST)
+    again.publish("2.txt", write("c"), rows=3)
+    again.complete({"total": 6})
+    assert is_published(folder)
+    assert not (folder / PARTIAL_MANIFEST).exists()
+    done = ShardedArtifact(folder)
+    assert done.is_complete
+    assert [e["rows"] for e in done.entries] == [1, 2, 3]
+    assert json.loads((folder / MANIFEST).read_text())["total"] == 6
+    verify(folder / MANIFEST)
+
+
+def test_a_growing_store_exists_from_its_first_file_on(tmp_path):
+    ShardedArtifact(tmp_path / "s", always_growing=True).publish("0.txt", write("a"))
+    assert is_published(tmp_path / "s")
+    ShardedArtifact(tmp_path / "s", always_growing=True).publish("1.txt", write("b"))
+    assert ShardedArtifact(tmp_path / "s", always_growing=True).names == {"0.txt", "1.txt"}
+    verify(tmp_path / "s" / MANIFEST)

@@ -1,0 +1,270 @@
+"""Studies: which runs there are, what they share, what is made of their results."""
+
+from __future__ import annotations
+
+import math
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import yaml
+
+from tpaw.config.files import validate
+from tpaw.errors import InputError
+from tpaw.report.figures import draw_figures
+from tpaw.report.study import sentences, study_report, study_tables
+from tpaw.runtime.interrupt import StopSignal
+from tpaw.selfplay import self_play
+from tpaw.storage.artifacts import verify, write_json
+from tpaw.storage.run_directory import RunDirectory, open_run
+from tpaw.study.analysis import analyse
+from tpaw.study.config import read_study
+from tpaw.study.runner import run_study, runs_of
+from tpaw.study.sharing import begin_run, begin_shared, is_prepared, prepare_shared, shared_name
+
+
+@pytest.fixture
+def write(tmp_path, settings):
+    """Writes a study over a recipe of tiny models, and returns its path."""
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+
+    def write(**study):
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump({"recipe": "recipe.yaml"} | study))
+        return str(path)
+
+    return write
+
+
+def test_every_combination_of_methods_and_settings(write):
+    study, conditions = read_study(
+        write(
+            methods=["tpaw", "spin"],
+            vary={
+                "objective.eta": [1, 6.0],
+                "team.opponents.last, team.main_players.last": [1, 2],
+            },
+            set={"iterations": 2},
+            seeds=[3, 5],
+        )
+    )
+    assert study.seeds == (3, 5)
+    assert len(conditions) == 8
+    found = {c.name: c.config(5) for c in conditions}
+    assert list(found)[:2] == ["tpaw, eta = 1, team.last = 1", "spin, eta = 1, team.last = 1"]
+    config = found["spin, eta = 6.0, team.last = 2"]
+    assert (config.seed, config.iterations, config.objective.eta) == (5, 2, 6.0)
+    assert config.team.opponents.last == config.team.main_players.last == 2
+    assert config.objective.target_weight == "one"
+    assert len({c.folder for c in conditions}) == 8
+    assert all(set(c.folder) <= set("abcdefghijklmnopqrstuvwxyz0123456789.=-") for c in conditions)
+
+
+def test_methods_may_have_names_recipes_and_settings_of_their_own(write):
+    methods = {"SPIN, slow": ["spin", {"train": {"learning_rate": 1e-5}}], "plain": "tpaw"}
+    study, [slow, plain] = read_study(write(methods=methods, set={"train": {"epochs": 3}}))
+    assert slow.config(0).train.epochs == plain.config(0).train.epochs == 3
+    assert study.seeds == (0, 1, 2, 3, 4, 5)
+    assert slow.config(0).train.learning_rate == 1e-5
+    assert slow.config(0).team.main_players.last == 1
+    assert plain.config(0).train.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("study", "message"),
+    [
+        ({"methods": ["tpa"]}, r"tpa: tpa: no such file or recipe; did you mean tpaw\?"),
+        ({"method": ["tpaw"]}, r"method: unknown key; did you mean methods\?"),
+        ({"vary": {"objective.etaa": [1]}}, r"unknown key; did you mean objective.eta\?"),
+        ({"vary": {"objective.eta": []}}, r"vary.objective.eta: no values"),
+        ({"vary": {"objective.eta": [0.5]}}, r"eta = 0.5: objective.eta: 0.5 is not allowed"),
+        ({"vary": {"objective.eta": 3}}, r"vary"),
+        ({"seeds": [1, 1]}, r"seeds: \[1, 1\]: one stands twice"),
+        ({"seeds": 0}, r"at least one of each"),
+        ({"baseline": "spi"}, r"baseline: 'spi' is not known; did you mean spin\?"),
+        ({"set": {"evaluate": None}}, r"evaluate"),
+        ({"set": {"evaluate": {"data": None}}}, r"tpaw: evaluate.data: missing; a study compares"),
+        ({"methods": {"a b": "tpaw", "a-b": "spin"}}, r"make the same folder"),
+    ],
+)
+def test_bad_studies(write, study, message):
+    with pytest.raises(InputError, match=message):
+        read_study(write(**({"methods": ["tpaw", "spin"]} | study)))
+
+
+def test_an_unknown_study():
+    with pytest.raises(InputError, match="study: 'method' is not known; did you mean"):
+        read_study("method")
+
+
+def checkpoints(folder):
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*.safetensors")
+        if "players" not in path.parts
+    }
+
+
+def test_a_run_with_links_is_a_run_without(tmp_path, settings):
+    settings["iterations"] = 2
+    config = validate(settings)
+    shared = tmp_path / "shared"
+    begin_shared(config, shared)
+    assert not is_prepared(shared)
+    prepare_shared(shared, StopSignal())
+    assert is_prepared(shared)
+    began = {p: p.read_bytes() for p in shared.rglob("*") if p.is_file()}
+
+    begin_run(config, tmp_path / "linked", shared)
+    self_play(config, tmp_path / "linked")
+    self_play(config, tmp_path / "alone")
+    assert checkpoints(tmp_path / "linked") == checkpoints(tmp_path / "alone")
+    assert len(checkpoints(tmp_path / "linked")) == 2
+
+    # Shared files have two names, and were not written to.
+    shard = "iterations/1/responses/shard-00000.parquet"
+    assert (shared / shard).samefile(tmp_path / "linked" / shard)
+    assert {p: p.read_bytes() for p in shared.rglob("*") if p.is_file()} == began
+    for manifest in RunDirectory(shared).manifests(2):
+        verify(manifest)
+    begin_run(config, tmp_path / "linked", shared)  # trains already: left alone
+
+
+def test_a_finished_run_of_other_settings_is_not_taken_for_one_of_the_study(write, tmp_path):
+    study, conditions = read_study(write(set={"iterations": 1}, seeds=[0]))
+    [run] = runs_of(conditions, study.seeds, tmp_path / "study")
+    with open_run(run.folder, run.config) as directory:
+        write_json(directory.summary_file, {"iterations_done": 1})
+    assert run_study([run], tmp_path / "study", 1, StopSignal()) == {}
+
+    study, conditions = read_study(
+        write(set={"iterations": 1, "objective": {"eta": 2.0}}, seeds=[0])
+    )
+    changed = runs_of(conditions, study.seeds, tmp_path / "study")
+    with pytest.raises(InputError, match=r"another configuration:\n  objective.eta: 6.0 .* 2.0"):
+        run_study(changed, tmp_path / "study", 1, StopSignal())
+
+
+def test_who_shares(settings):
+    def name(**changes):
+        return shared_name(validate(settings | changes))
+
+    same = name()
+    assert name(objective={"eta": 2.0}) == same
+    assert name(team={"opponents": {"last": 1}}) == same
+    assert name(iterations=1) == same
+    assert name(train=settings["train"] | {"learning_rate": 1e-4}) == same
+    assert name(seed=1) != same
+    assert name(max_length=64) != same
+    assert name(generate=settings["generate"] | {"temperature": 0.7}) != same
+
+
+def results_of(finals, starts=0.5):
+    """Two iterations: the same start, then what is given."""
+    return {
+        seed: {
+            "iterations": [{"accuracy": starts, "gap": 0.0}, {"accuracy": final, "gap": 1.0}],
+            "curve": [[1, 0.0], [2, final]],
+            "seconds": 1.0,
+        }
+        for seed, final in enumerate(finals)
+    }
+
+
+@pytest.fixture
+def analysed(write):
+    def analysed(finals, baseline=None):
+        _, conditions = read_study(write(methods=dict.fromkeys(finals, "tpaw")))
+        results = {name: results_of(values) for name, values in finals.items()}
+        return analyse(conditions, results, baseline)
+
+    return analysed
+
+
+def test_a_known_shift_is_found_and_identical_runs_are_identical(analysed):
+    base = [0.50, 0.51, 0.52, 0.53, 0.54, 0.55]
+    shift = [0.10, 0.12, 0.11, 0.10, 0.12, 0.11]
+    shifted = [b + s for b, s in zip(base, shift, strict=True)]
+    found = analysed({"base": base, "same": base, "better": shifted})
+    assert found["primary"] == "accuracy"
+    same, better = found["comparisons"]
+    assert (same["difference"], same["t_p_value"], same["sign_flip_p_value"]) == (0, 1, 1)
+    assert same["g_z"] == 0
+    assert better["difference"] == pytest.approx(0.11)
+    # All six of one sign: two patterns of 64. Holm doubles the smaller of two.
+    assert better["sign_flip_p_value"] == pytest.approx(2 / 64)
+    assert better["sign_flip_p_value_holm"] == pytest.approx(4 / 64)
+    # d_z = .11 / SD, SD² = (4 · .01²) / 5; J(5) = 1 − 3 / (4 · 5 − 1) to three digits.
+    assert better["g_z"] == pytest.approx(0.11 / math.sqrt(4e-4 / 5) * (1 - 3 / 19), rel=2e-3)
+    mean = found["conditions"]["better"]["by_iteration"][1]["accuracy"]["mean"]
+    assert mean == pytest.approx(sum(shifted) / 6)
+
+
+def test_only_seeds_that_both_have_are_compared(analysed):
+    found = analysed({"base": [0.5, 0.6, 0.7], "other": [0.6, 0.7]}, baseline="base")
+    [other] = found["comparisons"]
+    assert other["seeds"] == [0, 1]
+    assert other["difference"] == pytest.approx(0.1)
+    assert "2 seeds: no exact paired test can go below" in other["caution"]
+
+
+def complete(analysis, failures=()):
+    machine = {"processor": "P", "cores": 2, "versions": {"tpaw": "0"}, "python": "3"}
+    facts = {"name": "n", "command": "c", "seeds": [0, 1], "jobs": 1, "machine": machine}
+    return facts | {"failures": dict(failures)} | analysis
+
+
+def test_one_seed_gives_numbers_and_a_sentence(analysed):
+    study = complete(analysed({"base": [0.5], "other": [0.6]}))
+    text = study_report(study, [])
+    assert "nothing is known of the spread between runs" in text
+    assert "| other | 1 | +0.100 | – | – | – | 1 | 1 |" in text
+    assert study_tables(study)
+
+
+def test_failed_runs_are_named(analysed):
+    failures = {"other, seed 1": "tpaw: step 3: a log-prob of the policy is no number"}
+    study = complete(analysed({"base": [0.5, 0.6], "other": [0.6]}), failures)
+    assert any("other, seed 1: tpaw: step 3" in sentence for sentence in sentences(study))
+
+
+def test_a_condition_whose_every_run_failed_has_no_numbers(analysed, tmp_path):
+    study = complete(analysed({"base": [0.5, 0.6], "other": []}))
+    assert study["comparisons"] == []
+    assert "| other | 0 | – | – |" in study_report(study, [])
+    draw_figures(study, tmp_path)
+
+
+def test_figures_name_every_condition_and_are_the_same_each_time(analysed, tmp_path):
+    study = complete(analysed({"first way": [0.5, 0.6], "second way": [0.7, 0.8]}))
+    drawn = draw_figures(study, tmp_path / "a")
+    names = ["accuracy-by-iteration", "gap-by-iteration", "target-reward-by-step"]
+    assert [path.stem for path in drawn] == names
+    for path in drawn:
+        text = "".join(ElementTree.parse(path).getroot().itertext())
+        assert "first way" in text
+        assert "second way" in text
+        assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    again = draw_figures(study, tmp_path / "b")
+    assert [p.read_bytes() for p in drawn] == [p.read_bytes() for p in again]
+
+
+def test_one_setting_that_varies_is_the_axis(write, tmp_path):
+    _, conditions = read_study(write(vary={"objective.eta": [1.0, 2.0, 4.0]}))
+    results = {c.name: results_of([0.5 + c.settings["objective.eta"] / 100]) for c in conditions}
+    drawn = draw_figures(complete(analyse(conditions, results, None)), tmp_path)
+    assert [p.stem for p in drawn] == ["accuracy-by-objective-eta", "gap-by-objective-eta"]
+    assert "objective.eta" in drawn[0].read_text()
+
+
+def test_a_number_for_every_iteration_is_named_and_drawn_by_its_first(write, tmp_path):
+    rates = [[1e-4, 5e-5], [1e-2, 5e-3]]
+    _, conditions = read_study(write(vary={"train.learning_rate": rates}, set={"iterations": 2}))
+    assert [c.name for c in conditions] == [
+        "tpaw, learning_rate = 0.0001 5e-05",
+        "tpaw, learning_rate = 0.01 0.005",
+    ]
+    results = {c.name: results_of([0.5]) for c in conditions}
+    [accuracy, _] = draw_figures(complete(analyse(conditions, results, None)), tmp_path)
+    text = "".join("".join(ElementTree.parse(accuracy).getroot().itertext()).split())
+    assert "10\u22124" in text  # a logarithmic axis
+    assert "10\u22122" in text

@@ -1,0 +1,75 @@
+"""The loss of a step, however it is packed, accumulated and spread over processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distributed_driver import losses
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """Losses with rows of 60 tokens, which hold two triples or so."""
+    found = losses(tmp_path_factory.mktemp("one"), per_device_train_batch_size=8)
+    assert len(found) == 10  # 33 triples in batches of 8, twice
+    return found
+
+
+def of_processes(folder, count, **options):
+    """The same by `torchrun`, over gloo."""
+    out = folder / "losses.json"
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(count), "distributed_driver.py", str(out)),
+            json.dumps(options),
+        ],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=True,
+        timeout=120,
+    )
+    return json.loads(out.read_text())
+
+
+def assert_same_steps(found, expected, tolerance=1e-5):
+    assert len(found) == len(expected)
+    assert np.allclose(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("tokens_per_row", [1, 130, 10_000])
+def test_packing_does_not_change_a_step(one_process, tmp_path, tokens_per_row):
+    found = losses(tmp_path, per_device_train_batch_size=8, tokens_per_row=tokens_per_row)
+    assert_same_steps(found, one_process)
+
+
+def test_accumulation_does_not_change_a_step(one_process, tmp_path):
+    found = losses(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    assert_same_steps(found, one_process)
+
+
+def test_two_processes_in_mixed_precision_stay_close(tmp_path):
+    settings = {"bf16": True, "per_device_train_batch_size": 4, "fsdp": True, "dtype": "float32"}
+    found = of_processes(tmp_path, 2, **settings)
+    expected = losses(tmp_path, bf16=True, per_device_train_batch_size=8, dtype=torch.float32)
+    assert_same_steps(found[:2], expected[:2], tolerance=2e-2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"per_device_train_batch_size": 4},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "tokens_per_row": 1},
+        {"per_device_train_batch_size": 4, "fsdp": True},
+    ],
+    ids=["ddp", "ddp-accumulating", "fsdp2"],
+)
+def test_two_processes_do_not_change_a_step(one_process, tmp_path, options):
+    assert_same_steps(of_processes(tmp_path, 2, **options), one_process)

@@ -1,0 +1,130 @@
+"""What TeamTrainer takes, and what it refuses: datasets and arguments."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_model
+from datasets import Dataset
+from test_trainer import PAPER, arguments, train, triples
+
+from tpaw.logprobs.packing import PACKED_ROWS
+from tpaw.training.batching import COLUMNS, collate_triples
+from tpaw.training.trainer import TeamTrainer
+
+
+def test_a_hugging_face_dataset_will_do_and_absent_columns_are_named(tmp_path):
+    rows = triples(8, [make_model(seed=1)])
+    as_lists = [
+        {k: list(map(float if "logps" in k else int, v)) for k, v in row.items()} for row in rows
+    ]
+    dataset = Dataset.from_list(as_lists)
+    assert set(COLUMNS) == set(dataset.column_names)
+    a = train(make_model(seed=1), dataset, arguments(tmp_path))
+    b = train(make_model(seed=1), rows, arguments(tmp_path))
+    assert a.state.log_history[0]["loss"] == b.state.log_history[0]["loss"]
+    with pytest.raises(
+        ValueError, match="train_dataset lacks player_target_logps, player_generated_logps"
+    ):
+        train(
+            make_model(),
+            dataset.select_columns(["prompt_ids", "target_ids", "generated_ids"]),
+            arguments(tmp_path),
+        )
+
+
+def test_any_optimizer_and_schedule_of_transformers(tmp_path):
+    rows = triples(8, [make_model(seed=1)])
+    for optimizer, schedule in (
+        ("adamw_torch", "linear"),
+        ("adafactor", "constant"),
+        ("sgd", "cosine"),
+    ):
+        trainer = train(
+            make_model(seed=1),
+            rows,
+            arguments(tmp_path, optim=optimizer, lr_scheduler_type=schedule),
+        )
+        assert trainer.state.global_step == 2
+    json.dumps(trainer.state.log_history)
+
+
+def test_floating_point_operations_are_six_for_each_weight_and_token(tmp_path):
+    rows = triples(8, [make_model(seed=1)])
+    trainer = train(make_model(seed=1), rows, arguments(tmp_path))
+    tokens = sum(
+        len(r["prompt_ids"])
+        + len(r["target_ids"])
+        - 1
+        + (
+            0
+            if np.array_equal(r["target_ids"], r["generated_ids"])
+            else len(r["generated_ids"]) - 1
+        )
+        for r in rows
+    )
+    model = make_model(seed=1)
+    weights = model.num_parameters() - model.get_input_embeddings().weight.numel()
+    assert trainer.state.total_flos == 6 * weights * tokens
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        {"dataloader_drop_last": True},
+        {"auto_find_batch_size": True},
+        {"train_sampling_strategy": "group_by_length"},
+        {"label_smoothing_factor": 0.1},
+        {"use_liger_kernel": True},
+        {"include_num_input_tokens_seen": "all"},
+    ],
+)
+def test_an_argument_that_would_do_nothing_is_refused(refused, tmp_path):
+    rows = triples(2, [make_model(seed=1)])
+    [name] = refused
+    with pytest.raises(ValueError, match=name):
+        train(make_model(seed=1), rows, arguments(tmp_path, **refused))
+
+
+def test_inputs_keep_their_types_under_deepspeed(tmp_path, monkeypatch):
+    """The Trainer's own `_prepare_inputs` would make bf16 log-probs of them."""
+    rows = triples(4, [make_model(seed=2)])
+    trainer = TeamTrainer(make_model(seed=1), arguments(tmp_path), rows, None, PAPER)
+    trainer.is_deepspeed_enabled = True
+    batch = trainer._prepare_inputs(collate_triples(rows, PACKED_ROWS))
+    assert batch["player_target_logps_BK"].dtype == torch.float64
+    assert batch["player_target_logps_BK"].tolist() == [r["player_target_logps"] for r in rows]
+
+
+def test_a_dataset_in_torch_format_gives_log_probs_in_full(tmp_path):
+    rows = triples(4, [make_model(seed=2)])
+    as_lists = [
+        {k: [x.item() if hasattr(x, "item") else x for x in v] for k, v in r.items()} for r in rows
+    ]
+    plain = Dataset.from_list(as_lists)
+    found = [
+        train(make_model(seed=1), dataset, arguments(tmp_path)).state.log_history[0]["loss"]
+        for dataset in (plain, plain.with_format("torch"), plain.with_format("numpy"))
+    ]
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_prompt_without_tokens_is_refused_before_training(tmp_path):
+    rows = triples(3, [make_model(seed=1)])
+    rows[1]["prompt_ids"] = []
+    with pytest.raises(ValueError, match="row 1: a prompt without tokens"):
+        train(make_model(seed=1), rows, arguments(tmp_path))
+
+
+def test_every_epoch_has_an_order_of_its_own(tmp_path):
+    rows = triples(16, [make_model(seed=2)])
+    trainer = train(
+        make_model(seed=1), rows, arguments(tmp_path, learning_rate=1e-30, num_train_epochs=2)
+    )
+    logged = [line["logps/target"] for line in trainer.state.log_history if "loss" in line]
+    first, second = logged[:4], logged[4:]
+    assert np.mean(first) == pytest.approx(np.mean(second), abs=1e-4)
+    assert not np.allclose(first, second, atol=0.1)
