@@ -19,12 +19,12 @@ import torch
 from common import interleaved, parse, parser, print_table, ratios, spread, write_json
 from lm_eval.models.huggingface import HFLM
 
-from tpaw.config.files import load_config
-from tpaw.config.schema import GenerateConfig
+from tpaw.config.schema import GenerateConfig, RunConfig
 from tpaw.evaluation.benchmarks.harness import HarnessModel, load_tasks
 from tpaw.evaluation.benchmarks.suite import load_suite
-from tpaw.models.loading import load_model, load_tokenizer, stop_token_ids
+from tpaw.models.loading import load_model
 from tpaw.models.references import find_checkpoint
+from tpaw.models.tokenizers import load_tokenizer, stop_token_ids
 
 MODEL = "tpaw://starter/model"
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     checkpoint = find_checkpoint(MODEL)
     tokenizer = load_tokenizer(checkpoint.model)
     device = torch.device(options.device)
-    generate: GenerateConfig = load_config(["starter"]).generate
+    generate: GenerateConfig = RunConfig.load("starter").generate
     (loaded,) = load_tasks(load_suite("starter"))
     task = loaded.task
 

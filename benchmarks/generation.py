@@ -1,4 +1,4 @@
-"""Rows answered a second: this package, `model.generate`, transformers' continuous batching.
+"""PackedBatch answered a second: this package, `model.generate`, transformers' continuous batching.
 
     python benchmarks/generation.py [--size small] [--precision bf16]
 
@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from tpaw.data.token_ids import TokenIds, token_ids
-from tpaw.generation.generator import Sampling
+from tpaw.generation.generator import SamplingParams
 from tpaw.generation.hf import HFGenerator
 
 LONGEST = 1024
@@ -92,7 +92,7 @@ def make_prompts(count: int, scale: float, seed: int = 0) -> list[TokenIds]:
 
 def ours(model: Qwen2ForCausalLM, longest: int, tokens_per_batch: int) -> Contender:
     """`HFGenerator`, which knows the longest possible answer and no more."""
-    sampling = Sampling(1.0, 1.0, 0, longest, 2 * longest, (STOP,), tokens_per_batch)
+    sampling = SamplingParams(1.0, 1.0, 0, longest, 2 * longest, (STOP,), tokens_per_batch)
 
     def answer(prompts: Sequence[TokenIds], seed: int) -> list[list[int]]:
         found = HFGenerator(model).generate(prompts, sampling, seed, lambda count: None)

@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 from workload import LogpsPair, Triple
 
 from tpaw.config.schema import ScoreConfig
-from tpaw.logprobs.packing import PromptAndResponse
+from tpaw.logprobs.packing import TokenSequence
 from tpaw.scoring.score import Precision, fill_store, score_sequences
 from tpaw.scoring.store import LogprobStore, sequence_key
 from tpaw.training.split_weights import SplitRMSprop
@@ -31,7 +31,7 @@ VARIANTS: Mapping[str, Mapping[str, int]] = {
 DEFAULT_VARIANT = next(iter(VARIANTS.values()))
 
 
-def scored_rows(sequences: Sequence[PromptAndResponse]) -> list[Row]:
+def scored_rows(sequences: Sequence[TokenSequence]) -> list[Row]:
     """What scoring computes, for counting FLOPs: the responses of a prompt share it.
 
     The last token of a response, which goes through no layer, is counted all the same.
@@ -47,7 +47,7 @@ def trained_rows(triples: Sequence[Triple]) -> list[Row]:
     return shared_rows(triples)
 
 
-def sequences_of(triples: Sequence[Triple]) -> list[PromptAndResponse]:
+def sequences_of(triples: Sequence[Triple]) -> list[TokenSequence]:
     """The distinct sequences of the triples, in order."""
     pairs = [(t.prompt, response) for t in triples for response in (t.target, t.generated)]
     return list({sequence_key(pair): pair for pair in pairs}.values())
@@ -55,7 +55,7 @@ def sequences_of(triples: Sequence[Triple]) -> list[PromptAndResponse]:
 
 def by_triple(
     triples: Sequence[Triple],
-    sequences: Sequence[PromptAndResponse],
+    sequences: Sequence[TokenSequence],
     columns: Sequence[NDArray[np.float64]],
 ) -> LogpsPair:
     """Log-probs of distinct sequences, one column a player, laid out by triple."""
@@ -68,7 +68,7 @@ def by_triple(
 
 def score(
     model: PreTrainedModel,
-    sequences: Sequence[PromptAndResponse],
+    sequences: Sequence[TokenSequence],
     *,
     bf16: bool = False,
     tokens_per_row: int = DEFAULT_VARIANT["tokens_per_row"],
@@ -86,7 +86,7 @@ def score_into(
     store: LogprobStore,
     stage: str,
     model: PreTrainedModel,
-    sequences: Sequence[PromptAndResponse],
+    sequences: Sequence[TokenSequence],
     *,
     bf16: bool = False,
 ) -> int:
@@ -113,9 +113,7 @@ def open_store(folder: Path) -> LogprobStore:
     return LogprobStore(folder)
 
 
-def stored_logps(
-    store: LogprobStore, sequences: Sequence[PromptAndResponse]
-) -> NDArray[np.float64]:
+def stored_logps(store: LogprobStore, sequences: Sequence[TokenSequence]) -> NDArray[np.float64]:
     """The log-probs of sequences that are all in the store; float64."""
     return store.logps(map(sequence_key, sequences))
 

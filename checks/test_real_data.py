@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from tpaw.config.schema import RunConfig
 from tpaw.data.examples import read_examples
-from tpaw.data.inputs import read_inputs
+from tpaw.pipeline.preflight import read_inputs
 from tpaw.storage.artifacts import read_manifest
 from tpaw.storage.run_directory import RunDirectory
 

@@ -150,11 +150,11 @@ def settings(model_folder: Path, data_file: Path, heldout_file: Path) -> dict:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, model_folder, data_file, heldout_file):
     """A run of four iterations, and its configuration."""
-    from tpaw.config.files import validate
+    from tpaw.config.schema import RunConfig
     from tpaw.selfplay import self_play
     from tpaw.storage.run_directory import RunDirectory
 
-    config = validate(
+    config = RunConfig.load(
         {
             "model": {"path": str(model_folder)},
             "data": {"path": str(data_file)},

@@ -18,8 +18,8 @@ import transformers
 
 import tpaw.pipeline.stages
 import tpaw.scoring.score
-import tpaw.training.iteration
-from tpaw.config.files import load_config
+import tpaw.training.callbacks
+from tpaw.config.schema import RunConfig
 from tpaw.generation.slot_cache import SlotCache
 from tpaw.selfplay import self_play
 from tpaw.training.trainer import TeamTrainer
@@ -32,7 +32,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "train": (TeamTrainer, "compute_loss"),
     "step": (transformers.Trainer, "training_step"),  # of a trainer that is not ours
     "save": (transformers.Trainer, "_save_optimizer_and_scheduler"),
-    "saved": (tpaw.training.iteration, "write_manifest"),
+    "saved": (tpaw.training.callbacks, "write_manifest"),
     "evaluate": (tpaw.pipeline.stages, "exact_match_items"),
 }
 
@@ -57,7 +57,7 @@ def kill_at(place: str, count: int) -> None:
 
 def main() -> None:
     config_path, output, *points = sys.argv[1:]
-    config = load_config([config_path])
+    config = RunConfig.load(config_path)
     if config.method != "self_play":
         from trl import DPOTrainer, SFTTrainer  # noqa: F401  once, for all the children
     for point in [*points, ""]:

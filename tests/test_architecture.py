@@ -1,36 +1,116 @@
-"""The public surface is what it says, and the objective needs torch alone."""
+"""The folder graph has no circle, and the public surface is what it says."""
 
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
 from pathlib import Path
+
+import pytest
 
 import tpaw
 
 PACKAGE = Path(tpaw.__file__).parent
 
 
-def imported(path):
-    tree = ast.parse(path.read_text())
-    type_checking = [
-        inner
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    ]
+def imported(tree, modules):
+    """Modules of ours that a file imports; lazy imports and those for types alone included."""
     for node in ast.walk(tree):
-        if node in type_checking:
-            continue
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tpaw"):
-            yield ([*node.module.split("."), node.names[0].name])[1]
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tpaw":
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in modules else node.module for name in names)
         elif isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.startswith("tpaw."):
-                    yield alias.name.split(".")[1]
+            yield from (a.name for a in node.names if a.name.split(".")[0] == "tpaw")
 
 
-def test_the_objective_needs_torch_alone():
-    assert list(imported(PACKAGE / "objectives" / "tpaw.py")) == []
+def module_graph(package=PACKAGE):
+    """module -> modules that it imports."""
+    files = {}
+    for path in package.rglob("*.py"):
+        parts = path.relative_to(package).with_suffix("").parts
+        name = ".".join(("tpaw", *(p for p in parts if p != "__init__")))
+        files[name] = path
+    return {
+        name: set(imported(ast.parse(path.read_text()), files)) - {name}
+        for name, path in files.items()
+    }
+
+
+def folder_of(module):
+    """Two levels: `evaluation.judge` is a folder of its own."""
+    parts = module.split(".")[1:]
+    folders = parts if (PACKAGE.joinpath(*parts) / "__init__.py").is_file() else parts[:-1]
+    return ".".join(folders) or (parts[0] if parts else "")
+
+
+def folder_graph(modules):
+    folders = defaultdict(set)
+    for module, targets in modules.items():
+        if module != "tpaw":  # the public surface imports from everywhere
+            folders[folder_of(module)] |= {
+                folder_of(target) for target in targets if target != "tpaw"
+            }
+    return {folder: targets - {folder} for folder, targets in folders.items()}
+
+
+def circle_in(graph):
+    """Some circle as a list of names, or None."""
+    done, path = set(), []
+
+    def visit(node):
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in done:
+            return None
+        path.append(node)
+        found = next(filter(None, map(visit, sorted(graph.get(node, ())))), None)
+        path.pop()
+        done.add(node)
+        return found
+
+    return next(filter(None, map(visit, sorted(graph))), None)
+
+
+def test_there_is_no_circle_between_folders():
+    graph = folder_graph(module_graph())
+    assert len(graph) > 15
+    assert sum(map(len, graph.values())) > 60
+    assert circle_in(graph) is None
+
+
+def test_there_is_no_circle_between_modules():
+    graph = {m: targets - {"tpaw"} for m, targets in module_graph().items() if m != "tpaw"}
+    assert len(graph) > 60
+    assert circle_in(graph) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("from tpaw.data.examples import Example", "tpaw.data.examples"),
+        ("import tpaw.data.examples", "tpaw.data.examples"),
+        ("from tpaw.data import examples", "tpaw.data.examples"),
+        ("def f():\n    from tpaw.data.examples import Example", "tpaw.data.examples"),
+        (
+            "if TYPE_CHECKING:\n    from tpaw.data.examples import Example",
+            "tpaw.data.examples",
+        ),
+    ],
+)
+def test_every_kind_of_import_is_seen(text, target):
+    assert list(imported(ast.parse(text), {"tpaw.data.examples"})) == [target]
+
+
+def test_a_circle_is_found():
+    assert circle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle_in({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
+
+
+@pytest.mark.parametrize("folder", ["objectives", "statistics"])
+def test_the_mathematics_depends_on_nothing_else_of_ours(folder):
+    for name, targets in module_graph().items():
+        if name.startswith(f"tpaw.{folder}."):
+            assert all(target.startswith(f"tpaw.{folder}") for target in targets), name
 
 
 def test_the_public_surface():

@@ -17,15 +17,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tpaw.pipeline.stages
 import tpaw.training.iteration
-from tpaw.config.files import validate
 from tpaw.config.plan import plan_run
+from tpaw.config.schema import RunConfig
 from tpaw.data.examples import read_examples
 from tpaw.data.token_ids import read_table
 from tpaw.errors import PolicyMismatchError
-from tpaw.evaluation.heldout import write_items
-from tpaw.generation.generator import FakeGenerator, Sampling
+from tpaw.evaluation.items import write_items
+from tpaw.generation.generator import FakeGenerator, SamplingParams
 from tpaw.generation.responses import read_responses
-from tpaw.models.loading import fingerprint
+from tpaw.models.fingerprint import fingerprint
 from tpaw.scoring.store import LogprobStore, sequence_key
 from tpaw.selfplay import self_play
 from tpaw.storage.artifacts import read_manifest, write_manifest
@@ -111,7 +111,7 @@ def test_each_triple_is_trained_on_with_the_log_probs_of_its_own_under_every_pla
 
     monkeypatch.setattr(tpaw.pipeline.stages, "train_iteration", second)
     with pytest.raises(Seen) as seen:
-        self_play(validate(settings), tmp_path / "r")
+        self_play(RunConfig.load(settings), tmp_path / "r")
     rows, run = seen.value.args[0], RunDirectory(tmp_path / "r")
     assert [triple.opponent for triple in rows.triples] == [1] * N + [0] * N
     answers = {opponent: read_responses(run.responses(opponent + 1)) for opponent in (0, 1)}
@@ -257,10 +257,10 @@ def test_every_setting_reaches_the_generator(settings, tmp_path, monkeypatch):
     settings["generate"] |= {"temperature": 0.7, "top_p": 0.8, "top_k": 9}
     settings["evaluate"] |= {"max_new_tokens": 6}
     for seed in (5, 6):
-        self_play(validate(settings | {"seed": seed}), tmp_path / str(seed))
+        self_play(RunConfig.load(settings | {"seed": seed}), tmp_path / str(seed))
     # θ_0 answers and solves the held-out rows, three shards of answers, θ_1 solves.
     sampled, greedy = [calls[i] for i in (0, 2, 3, 4)], [calls[i] for i in (1, 5)]
-    expected = Sampling(0.7, 0.8, 9, 12, 128, (4,), 256)
+    expected = SamplingParams(0.7, 0.8, 9, 12, 128, (4,), 256)
     assert all(sampling == expected for sampling, _, _ in sampled)
     for sampling, _, _ in greedy:
         assert (sampling.temperature, sampling.max_new_tokens) == (0, 6)
@@ -274,7 +274,7 @@ def test_every_setting_reaches_the_generator(settings, tmp_path, monkeypatch):
 @pytest.mark.parametrize("wanted", [True, False])
 def test_kernels_that_vary_are_refused_where_that_is_asked(settings, tmp_path, wanted):
     settings |= {"iterations": 1, "deterministic": wanted}
-    self_play(validate(settings), tmp_path / "r")
+    self_play(RunConfig.load(settings), tmp_path / "r")
     assert torch.are_deterministic_algorithms_enabled() is wanted
 
 
@@ -300,16 +300,16 @@ def test_a_policy_that_is_not_its_newest_player_stops_the_run(settings, tmp_path
 
     monkeypatch.setattr(tpaw.pipeline.stages.Stages, "rows", other_weights)
     with pytest.raises(PolicyMismatchError, match="before the first update"):
-        self_play(validate(settings), tmp_path / "r")
+        self_play(RunConfig.load(settings), tmp_path / "r")
     assert not (tmp_path / "r" / "iterations" / "1" / "checkpoint").exists()
 
 
 def test_variants_run(settings, tmp_path):
-    from tpaw.config.files import load_config
+    from tpaw.config.schema import RunConfig
 
     for variant in ("spin", "no_team"):
-        tree = load_config(["starter", variant]).model_dump(by_alias=True)
-        config = validate(
+        tree = RunConfig.load("starter", variant).model_dump(by_alias=True)
+        config = RunConfig.load(
             settings | {"team": tree["team"], "objective": tree["objective"], "iterations": 2}
         )
         self_play(config, tmp_path / variant)
@@ -321,7 +321,7 @@ def test_variants_run(settings, tmp_path):
 def test_whoever_loads_a_checkpoint_stops_where_the_self_play_did(settings, tmp_path):
     settings.pop("evaluate")
     settings["model"]["eos_token"] = "<|bos|>"
-    player = self_play(validate(settings | {"iterations": 1}), tmp_path / "r")
+    player = self_play(RunConfig.load(settings | {"iterations": 1}), tmp_path / "r")
     model = AutoModelForCausalLM.from_pretrained(player.path)
     assert model.generation_config.eos_token_id == [5, 4]
     assert AutoTokenizer.from_pretrained(player.path).eos_token == "<|bos|>"
@@ -330,7 +330,7 @@ def test_whoever_loads_a_checkpoint_stops_where_the_self_play_did(settings, tmp_
 def test_without_held_out_rows_nothing_is_evaluated(settings, tmp_path):
     settings.pop("evaluate")
     settings["iterations"] = 1
-    self_play(validate(settings), tmp_path / "r")
+    self_play(RunConfig.load(settings), tmp_path / "r")
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
     assert "evaluation" not in summary["players"][1]
     assert "training" in summary["players"][1]
@@ -338,7 +338,7 @@ def test_without_held_out_rows_nothing_is_evaluated(settings, tmp_path):
 
 def test_exact_match_can_be_switched_off(settings, tmp_path):
     settings["evaluate"]["exact_match"] = False
-    self_play(validate(settings | {"iterations": 1}), tmp_path / "r")
+    self_play(RunConfig.load(settings | {"iterations": 1}), tmp_path / "r")
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
     assert "exact_match" not in summary["players"][1]["evaluation"]
 
@@ -352,7 +352,7 @@ def test_data_without_answers_is_evaluated_by_its_log_probs(settings, tmp_path, 
         )
     )
     settings |= {"evaluate": {"data": {"path": str(free)}}, "iterations": 1}
-    self_play(validate(settings), tmp_path / "r")
+    self_play(RunConfig.load(settings), tmp_path / "r")
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
     assert set(summary["players"][1]["evaluation"]) >= {"logps"}
     assert "exact_match" not in summary["players"][1]["evaluation"]
@@ -361,7 +361,7 @@ def test_data_without_answers_is_evaluated_by_its_log_probs(settings, tmp_path, 
 def test_bf16_and_activation_checkpointing_run_through(settings, tmp_path):
     settings |= {"precision": "bf16", "iterations": 2, "deterministic": False}
     settings["train"] |= {"activation_checkpointing": True}
-    self_play(validate(settings), tmp_path / "r")
+    self_play(RunConfig.load(settings), tmp_path / "r")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "r" / "iterations" / "2" / "checkpoint")
     assert next(model.parameters()).dtype == torch.float32
 
@@ -388,7 +388,7 @@ def test_sampling_defaults_of_the_model_are_not_handed_on(settings, tmp_path, mo
     }
     (tmp_path / "m" / "generation_config.json").write_text(json.dumps(published))
     settings |= {"model": {"path": str(tmp_path / "m")}, "iterations": 1}
-    self_play(validate(settings), tmp_path / "r")
+    self_play(RunConfig.load(settings), tmp_path / "r")
     folder = tmp_path / "r" / "iterations" / "1" / "checkpoint"
     saved = json.loads((folder / "generation_config.json").read_text())
     assert saved["eos_token_id"] == [4, 3]

@@ -155,7 +155,7 @@ def bad(name, message):
         ),
         bad(
             "owned training argument",
-            "train: training_arguments.seed belongs to the loop; set it by seed",
+            "train.training_arguments.seed cannot be set; use seed",
         ),
         bad("exact match without answers", "evaluate.exact_match: some held-out target has no"),
         bad("foreign tokenizer", "model.path: {tmp}/foreign: the tokenizer gives token id"),
@@ -271,10 +271,10 @@ def test_an_unknown_key_and_a_missing_argument(tpaw_, config):
 
 
 def test_a_locked_run_and_a_damaged_artifact_have_exit_code_1(tpaw_, config, tmp_path):
-    from tpaw.config.files import load_config
+    from tpaw.config.schema import RunConfig
     from tpaw.storage.run_directory import open_run
 
-    with open_run(tmp_path / "r", load_config([str(config)])):
+    with open_run(tmp_path / "r", RunConfig.load(str(config))):
         code, _, err = tpaw_("run", config, "-o", tmp_path / "r")
     assert code == 1
     assert f"in use by process {os.getpid()} on " in err

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from tpaw.config.files import differences, load_config, recipe_names, to_yaml
+from tpaw.config.changes import differences
+from tpaw.config.files import recipe_names, to_yaml
 from tpaw.config.schema import ObjectiveConfig, RunConfig
 from tpaw.errors import InputError
-from tpaw.training.reserved import OWNED_TRAINING_ARGUMENTS
 
 PAPER_RECIPES = {
     "ultrachat-qwen2.5-1.5b": ((1e-6, 1e-6, 1e-7, 1e-7), (2, 2, 2, 1)),
@@ -162,28 +162,12 @@ def test_every_error_names_the_key_the_value_and_what_is_allowed(override, messa
         InputError,
         match=message.replace("(\\[", r"\(\[").replace("\\])", r"\]\)").replace("?", r"\?"),
     ):
-        load_config(["starter"], [override])
-
-
-@pytest.mark.parametrize("name", sorted(OWNED_TRAINING_ARGUMENTS))
-def test_what_the_loop_owns_is_refused_by_name(name):
-    with pytest.raises(
-        InputError, match=f"training_arguments.{name} belongs to the loop; set it by"
-    ):
-        load_config(["starter"], [f"train.training_arguments={{{name}: 1}}"])
-
-
-def test_owned_names_are_names_of_transformers():
-    import dataclasses
-
-    from transformers import TrainingArguments
-
-    assert set(OWNED_TRAINING_ARGUMENTS) <= {f.name for f in dataclasses.fields(TrainingArguments)}
+        RunConfig.load("starter", overrides=[override])
 
 
 def test_all_problems_are_reported_at_once():
     with pytest.raises(InputError) as caught:
-        load_config(["starter"], ["objective.eta=0", "train.epochs=0", "sed=1"])
+        RunConfig.load("starter", overrides=["objective.eta=0", "train.epochs=0", "sed=1"])
     assert len(str(caught.value).splitlines()) == 3
 
 
@@ -267,14 +251,17 @@ def test_a_configuration_is_frozen():
 
 
 def test_only_what_changes_results_counts_as_a_difference():
-    old = load_config(["starter"], [])
+    old = RunConfig.load("starter")
     assert (
         differences(
-            old, load_config(["starter"], ["train.tokens_per_row=32", "train.save_every=7"])
+            old,
+            RunConfig.load("starter", overrides=["train.tokens_per_row=32", "train.save_every=7"]),
         )
         == []
     )
-    assert differences(old, load_config(["starter"], ["objective.eta=4", "data.limit=3"])) == [
+    assert differences(
+        old, RunConfig.load("starter", overrides=["objective.eta=4", "data.limit=3"])
+    ) == [
         "data.limit: None → 3",
         "objective.eta: 6.0 → 4.0",
     ]
@@ -285,13 +272,15 @@ def test_recipe_names():
 
 
 def test_a_single_tracker_and_the_name_lambda_as_people_write_them():
-    assert load_config(["starter"], ["train.report_to=wandb"]).train.report_to == ("wandb",)
+    assert RunConfig.load("starter", overrides=["train.report_to=wandb"]).train.report_to == (
+        "wandb",
+    )
     assert ObjectiveConfig(lambda_=0.2).lambda_ == 0.2
 
 
 def test_settings_of_iterations_to_come_may_change():
-    old = load_config(["starter"], ["train.learning_rate=1e-6"])
-    new = load_config(["starter"], ["train.learning_rate=[1e-6, 1e-6, 5e-7, 5e-7]"])
+    old = RunConfig.load("starter", overrides=["train.learning_rate=1e-6"])
+    new = RunConfig.load("starter", overrides=["train.learning_rate=[1e-6, 1e-6, 5e-7, 5e-7]"])
     assert differences(old, new, begun=2) == []
     assert differences(old, new, begun=3) == [
         "train.learning_rate: [1e-06, 1e-06, 1e-06] → [1e-06, 1e-06, 5e-07]"
@@ -299,7 +288,7 @@ def test_settings_of_iterations_to_come_may_change():
 
 
 def test_a_revision_that_looks_like_a_number_survives(tmp_path):
-    config = load_config(["starter"], ["model.revision='1e10'"])
+    config = RunConfig.load("starter", overrides=["model.revision='1e10'"])
     (tmp_path / "c.yaml").write_text(to_yaml(config, comments=False))
     assert RunConfig.load(str(tmp_path / "c.yaml")).model.revision == "1e10"
 

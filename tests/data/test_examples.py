@@ -7,11 +7,11 @@ from conftest import make_model, make_tokenizer, save_model, sums, write_jsonl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tpaw.config.data import DataConfig
-from tpaw.config.files import validate
+from tpaw.config.schema import DataConfig, RunConfig
 from tpaw.data.examples import prepare_examples, read_examples, write_examples
-from tpaw.data.inputs import Inputs, read_inputs
+from tpaw.data.inputs import Inputs
 from tpaw.errors import InputError
+from tpaw.pipeline.preflight import read_inputs
 
 END = 4  # <|end|> in the tests' tokenizers
 
@@ -199,21 +199,21 @@ def test_an_end_of_sequence_token_that_only_the_model_names(settings, tmp_path):
     tokenizer.save_pretrained(folder)
     settings["model"]["path"] = str(folder)
     settings["data"]["template"] = "none"
-    inputs = read_inputs(validate(settings))
+    inputs = read_inputs(RunConfig.load(settings))
     assert inputs.stop_ids == (END,)
     assert all(example.target_ids[-1] == END for example in inputs.examples)
 
 
 def test_the_last_token_of_the_vocabulary_may_be_used_and_no_later_one(settings, tmp_path):
-    examples = read_inputs(validate(settings)).examples
+    examples = read_inputs(RunConfig.load(settings)).examples
     used = int(max(max(e.prompt_ids.max(), e.target_ids.max()) for e in examples))
     settings.pop("evaluate")
     settings["model"]["path"] = str(save_model(tmp_path / "m"))
     make_model(vocab_size=used + 1).save_pretrained(tmp_path / "m")
-    assert len(read_inputs(validate(settings)).examples) == len(examples)
+    assert len(read_inputs(RunConfig.load(settings)).examples) == len(examples)
     make_model(vocab_size=used).save_pretrained(tmp_path / "m")
     with pytest.raises(InputError, match=f"gives token id {used}, the model has {used} tokens"):
-        read_inputs(validate(settings))
+        read_inputs(RunConfig.load(settings))
 
 
 def test_examples_survive_the_disk(tmp_path):

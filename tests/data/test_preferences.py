@@ -7,8 +7,7 @@ from conftest import CHAT_TEMPLATE, write_jsonl
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tpaw.config.data import DataConfig
-from tpaw.config.files import load_config
+from tpaw.config.schema import DataConfig, RunConfig
 from tpaw.data.examples import prepare_examples, read_examples, write_examples
 from tpaw.errors import InputError
 
@@ -201,7 +200,7 @@ def test_rows_without_two_answers_are_refused(tmp_path, words, row):
 )
 def test_columns_that_make_no_pair(columns):
     with pytest.raises(InputError, match="or chosen and rejected with or without prompt"):
-        load_config(["starter"], [f"data.columns={columns}"])
+        RunConfig.load("starter", overrides=[f"data.columns={columns}"])
 
 
 def test_pairs_survive_the_disk(tmp_path, words):

@@ -9,9 +9,9 @@ import pytest
 from conftest import sums, write_jsonl
 from datasets import Dataset, DatasetDict
 
-from tpaw.config.data import DataConfig
+from tpaw.config.schema import DataConfig
 from tpaw.data.formats import Dialogue, Unusable, shape_of
-from tpaw.data.readers import read_rows
+from tpaw.data.readers import read_records
 from tpaw.errors import InputError
 
 USER, SYSTEM, ASSISTANT = ({"role": r, "content": r[0]} for r in ("user", "system", "assistant"))
@@ -51,18 +51,18 @@ WRITERS = {
 def test_every_local_format_gives_the_same_rows(tmp_path, name):
     rows = [*sums(5), {"question": 'Größe, "quoted"\nand two lines?', "answer": "a\n#### 1"}]
     WRITERS[name](tmp_path / name, rows)
-    assert read_rows(DataConfig(path=str(tmp_path / name)), "data") == rows
+    assert read_records(DataConfig(path=str(tmp_path / name)), "data") == rows
 
 
 def test_the_stream_that_datasets_caches(tmp_path):
     Dataset.from_list(sums(4)).save_to_disk(str(tmp_path / "d"))
     arrow = next((tmp_path / "d").glob("*.arrow"))
-    assert read_rows(DataConfig(path=str(arrow)), "data") == sums(4)
+    assert read_records(DataConfig(path=str(arrow)), "data") == sums(4)
 
 
 def test_limit_takes_the_first_rows(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", sums(5))
-    assert read_rows(DataConfig(path=str(path), limit=2), "data") == sums(2)
+    assert read_records(DataConfig(path=str(path), limit=2), "data") == sums(2)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_bad_files_are_named_with_the_place(tmp_path, name, text, message):
     path = tmp_path / name
     path.write_text(text)
     with pytest.raises(InputError, match=message) as caught:
-        read_rows(DataConfig(path=str(path)), "data")
+        read_records(DataConfig(path=str(path)), "data")
     assert str(caught.value).startswith(f"data.path: {path}")
 
 
@@ -93,20 +93,20 @@ def test_bytes_that_are_not_text(tmp_path):
     for name in ("a.jsonl", "a.json"):
         (tmp_path / name).write_bytes(b'\xff\xfe{"a": 1}')
         with pytest.raises(InputError, match="not UTF-8"):
-            read_rows(DataConfig(path=str(tmp_path / name)), "data")
+            read_records(DataConfig(path=str(tmp_path / name)), "data")
 
 
 @pytest.mark.parametrize("path", ["missing.jsonl", "./missing", "/missing/folder"])
 def test_a_missing_file(path):
     with pytest.raises(InputError, match="no such file"):
-        read_rows(DataConfig(path=path), "data")
+        read_records(DataConfig(path=path), "data")
 
 
 def test_a_hub_id_that_cannot_be_had_says_so():
     with pytest.raises(
         InputError, match="neither a file or folder here, nor a dataset that the hub"
     ):
-        read_rows(DataConfig(path="nobody/nothing"), "data")
+        read_records(DataConfig(path="nobody/nothing"), "data")
 
 
 def test_a_hub_id_is_loaded_with_split_and_revision(monkeypatch):
@@ -120,16 +120,16 @@ def test_a_hub_id_is_loaded_with_split_and_revision(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     config = DataConfig(path="openai/gsm8k", split="train[:3]", revision="main")
-    assert read_rows(config, "data") == sums(3)
+    assert read_records(config, "data") == sums(3)
     assert calls == {"path": "openai/gsm8k", "split": "train[:3]", "revision": "main"}
 
 
 def test_a_folder_that_is_no_dataset_and_a_split_that_is_not_there(tmp_path):
     with pytest.raises(InputError, match="not a saved dataset"):
-        read_rows(DataConfig(path=str(tmp_path)), "data")
+        read_records(DataConfig(path=str(tmp_path)), "data")
     DatasetDict(train=Dataset.from_list(sums(1))).save_to_disk(str(tmp_path / "d"))
     with pytest.raises(InputError, match="no split 'test'; there are train"):
-        read_rows(DataConfig(path=str(tmp_path / "d"), split="test"), "data")
+        read_records(DataConfig(path=str(tmp_path / "d"), split="test"), "data")
 
 
 def test_prompt_and_completion_as_text_and_as_messages():
@@ -249,4 +249,4 @@ def test_half_a_surrogate_pair_is_no_text():
 
 def test_a_byte_order_mark_and_capital_suffixes(tmp_path):
     (tmp_path / "a.JSONL").write_bytes(b"\xef\xbb\xbf" + json.dumps(sums(1)[0]).encode())
-    assert read_rows(DataConfig(path=str(tmp_path / "a.JSONL")), "data") == sums(1)
+    assert read_records(DataConfig(path=str(tmp_path / "a.JSONL")), "data") == sums(1)

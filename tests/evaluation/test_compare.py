@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tpaw.cli.main import main
-from tpaw.evaluation.heldout import read_items, write_items
+from tpaw.evaluation.items import read_items, write_items
 from tpaw.statistics.over_items import mean_interval, wilson_interval
 from tpaw.storage.artifacts import publishing, read_manifest, write_json, write_manifest
 from tpaw.storage.run_directory import RunDirectory

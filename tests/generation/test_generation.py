@@ -12,12 +12,12 @@ import tpaw.generation.continuous_batching
 import tpaw.generation.hf
 from tpaw.data.token_ids import token_ids
 from tpaw.generation.continuous_batching import SPARE_COLUMNS, draw
-from tpaw.generation.generator import Sampling, finish
+from tpaw.generation.generator import SamplingParams, finish
 from tpaw.generation.hf import HFGenerator
 from tpaw.generation.slot_cache import SlotCache
-from tpaw.logprobs.prepare import prepare
+from tpaw.logprobs.prepare import prepare_for_logprobs
 
-SAMPLING = Sampling(
+SAMPLING = SamplingParams(
     temperature=1.0,
     top_p=1.0,
     top_k=0,
@@ -127,8 +127,8 @@ def make_generator(request):
 
     def make(model):
         generator = HFGenerator(model)
-        assert generator.obstacle is None
-        generator.obstacle = None if request.param == "own loop" else "a test"
+        assert generator.why_unsupported is None
+        generator.why_unsupported = None if request.param == "own loop" else "a test"
         return generator
 
     return make
@@ -150,7 +150,7 @@ def test_greedy_equals_one_row_at_a_time_and_stops_where_the_model_does(kind, mo
             oracle_greedy(model, prompt, stops, n) for prompt, n in zip(rows, limits, strict=True)
         ]
     generator = HFGenerator(model)
-    assert generator.obstacle is None
+    assert generator.why_unsupported is None
     widths = watch_rows(model)
     joined, add = [], SlotCache.add
 
@@ -391,9 +391,9 @@ def test_a_model_that_has_scored_answers_as_before():
     answers = []
     for _ in range(2):
         generator = HFGenerator(model)
-        assert generator.obstacle is None
+        assert generator.why_unsupported is None
         answers.append(
             [c.token_ids.tolist() for c in generator.generate(asked, sampling, 0, ignore)]
         )
-        prepare(model, 99)
+        prepare_for_logprobs(model, 99)
     assert answers[0] == answers[1]

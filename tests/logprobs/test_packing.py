@@ -10,14 +10,14 @@ from test_response import ragged
 
 from tpaw.data.token_ids import token_ids
 from tpaw.logprobs.packing import (
-    PACKED_ROWS,
-    PADDED_ROWS,
-    Unit,
+    PACKED_LAYOUT,
+    PADDED_LAYOUT,
+    PromptGroup,
     _share_out,
     batch,
     pack,
-    packed_row,
-    padded_rows,
+    packed_batch,
+    padded_batch,
 )
 
 
@@ -49,7 +49,7 @@ def seen_by(rows, place):
 @pytest.mark.parametrize("seed", range(4))
 def test_a_token_of_a_packed_row_sees_its_prompt_and_its_own_response_alone(seed):
     sequences = with_shared_prompts(8, seed)
-    rows = packed_row(sequences)
+    rows = packed_batch(sequences)
     read, labels = rows["read_R"].tolist(), rows["labels_R"].tolist()
     for s, (prompt, response) in enumerate(sequences):
         whole = [*prompt.tolist(), *response.tolist()]
@@ -63,7 +63,7 @@ def test_a_token_of_a_packed_row_sees_its_prompt_and_its_own_response_alone(seed
 @pytest.mark.parametrize("seed", range(4))
 def test_a_packed_row_holds_each_prompt_and_each_sequence_once_and_no_last_token(seed):
     sequences = with_shared_prompts(8, seed)
-    rows = packed_row(sequences)
+    rows = packed_batch(sequences)
     responses = {}
     for prompt, response in sequences:
         responses.setdefault(tuple(prompt), set()).add(tuple(response))
@@ -78,7 +78,7 @@ def test_a_packed_row_holds_each_prompt_and_each_sequence_once_and_no_last_token
 
 
 def test_kernels_for_unequal_lengths_are_told_the_same_as_the_spans():
-    rows = packed_row(with_shared_prompts(8, 0))
+    rows = packed_batch(with_shared_prompts(8, 0))
     spans = rows["spans"]
     index = spans.key_index_K.tolist()
     for n, (begin, end, prefix_begin, prefix_end) in enumerate(spans.spans):
@@ -92,7 +92,7 @@ def test_kernels_for_unequal_lengths_are_told_the_same_as_the_spans():
 
 def test_padded_rows_hold_one_sequence_each_and_read_what_predicts_its_response():
     sequences = ragged(9, 1)
-    rows = padded_rows([*sequences, sequences[4]])
+    rows = padded_batch([*sequences, sequences[4]])
     assert rows["input_ids_BL"].shape == (9, max(len(p) + len(r) for p, r in sequences))
     assert rows["distinct_S"].tolist() == [*range(9), 4]
     flat, L = rows["input_ids_BL"].flatten().tolist(), rows["input_ids_BL"].shape[1]
@@ -108,7 +108,7 @@ def test_padded_rows_hold_one_sequence_each_and_read_what_predicts_its_response(
 def units(count, seed):
     rng = np.random.default_rng(seed)
     return [
-        Unit.of(int(rng.integers(1, 30)), rng.integers(0, 30, rng.integers(1, 4)).tolist())
+        PromptGroup.of(int(rng.integers(1, 30)), rng.integers(0, 30, rng.integers(1, 4)).tolist())
         for _ in range(count)
     ]
 
@@ -119,14 +119,14 @@ def test_the_size_of_a_unit_is_that_of_its_rows():
         prompt = token_ids(rng.integers(0, 99, 6))
         sequences = [(prompt, token_ids(rng.integers(0, 99, length))) for length in lengths]
         # Two random responses of one token may be equal; then they are one.
-        unit = Unit.of(6, lengths)
-        assert unit.tokens >= packed_row(sequences)["input_ids_BL"].numel() > unit.tokens - 2
-        assert (unit.sequences, unit.longest) == padded_rows(sequences)["input_ids_BL"].shape
+        unit = PromptGroup.of(6, lengths)
+        assert unit.tokens >= packed_batch(sequences)["input_ids_BL"].numel() > unit.tokens - 2
+        assert (unit.sequences, unit.longest) == padded_batch(sequences)["input_ids_BL"].shape
 
 
 @pytest.mark.parametrize("multiple_of", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("layout", [PACKED_ROWS, PADDED_ROWS])
+@pytest.mark.parametrize("layout", [PACKED_LAYOUT, PADDED_LAYOUT])
 def test_every_unit_is_in_one_row_within_the_budget(layout, seed, multiple_of):
     sizes = units(60, seed)
     rows = layout.cut(sizes, 200, multiple_of)
@@ -136,7 +136,7 @@ def test_every_unit_is_in_one_row_within_the_budget(layout, seed, multiple_of):
     for row in rows:
         tokens = sum(sizes[i].tokens for i in row)
         padded = sum(sizes[i].sequences for i in row) * max(sizes[i].longest for i in row)
-        assert (tokens if layout is PACKED_ROWS else padded) <= 200
+        assert (tokens if layout is PACKED_LAYOUT else padded) <= 200
 
 
 def test_packed_rows_are_few_and_about_equally_full():
@@ -149,7 +149,7 @@ def test_packed_rows_are_few_and_about_equally_full():
 
 
 def test_a_unit_longer_than_the_budget_gets_a_row_of_its_own():
-    sizes = [Unit.of(5, [3]), Unit.of(90, [20, 30]), Unit.of(2, [2])]
+    sizes = [PromptGroup.of(5, [3]), PromptGroup.of(90, [20, 30]), PromptGroup.of(2, [2])]
     for cut in (pack, batch):
         assert [1] in cut(sizes, 40)
         assert sorted(i for row in cut(sizes, 40) for i in row) == [0, 1, 2]
@@ -161,7 +161,9 @@ def test_a_unit_longer_than_the_budget_gets_a_row_of_its_own():
 
 def test_many_long_units_are_packed_in_no_time_and_into_no_more_rows_than_needed():
     """Longer than half a row, so that no two fit together."""
-    sizes = [Unit.single(int(n)) for n in np.random.default_rng(0).integers(4100, 8000, 8000)]
+    sizes = [
+        PromptGroup.single(int(n)) for n in np.random.default_rng(0).integers(4100, 8000, 8000)
+    ]
     began = time.monotonic()
     assert sorted(map(tuple, pack(sizes, 8192))) == [(i,) for i in range(8000)]
     assert time.monotonic() - began < 5  # one row more at a time took two minutes

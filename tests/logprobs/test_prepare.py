@@ -12,8 +12,8 @@ import transformers
 from conftest import make_model
 from test_response import LAYOUTS, expected_logps, ragged_team
 
-from tpaw.logprobs.packing import PACKED_ROWS, PADDED_ROWS, packed_row
-from tpaw.logprobs.prepare import prepare
+from tpaw.logprobs.packing import PACKED_LAYOUT, PADDED_LAYOUT, packed_batch
+from tpaw.logprobs.prepare import prepare_for_logprobs
 from tpaw.logprobs.response import HeadChangedError, answer_with_logits, response_logps
 
 TINY = {
@@ -95,12 +95,12 @@ def architecture(name, seed=0):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_architecture_is_packed_if_it_can_be_and_right_in_any_case(name):
     model, reference = architecture(name), architecture(name)
-    layout, notes = prepare(model, 40)
+    layout, notes = prepare_for_logprobs(model, 40)
     expected_notes = ARCHITECTURES[name][1]
     assert len(notes) == len(expected_notes), notes
     for note, expected in zip(notes, expected_notes, strict=True):
         assert note.startswith(expected)
-    assert (layout is PACKED_ROWS) == (not any(ONE_A_ROW in note for note in notes))
+    assert (layout is PACKED_LAYOUT) == (not any(ONE_A_ROW in note for note in notes))
     sequences = [s for s in ragged_team(3, seed=1, vocab_size=64) if sum(map(len, s)) <= 40]
     with torch.no_grad():
         expected_S = expected_logps(reference, sequences)
@@ -110,7 +110,7 @@ def test_an_architecture_is_packed_if_it_can_be_and_right_in_any_case(name):
 
 def test_a_prepared_model_generates_and_gives_logits_as_before():
     model, reference = make_model("llama"), make_model("llama")
-    prepare(model, 99)
+    prepare_for_logprobs(model, 99)
     ids = torch.randint(5, 320, (3, 12))
     mask = torch.ones_like(ids)
     ids[0, :5] = mask[0, :5] = 0
@@ -125,7 +125,7 @@ def test_a_prepared_model_generates_and_gives_logits_as_before():
 def test_preparing_twice_is_as_once_and_can_be_undone():
     model = make_model("llama")
     forward = model.lm_head.forward
-    first, second = prepare(model, 99), prepare(model, 99)
+    first, second = prepare_for_logprobs(model, 99), prepare_for_logprobs(model, 99)
     assert first == second
     answer_with_logits(model.lm_head)
     assert model.lm_head.forward == forward
@@ -134,9 +134,9 @@ def test_preparing_twice_is_as_once_and_can_be_undone():
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
 def test_a_copy_of_a_prepared_model_has_a_head_of_its_own(kind):
     model = make_model(kind)
-    prepare(model, 99)
+    prepare_for_logprobs(model, 99)
     other = copy.deepcopy(model)
-    rows = packed_row(ragged_team(2, seed=0))
+    rows = packed_batch(ragged_team(2, seed=0))
     before = response_logps(other, rows)
     torch.nn.init.zeros_(model.lm_head.weight)
     after = response_logps(other, rows)
@@ -149,8 +149,8 @@ def test_a_copy_of_a_prepared_model_has_a_head_of_its_own(kind):
 def test_a_choice_of_attention_is_respected():
     model = make_model("llama")
     model.set_attn_implementation("eager")
-    layout, notes = prepare(model, 99)
-    assert layout is PADDED_ROWS
+    layout, notes = prepare_for_logprobs(model, 99)
+    assert layout is PADDED_LAYOUT
     assert notes == (ONE_A_ROW + "its attention is 'eager', not sdpa",)
     assert model.config._attn_implementation == "eager"
 
@@ -161,8 +161,8 @@ def test_a_model_that_lies_about_its_attention_is_found_out(kind, monkeypatch):
     model = make_model(kind)
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda position_ids=None, **kw: forward(**kw))
-    layout, notes = prepare(model, 99)
-    assert layout is PADDED_ROWS
+    layout, notes = prepare_for_logprobs(model, 99)
+    assert layout is PADDED_LAYOUT
     assert notes == (ONE_A_ROW + "its attention gives other results from packed rows",)
     assert model.config._attn_implementation == "sdpa"
 
@@ -171,46 +171,46 @@ def test_a_model_that_lies_about_its_attention_is_found_out(kind, monkeypatch):
 def test_weights_in_bf16_do_not_hide_what_a_model_does_to_its_logits(name):
     """Their own rounding is larger than what a soft cap or a scale changes on a few tokens."""
     model = architecture(name).bfloat16()
-    assert prepare(model, 40).notes[0] == ALL_LOGITS
+    assert prepare_for_logprobs(model, 40).notes[0] == ALL_LOGITS
 
 
 def test_weights_in_bf16_do_not_hide_wrong_attention(monkeypatch):
     model = make_model("gpt2").bfloat16()
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda position_ids=None, **kw: forward(**kw))
-    assert prepare(model, 99).layout is PADDED_ROWS
+    assert prepare_for_logprobs(model, 99).layout is PADDED_LAYOUT
 
 
 @LAYOUTS
 def test_a_head_that_is_changed_without_a_trial_is_noticed_in_the_call(layout):
     model = architecture("granite")
     next(model.parameters()).ds_id = 0  # as DeepSpeed marks what it has taken apart
-    assert prepare(model, 40) == (PACKED_ROWS, ())
+    assert prepare_for_logprobs(model, 40) == (PACKED_LAYOUT, ())
     with pytest.raises(HeadChangedError):
         response_logps(model, layout.rows(ragged_team(1, seed=1, vocab_size=64)))
 
 
 def test_a_log_prob_that_is_no_number_is_not_taken_for_a_changed_head():
     model = make_model("llama")
-    prepare(model, 99)
+    prepare_for_logprobs(model, 99)
     model.lm_head.weight.data[7] = math.nan
-    assert response_logps(model, packed_row(ragged_team(1, seed=0))).isnan().any()
+    assert response_logps(model, packed_batch(ragged_team(1, seed=0))).isnan().any()
 
 
 def test_virtual_tokens_are_refused():
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     model = peft.get_peft_model(make_model("llama"), config)
     with pytest.raises(ValueError, match="virtual tokens"):
-        prepare(model, 99)
+        prepare_for_logprobs(model, 99)
 
 
 def test_lora_may_come_around_a_head_that_has_answered():
     model = make_model("llama", seed=5)
-    prepare(model, 99)
+    prepare_for_logprobs(model, 99)
     torch.manual_seed(1)
     config = peft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
     model = peft.get_peft_model(model, config)
     expected_S = expected_logps(model, ragged_team(2, seed=0))
-    assert prepare(model, 99) == (PACKED_ROWS, ())
-    logps_S = response_logps(model, packed_row(ragged_team(2, seed=0)))
+    assert prepare_for_logprobs(model, 99) == (PACKED_LAYOUT, ())
+    logps_S = response_logps(model, packed_batch(ragged_team(2, seed=0)))
     assert torch.allclose(logps_S, expected_S, rtol=1e-5)

@@ -17,11 +17,13 @@ import tpaw.logprobs.fused_head
 import tpaw.logprobs.response
 from tpaw.data.token_ids import token_ids
 from tpaw.logprobs.attention import packed_attention
-from tpaw.logprobs.packing import PACKED_ROWS, PADDED_ROWS, packed_row, padded_rows
-from tpaw.logprobs.prepare import prepare
+from tpaw.logprobs.packing import PACKED_LAYOUT, PADDED_LAYOUT, packed_batch, padded_batch
+from tpaw.logprobs.prepare import prepare_for_logprobs
 from tpaw.logprobs.response import response_logps
 
-LAYOUTS = pytest.mark.parametrize("layout", [PACKED_ROWS, PADDED_ROWS], ids=["packed", "padded"])
+LAYOUTS = pytest.mark.parametrize(
+    "layout", [PACKED_LAYOUT, PADDED_LAYOUT], ids=["packed", "padded"]
+)
 
 
 def oracle(model, prompt, response):
@@ -79,7 +81,7 @@ def test_values_and_gradients_equal_the_oracle_on_ragged_rows(kind, players, lay
     expected = torch.autograd.grad((weights_S * expected_S).sum(), list(reference.parameters()))
 
     model = make_model(kind, seed=players)
-    assert prepare(model, 99) == (PACKED_ROWS, ())
+    assert prepare_for_logprobs(model, 99) == (PACKED_LAYOUT, ())
     logps_S = response_logps(model, layout.rows(sequences))
     assert logps_S.dtype == torch.float64
     assert torch.allclose(logps_S, expected_S, rtol=1e-5, atol=0)
@@ -96,7 +98,7 @@ def test_values_and_gradients_equal_the_oracle_on_ragged_rows(kind, players, lay
 def test_values_equal_the_oracle_to_the_last_digits_of_float64(layout):
     sequences = ragged_team(3, seed=0)
     model = make_model("llama").double()
-    prepare(model, 99)
+    prepare_for_logprobs(model, 99)
     expected_S = expected_logps(make_model("llama").double(), sequences)
     assert torch.allclose(
         response_logps(model, layout.rows(sequences)), expected_S, rtol=1e-12, atol=0
@@ -105,10 +107,10 @@ def test_values_equal_the_oracle_to_the_last_digits_of_float64(layout):
 
 def test_what_lies_beside_a_sequence_changes_nothing():
     model = make_model("llama").double()
-    prepare(model, 99)
+    prepare_for_logprobs(model, 99)
     sequences = ragged_team(3, seed=2)
-    together = response_logps(model, packed_row(sequences))
-    for rows_of in (packed_row, padded_rows):
+    together = response_logps(model, packed_batch(sequences))
+    for rows_of in (packed_batch, padded_batch):
         alone = torch.cat([response_logps(model, rows_of([s])) for s in sequences])
         assert torch.allclose(alone, together, rtol=1e-12, atol=0)
 
@@ -119,7 +121,7 @@ def test_a_sum_and_no_mean_and_no_prompt_tokens():
     one, two = token_ids([4, 5]), token_ids([6, 7])
 
     def logp(p, r):
-        return response_logps(model, padded_rows([(p, r)])).item()
+        return response_logps(model, padded_batch([(p, r)])).item()
 
     # The chain rule: log π(ab|x) = log π(a|x) + log π(b|xa).
     chained = logp(prompt, one) + logp(np.concatenate([prompt, one]), two)
@@ -133,7 +135,7 @@ def test_terms_are_float32_and_their_sum_float64_whatever_the_logits_are():
         def forward(self, input_ids, use_cache):
             return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 2, dtype=torch.bfloat16))
 
-    rows = padded_rows([(token_ids([0]), token_ids([1] * 1000))])
+    rows = padded_batch([(token_ids([0]), token_ids([1] * 1000))])
     # ln 2 is 0.691 in bf16, and float32 has steps of 6e-5 at 693.
     logp = response_logps(Coin(), rows).item()
     assert logp == pytest.approx(-1000 * math.log(2), abs=4e-6)
@@ -160,7 +162,7 @@ def test_no_tensor_is_as_large_as_the_logits(kind, layout, monkeypatch):
     V, H, C = 5000, 32, 16
     monkeypatch.setattr(tpaw.logprobs.fused_head, "LOGITS_IN_A_CHUNK", C * V)
     model = make_model(kind, vocab_size=V)
-    prepare(model, 99)
+    prepare_for_logprobs(model, 99)
     sequences = [(token_ids(range(9)), token_ids(range(i, i + 30))) for i in range(8)]
     with Largest() as largest:
         response_logps(model, layout.rows(sequences)).sum().backward()
@@ -183,7 +185,7 @@ def test_lora_on_the_body_and_on_the_head(target, layout, monkeypatch):
         if is_oracle:
             logps_S = expected_logps(model, sequences)
         else:
-            assert prepare(model, 99) == (PACKED_ROWS, ())
+            assert prepare_for_logprobs(model, 99) == (PACKED_LAYOUT, ())
             logps_S = response_logps(model, layout.rows(sequences))
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         assert any("lora" in name for name in trained)
@@ -207,8 +209,8 @@ def test_a_wrapper_that_rounds_what_the_model_returns_does_not_round_log_probs()
 
     heard = []
     model = make_model("llama")
-    prepare(model, 99)
-    rows = packed_row(ragged_team(2, seed=0))
+    prepare_for_logprobs(model, 99)
+    rows = packed_batch(ragged_team(2, seed=0))
     results = []
     for entered in (model, Rounding(model)):
         logps_S = response_logps(entered, rows)
@@ -220,7 +222,7 @@ def test_a_wrapper_that_rounds_what_the_model_returns_does_not_round_log_probs()
 
 @pytest.mark.parametrize("asked", [{"sliding_window": 7}, {"softcap": 30.0}, {"s_aux": 1.0}])
 def test_attention_that_spans_do_not_have_is_refused_and_never_left_out(asked):
-    rows = packed_row([(token_ids(range(4)), token_ids(range(5)))])  # 8 tokens
+    rows = packed_batch([(token_ids(range(4)), token_ids(range(5)))])  # 8 tokens
     states = torch.randn(1, 2, 8, 4)
     options = {"tpaw_spans": rows["spans"]}
     packed_attention(None, states, states, states, None, sliding_window=8, **options)

@@ -10,19 +10,13 @@ from conftest import make_model, make_tokenizer, save_model
 from safetensors.torch import save_file
 from transformers import BertConfig, Qwen2ForSequenceClassification, T5Config
 
-from tpaw.config.files import validate
-from tpaw.config.schema import ModelConfig
+from tpaw.config.schema import ModelConfig, RunConfig
 from tpaw.errors import ArtifactError, InputError
-from tpaw.models.loading import (
-    check_model,
-    disable_dropout,
-    fingerprint,
-    initial_player,
-    load_model,
-    load_tokenizer,
-    pick_device,
-    stop_token_ids,
-)
+from tpaw.models.checks import check_model
+from tpaw.models.fingerprint import fingerprint
+from tpaw.models.initial import initial_player
+from tpaw.models.loading import disable_dropout, load_model, pick_device
+from tpaw.models.tokenizers import load_tokenizer, stop_token_ids
 from tpaw.team import Player
 
 CPU = torch.device("cpu")
@@ -31,7 +25,7 @@ CPU = torch.device("cpu")
 def check(settings, path, **changes):
     settings = settings | changes
     settings["model"] = {"path": str(path)}
-    return check_model(validate(settings))
+    return check_model(RunConfig.load(settings))
 
 
 def test_decoders_pass(settings, tmp_path):
@@ -213,7 +207,7 @@ def test_an_attention_that_is_not_there(settings, model_folder):
     for name in ("foo", "flash_attention_2"):
         settings["model"] = {"path": str(model_folder), "attn_implementation": name}
         with pytest.raises(InputError, match=f"model.attn_implementation: '{name}' cannot be used"):
-            check_model(validate(settings))
+            check_model(RunConfig.load(settings))
 
 
 def test_an_unreadable_generation_config_is_not_taken_for_an_absent_one(tmp_path):

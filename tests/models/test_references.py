@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from tpaw.errors import InputError
-from tpaw.models.loading import fingerprint
+from tpaw.models.fingerprint import fingerprint
 from tpaw.models.references import find_checkpoint, find_checkpoints
 from tpaw.storage.artifacts import MANIFEST, read_manifest
 

@@ -143,7 +143,7 @@ def test_one_player_with_eta_one_is_trls_sigmoid_dpo_loss(tmp_path):
     from trl import DPOConfig, DPOTrainer
 
     from tpaw.data.token_ids import token_ids
-    from tpaw.logprobs.packing import padded_rows
+    from tpaw.logprobs.packing import padded_batch
     from tpaw.logprobs.response import response_logps
 
     policy, reference = make_model(seed=1), make_model(seed=2)
@@ -175,7 +175,7 @@ def test_one_player_with_eta_one_is_trls_sigmoid_dpo_loss(tmp_path):
 
     def logps(model, column):
         answers = [token_ids(row[column]) for row in prepared]
-        rows = padded_rows(list(zip(prompts, answers, strict=True)))
+        rows = padded_batch(list(zip(prompts, answers, strict=True)))
         with torch.no_grad():
             return response_logps(model, rows)
 

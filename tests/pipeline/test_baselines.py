@@ -11,10 +11,10 @@ from conftest import make_model, sums, write_jsonl
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
 
-from tpaw.config.files import load_config, validate
+from tpaw.config.schema import RunConfig
 from tpaw.data.examples import read_examples
-from tpaw.data.inputs import read_inputs
 from tpaw.errors import InputError
+from tpaw.pipeline.preflight import read_inputs
 from tpaw.report.status import done_and_next
 from tpaw.report.summary import summarise
 from tpaw.selfplay import self_play
@@ -57,7 +57,7 @@ def one_batch(settings, tmp_path):
             **train,
         }
         settings["evaluate"] = {}
-        return validate(settings | {"method": method, "iterations": 1})
+        return RunConfig.load(settings | {"method": method, "iterations": 1})
 
     return make
 
@@ -174,7 +174,7 @@ def _rows(batch):
 
 def test_more_sft_has_the_run_directory_of_self_play(settings, tmp_path):
     settings |= {"method": "sft", "iterations": 2}
-    config = validate(settings)
+    config = RunConfig.load(settings)
     run = RunDirectory(tmp_path / "r")
     assert done_and_next(run, config) == ([], "train θ_1")
     self_play(config, run.root)
@@ -206,7 +206,7 @@ def test_a_reference_is_scored_once_and_by_the_store(settings, tmp_path):
     settings["data"] = {"path": str(write_jsonl(tmp_path / "pairs.jsonl", rows))}
     settings |= {"method": "dpo", "iterations": 2, "evaluate": {}}
     settings["train"]["epochs"] = 2
-    config = validate(settings)
+    config = RunConfig.load(settings)
     self_play(config, tmp_path / "r")
     summary = summarise(RunDirectory(tmp_path / "r"), config)
     assert [p.get("sequences_scored") for p in summary["players"]] == [None, 24, 24]
@@ -226,13 +226,13 @@ def test_a_reference_is_scored_once_and_by_the_store(settings, tmp_path):
 )
 def test_settings_that_would_do_nothing_are_refused(method, override, message):
     with pytest.raises(InputError, match=message):
-        load_config(["starter"], [f"method={method}", override])
+        RunConfig.load("starter", overrides=[f"method={method}", override])
 
 
 def test_split_weights_are_of_self_play():
     overrides = ["method=sft", "train.weights=split", "precision=bf16"]
     with pytest.raises(InputError, match=r"train.weights: method sft has no use for it"):
-        load_config(["starter"], overrides)
+        RunConfig.load("starter", overrides=overrides)
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
@@ -241,15 +241,15 @@ def test_trl_is_asked_for_before_anything_is_read(settings, tmp_path, monkeypatc
     settings |= {"method": method, "data": {"path": str(tmp_path / "none.jsonl")}}
     message = rf"method: {method} is trained by TRL: pip install 'tpaw\[baselines\]'"
     with pytest.raises(InputError, match=message):
-        read_inputs(validate(settings))
+        read_inputs(RunConfig.load(settings))
     settings["method"] = "self_play"
     with pytest.raises(InputError, match="no such file"):
-        read_inputs(validate(settings))
+        read_inputs(RunConfig.load(settings))
 
 
 def test_dpo_needs_pairs(settings):
     with pytest.raises(InputError, match="method dpo needs the columns chosen and rejected"):
-        read_inputs(validate(settings | {"method": "dpo"}))
+        read_inputs(RunConfig.load(settings | {"method": "dpo"}))
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_dpo_needs_pairs(settings):
 )
 def test_micro_batches_divide_the_batch(settings, method, tokens, size):
     settings["train"] |= {"batch_size": 12, "tokens_per_row": tokens}
-    own = trl_arguments(validate(settings | {"method": method}), 0)[1]
+    own = trl_arguments(RunConfig.load(settings | {"method": method}), 0)[1]
     assert own["per_device_train_batch_size"] == size
     assert size * own["gradient_accumulation_steps"] == 12
 
@@ -271,5 +271,5 @@ def test_a_model_without_a_padding_token(settings, tmp_path):
     make_model().save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
     settings |= {"method": "sft", "iterations": 1, "model": {"path": str(tmp_path / "m")}}
-    self_play(validate(settings), tmp_path / "r")
+    self_play(RunConfig.load(settings), tmp_path / "r")
     assert RunDirectory(tmp_path / "r").evaluation(1).exists()

@@ -11,7 +11,7 @@ import pytest
 
 import tpaw.pipeline.stages
 import tpaw.training.iteration
-from tpaw.config.files import validate
+from tpaw.config.schema import RunConfig
 from tpaw.errors import ArtifactError, DivergenceError, TpawError
 from tpaw.selfplay import self_play
 from tpaw.storage.run_directory import RunDirectory
@@ -69,7 +69,7 @@ def test_a_saved_step_that_is_damaged_is_refused_too(settings, tmp_path):
     from tpaw.errors import Interrupted
     from tpaw.runtime.interrupt import StopSignal
 
-    config, stop = validate(settings), StopSignal()
+    config, stop = RunConfig.load(settings), StopSignal()
 
     original = tpaw.pipeline.stages.train_iteration
 
@@ -158,7 +158,7 @@ def stopped_at_step(steps, config, folder):
 def test_a_resumed_iteration_obeys_the_new_intervals_and_logs_the_same(settings, tmp_path):
     settings |= {"iterations": 1}
     settings["train"] |= {"epochs": 4, "log_every": 5, "save_every": 5}
-    config = validate(settings)
+    config = RunConfig.load(settings)
     self_play(config, tmp_path / "whole")
     stopped_at_step(7, config, tmp_path / "cut")
     self_play(config, tmp_path / "cut")
@@ -176,7 +176,7 @@ def test_a_resumed_iteration_obeys_the_new_intervals_and_logs_the_same(settings,
         assert together == pytest.approx(whole[10][name], abs=1e-6)
     stopped_at_step(3, config, tmp_path / "changed")
     settings["train"] |= {"log_every": 1}
-    self_play(validate(settings), tmp_path / "changed")
+    self_play(RunConfig.load(settings), tmp_path / "changed")
     assert sorted(lines("changed")) == [1, *range(3, 13)]
 
 
@@ -184,12 +184,12 @@ def test_a_model_that_moved_is_found_by_its_weights(settings, tmp_path, model_fo
     settings |= {"iterations": 2}
     shutil.copytree(model_folder, tmp_path / "here")
     settings["model"] = {"path": str(tmp_path / "here")}
-    stopped_at_step(2, validate(settings), tmp_path / "r")
+    stopped_at_step(2, RunConfig.load(settings), tmp_path / "r")
     (tmp_path / "here").rename(tmp_path / "there")
     with pytest.raises(TpawError, match="not there, but θ_0 is needed"):
-        self_play(validate(settings), tmp_path / "r")
+        self_play(RunConfig.load(settings), tmp_path / "r")
     settings["model"] = {"path": str(tmp_path / "there")}
-    assert self_play(validate(settings), tmp_path / "r").index == 2
+    assert self_play(RunConfig.load(settings), tmp_path / "r").index == 2
 
 
 @pytest.mark.parametrize("when", ["during", "at the last step"])
@@ -204,14 +204,14 @@ def test_divergence_publishes_nothing_and_can_be_left(settings, tmp_path, monkey
 
     monkeypatch.setattr(TeamTrainer, "compute_loss", poisoned)
     with pytest.raises(DivergenceError, match=r"lower train.learning_rate"):
-        self_play(validate(settings), tmp_path / "r")
+        self_play(RunConfig.load(settings), tmp_path / "r")
     iteration = tmp_path / "r" / "iterations" / "1"
     assert not (iteration / "checkpoint").exists()
     monkeypatch.undo()
     shutil.rmtree(iteration / "training")
     (iteration / "training.jsonl").unlink()
     settings["train"] |= {"learning_rate": 1e-4}
-    assert self_play(validate(settings), tmp_path / "r").index == 1
+    assert self_play(RunConfig.load(settings), tmp_path / "r").index == 1
 
 
 def test_files_of_trackers_outlive_the_saved_steps(settings, tmp_path, monkeypatch):
@@ -225,6 +225,6 @@ def test_files_of_trackers_outlive_the_saved_steps(settings, tmp_path, monkeypat
 
     monkeypatch.setattr(TeamTrainer, "__init__", init)
     settings |= {"iterations": 2}
-    self_play(validate(settings), tmp_path / "r")
+    self_play(RunConfig.load(settings), tmp_path / "r")
     assert seen == [str(tmp_path / "r" / "iterations" / str(i) / "tensorboard") for i in (1, 2)]
     assert "TENSORBOARD_LOGGING_DIR" not in os.environ

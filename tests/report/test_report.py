@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tpaw.config.files import validate
+from tpaw.config.schema import RunConfig
 from tpaw.report.status import done_and_next
 from tpaw.report.summary import _late_means
 from tpaw.storage.artifacts import write_manifest
@@ -26,8 +26,8 @@ def test_late_means_are_over_the_last_half_of_the_steps_and_each_step_counts_onc
 
 def test_what_is_next_is_the_first_thing_that_is_not_done(settings, tmp_path):
     run = RunDirectory(tmp_path)
-    assert done_and_next(run, validate(settings)) == ([], "θ_0 answers the prompts")
+    assert done_and_next(run, RunConfig.load(settings)) == ([], "θ_0 answers the prompts")
     run.responses(1).mkdir(parents=True)
     write_manifest(run.responses(1), {"rows": 24})
     expected = ["θ_0 answers the prompts"], "score and train θ_1"
-    assert done_and_next(run, validate(settings)) == expected
+    assert done_and_next(run, RunConfig.load(settings)) == expected

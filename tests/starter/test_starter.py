@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tpaw.config.schema import RunConfig
-from tpaw.data.inputs import read_inputs
 from tpaw.evaluation.exact_match import extract_answer, is_correct
-from tpaw.generation.generator import Sampling
+from tpaw.generation.generator import SamplingParams
 from tpaw.generation.hf import HFGenerator
+from tpaw.pipeline.preflight import read_inputs
 from tpaw.starter.problems import generate_problems
 
 STARTER = files("tpaw") / "starter"
@@ -64,7 +64,7 @@ def test_the_model_is_unfinished_on_purpose():
     assert inputs.heldout_prompts_in_training() == 0
     heldout = inputs.heldout[:400]
     model = AutoModelForCausalLM.from_pretrained(str(STARTER / "model"), dtype=torch.float32)
-    greedy = Sampling(0.0, 1.0, 0, 64, 256, inputs.stop_ids, 32768)
+    greedy = SamplingParams(0.0, 1.0, 0, 64, 256, inputs.stop_ids, 32768)
     completions = HFGenerator(model).generate(
         [example.prompt_ids for example in heldout], greedy, 0, lambda count: None
     )

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import tpaw.storage.run_directory
-from tpaw.config.files import validate
+from tpaw.config.schema import RunConfig
 from tpaw.errors import InputError, RunLockedError
 from tpaw.storage.artifacts import ShardedArtifact
 from tpaw.storage.run_directory import RunDirectory, check_output, open_run
@@ -18,11 +18,11 @@ from tpaw.storage.run_directory import RunDirectory, check_output, open_run
 
 @pytest.fixture
 def config(settings):
-    return validate(settings)
+    return RunConfig.load(settings)
 
 
 def changed(settings, **changes):
-    return validate(settings | changes)
+    return RunConfig.load(settings | changes)
 
 
 def test_a_run_begins_once_and_keeps_its_configuration(tmp_path, config):
@@ -134,9 +134,9 @@ def test_a_format_of_the_future_is_refused(tmp_path, config):
 
 HOLD = """
 import sys
-from tpaw.config.files import load_config
+from tpaw.config.schema import RunConfig
 from tpaw.storage.run_directory import open_run
-with open_run(sys.argv[1], load_config([sys.argv[2]])):
+with open_run(sys.argv[1], RunConfig.load(sys.argv[2])):
     print("held", flush=True)
     sys.stdin.read()
 """

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import yaml
 
-from tpaw.config.files import validate
+from tpaw.config.schema import RunConfig
 from tpaw.errors import InputError
 from tpaw.report.figures import draw_figures
 from tpaw.report.study import sentences, study_report, study_tables
@@ -106,7 +106,7 @@ def checkpoints(folder):
 
 def test_a_run_with_links_is_a_run_without(tmp_path, settings):
     settings["iterations"] = 2
-    config = validate(settings)
+    config = RunConfig.load(settings)
     shared = tmp_path / "shared"
     begin_shared(config, shared)
     assert not is_prepared(shared)
@@ -146,7 +146,7 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_one_of_the_study(writ
 
 def test_who_shares(settings):
     def name(**changes):
-        return shared_name(validate(settings | changes))
+        return shared_name(RunConfig.load(settings | changes))
 
     same = name()
     assert name(objective={"eta": 2.0}) == same

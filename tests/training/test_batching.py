@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tpaw.data.token_ids import token_ids
-from tpaw.logprobs.packing import PACKED_ROWS, PADDED_ROWS
+from tpaw.logprobs.packing import PACKED_LAYOUT, PADDED_LAYOUT
 from tpaw.training.batching import (
     BatchedTriples,
     TripleBatchSampler,
@@ -36,7 +36,7 @@ def team_rows(prompts, opponents, seed=0, longest=20):
     ]
 
 
-def sampler(rows, layout=PACKED_ROWS, **changes):
+def sampler(rows, layout=PACKED_LAYOUT, **changes):
     settings = {
         "triples_per_batch": 8,
         "tokens_per_row": 90,
@@ -50,7 +50,7 @@ def flat(part):
     return [i for row in part.rows for i in row]
 
 
-@pytest.mark.parametrize("layout", [PACKED_ROWS, PADDED_ROWS])
+@pytest.mark.parametrize("layout", [PACKED_LAYOUT, PADDED_LAYOUT])
 @pytest.mark.parametrize("group_by_prompt", [False, True])
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_an_epoch_holds_every_triple_once_in_batches_of_the_asked_size(
@@ -82,7 +82,7 @@ def test_batches_depend_on_seed_and_epoch_and_not_on_packing_or_processes():
         one.set_epoch(epoch)
         return [sorted(flat(part)) for part in one]
 
-    assert batches() == batches(tokens_per_row=30) == batches(layout=PADDED_ROWS)
+    assert batches() == batches(tokens_per_row=30) == batches(layout=PADDED_LAYOUT)
     assert batches() != batches(seed=2)
     assert batches() != batches(epoch=1)
     two = [list(sampler(rows, process=p, processes=2)) for p in (0, 1)]
@@ -104,20 +104,22 @@ def test_triples_of_a_prompt_share_a_row_where_they_meet_and_fit():
     rows = team_rows(4, 3)
     sizes = TripleSizes(rows)
     everything = list(range(12))
-    assert sizes.units(everything, PACKED_ROWS, 10_000) == [[i, i + 4, i + 8] for i in range(4)]
-    assert sizes.units(everything, PACKED_ROWS, 1) == [
+    assert sizes.units(everything, PACKED_LAYOUT, 10_000) == [[i, i + 4, i + 8] for i in range(4)]
+    assert sizes.units(everything, PACKED_LAYOUT, 1) == [
         [i] for p in range(4) for i in (p, p + 4, p + 8)
     ]
     [part] = sampler(rows, triples_per_batch=12, tokens_per_row=10_000)
-    [row] = BatchedTriples(rows, PACKED_ROWS).__getitems__(part)["rows"]
-    expected = sum(sizes.unit(unit).tokens for unit in sizes.units(everything, PACKED_ROWS, 10_000))
+    [row] = BatchedTriples(rows, PACKED_LAYOUT).__getitems__(part)["rows"]
+    expected = sum(
+        sizes.unit(unit).tokens for unit in sizes.units(everything, PACKED_LAYOUT, 10_000)
+    )
     assert row["rows"]["input_ids_BL"].numel() == expected
 
 
 def test_prompts_with_other_targets_are_others():
     rows = team_rows(2, 2)
     rows[2]["target_ids"] = token_ids([7, 8, 9])
-    assert TripleSizes(rows).units([0, 1, 2, 3], PACKED_ROWS, 1000) == [[0], [1, 3], [2]]
+    assert TripleSizes(rows).units([0, 1, 2, 3], PACKED_LAYOUT, 1000) == [[0], [1, 3], [2]]
 
 
 def test_a_process_without_a_triple_gets_a_row_that_does_not_count():
@@ -125,13 +127,13 @@ def test_a_process_without_a_triple_gets_a_row_that_does_not_count():
     [one], [other] = (list(sampler(rows, process=p, processes=2)) for p in (0, 1))
     parts = sorted([one, other], key=lambda part: -len(flat(part)))
     assert [part.rows for part in parts] == [[[0]], [[]]]
-    batches = [BatchedTriples(rows, PACKED_ROWS).__getitems__(part) for part in parts]
+    batches = [BatchedTriples(rows, PACKED_LAYOUT).__getitems__(part) for part in parts]
     assert [[row["counts"] for row in batch["rows"]] for batch in batches] == [[True], [False]]
     assert [batch["triples"] for batch in batches] == [1, 1]
     assert batches[1]["rows"][0]["rows"]["input_ids_BL"].numel() > 0
 
 
-@pytest.mark.parametrize("layout", [PACKED_ROWS, PADDED_ROWS])
+@pytest.mark.parametrize("layout", [PACKED_LAYOUT, PADDED_LAYOUT])
 def test_a_row_keeps_float64_and_tells_identical_answers_by_their_ids(layout):
     row = {"prompt_ids": [1], "target_ids": [2, 3]}
     row |= {"player_target_logps": [-1234.123456789], "player_generated_logps": [-0.1]}
@@ -147,7 +149,7 @@ def test_a_row_keeps_float64_and_tells_identical_answers_by_their_ids(layout):
     assert batch["rows"]["distinct_S"].tolist() == [0, 0, 0, 0, 1, 2]
 
 
-@pytest.mark.parametrize("layout", [PACKED_ROWS, PADDED_ROWS])
+@pytest.mark.parametrize("layout", [PACKED_LAYOUT, PADDED_LAYOUT])
 def test_many_triples_of_one_long_prompt_keep_to_the_budget(layout):
     rows = team_rows(1, 40)
     for row in rows:

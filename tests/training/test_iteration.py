@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import tpaw.pipeline.stages
+import tpaw.training.callbacks
 import tpaw.training.iteration
-from tpaw.config.files import validate
+from tpaw.config.schema import RunConfig
 from tpaw.data.examples import Example
 from tpaw.data.token_ids import token_ids
 from tpaw.errors import Interrupted
@@ -20,14 +21,10 @@ from tpaw.runtime.interrupt import StopSignal
 from tpaw.selfplay import self_play
 from tpaw.storage.artifacts import is_published, read_manifest, write_manifest
 from tpaw.storage.run_directory import RunDirectory
-from tpaw.training.iteration import (
-    Triple,
-    TripleRows,
-    _json_line,
-    _Recorder,
-    train_iteration,
-)
+from tpaw.training.callbacks import Recorder, _json_line
+from tpaw.training.iteration import train_iteration
 from tpaw.training.trainer import TeamTrainer
+from tpaw.training.triples import Triple, TripleDataset
 
 NO_DEFAULTS = {
     "iterations": 2,
@@ -92,7 +89,7 @@ def test_rows_hold_each_triple_with_its_own_references():
         Response("0-x", token_ids([5]), "r", "length"),
     ]
     target, generated = np.array([[-1.0, -2.0], [-3.0, -4.0]]), np.array([[-5.0, -6.0], [-7, -8]])
-    rows = TripleRows([Triple(example, r, 0) for r in responses], target, generated)
+    rows = TripleDataset([Triple(example, r, 0) for r in responses], target, generated)
     found = [rows[i] for i in range(len(rows))]
     assert [row["is_truncated"] for row in found] == [False, True]
     assert [row["generated_ids"].tolist() for row in found] == [[4], [5]]
@@ -102,7 +99,7 @@ def test_rows_hold_each_triple_with_its_own_references():
 
 
 def test_every_setting_reaches_the_trainer(settings, tmp_path, monkeypatch):
-    config = validate(settings | NO_DEFAULTS)
+    config = RunConfig.load(settings | NO_DEFAULTS)
     found = arguments_of(config, 1, tmp_path, monkeypatch)
     objective = dict(NO_DEFAULTS["objective"])
     objective["lambda_"] = objective.pop("lambda")[1]
@@ -128,7 +125,9 @@ def test_every_setting_reaches_the_trainer(settings, tmp_path, monkeypatch):
 
 def test_every_iteration_of_every_seed_shuffles_otherwise(settings, tmp_path, monkeypatch):
     seeds = {
-        arguments_of(validate(settings | {"seed": seed}), t, tmp_path, monkeypatch)["args"].seed
+        arguments_of(RunConfig.load(settings | {"seed": seed}), t, tmp_path, monkeypatch)[
+            "args"
+        ].seed
         for seed in (0, 1)
         for t in (0, 1)
     }
@@ -148,7 +147,7 @@ def test_the_newest_saved_step_that_is_whole_counts(tmp_path):
 def test_an_older_saved_step_goes_only_when_the_newer_is_whole(tmp_path, monkeypatch):
     run = RunDirectory(tmp_path)
     folder = run.training(1)
-    recorder = _Recorder(folder, tmp_path / "log", lambda count, note: None, StopSignal(), 0.0)
+    recorder = Recorder(folder, tmp_path / "log", lambda count, note: None, StopSignal(), 0.0)
     for step in (2, 4):
         (folder / f"checkpoint-{step}").mkdir(parents=True)
     recorder_state = SimpleNamespace(global_step=4)
@@ -158,7 +157,7 @@ def test_an_older_saved_step_goes_only_when_the_newer_is_whole(tmp_path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tpaw.training.iteration, "write_manifest", die)
+        patch.setattr(tpaw.training.callbacks, "write_manifest", die)
         with pytest.raises(KeyboardInterrupt):
             recorder.on_save(None, recorder_state, None)
     assert run.last_saved_step(1).name == "checkpoint-2"
@@ -205,7 +204,7 @@ def lines_of(path):
 def test_training_goes_on_from_the_saved_step_and_logs_each_step_once(
     settings, tmp_path, monkeypatch
 ):
-    config = validate(settings | {"iterations": 1})
+    config = RunConfig.load(settings | {"iterations": 1})
     run = stopped_in_step(2, config, tmp_path / "r", monkeypatch)
     saved = run.last_saved_step(1)
     assert saved.name == "checkpoint-2"
@@ -233,6 +232,6 @@ def test_training_goes_on_from_the_saved_step_and_logs_each_step_once(
 
 
 def test_a_stop_in_the_last_step_does_not_cost_the_training(settings, tmp_path, monkeypatch):
-    config = validate(settings | {"iterations": 1})
+    config = RunConfig.load(settings | {"iterations": 1})
     run = stopped_in_step(3, config, tmp_path / "r", monkeypatch)
     assert is_published(run.checkpoint(1))

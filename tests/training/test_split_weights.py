@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import tpaw.training.iteration
 import tpaw.training.split_weights
-from tpaw.config.files import validate
+from tpaw.config.schema import RunConfig
 from tpaw.errors import InputError, PolicyMismatchError
 from tpaw.selfplay import self_play
 from tpaw.storage.run_directory import RunDirectory
@@ -308,7 +308,7 @@ def split_settings(settings):
 def test_a_run_that_was_stopped_goes_on_with_the_same_bytes(split_settings, tmp_path):
     # Three steps after the stop, as the noise of one shows in the weights of the next.
     split_settings["train"] |= {"activation_checkpointing": True, "epochs": 2}
-    config = validate(split_settings)
+    config = RunConfig.load(split_settings)
     self_play(config, tmp_path / "whole")
     stopped_at_step(2, config, tmp_path / "cut")
     saved = RunDirectory(tmp_path / "cut").last_saved_step(1)
@@ -334,7 +334,7 @@ def test_a_checkpoint_holds_the_joined_weights_in_fp32(
         restore_fp32(optimizer)
 
     monkeypatch.setattr(tpaw.training.iteration, "restore_fp32", restore)
-    self_play(validate(split_settings), tmp_path / "r")
+    self_play(RunConfig.load(split_settings), tmp_path / "r")
     assert len(expected) == 2
     before = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     for t, sums in enumerate(expected):
@@ -354,10 +354,10 @@ def test_a_checkpoint_holds_the_joined_weights_in_fp32(
 def test_the_first_step_check_sees_rounding_only(split_settings, tmp_path, monkeypatch):
     """And what it would see if players were scored with weights that are not rounded alike."""
     monkeypatch.setattr(tpaw.training.iteration, "FIRST_STEP_TOLERANCE", {"bf16": 3e-5})
-    assert self_play(validate(split_settings), tmp_path / "r").index == 2
+    assert self_play(RunConfig.load(split_settings), tmp_path / "r").index == 2
     monkeypatch.setattr("tpaw.pipeline.stages.round_weights", lambda model: None)
     with pytest.raises(PolicyMismatchError):
-        self_play(validate(split_settings), tmp_path / "other")
+        self_play(RunConfig.load(split_settings), tmp_path / "other")
 
 
 @pytest.mark.parametrize(
@@ -371,14 +371,14 @@ def test_what_split_weights_need_is_said(split_settings, changes, message):
     split_settings["precision"] = changes.pop("precision", "bf16")
     split_settings["train"] |= changes
     with pytest.raises(InputError, match=message):
-        validate(split_settings)
+        RunConfig.load(split_settings)
 
 
 def test_options_that_it_lacks_are_refused_beforehand(split_settings):
-    check_training(validate(split_settings))
+    check_training(RunConfig.load(split_settings))
     split_settings["train"]["training_arguments"] = {"optim_args": "alpha=0.9,momentum=0.5"}
     with pytest.raises(InputError, match=r"train.optimizer: rmsprop.*momentum"):
-        check_training(validate(split_settings))
+        check_training(RunConfig.load(split_settings))
 
 
 def test_it_trains_as_fp32_weights_do(split_settings, tmp_path, model_folder):
@@ -389,7 +389,7 @@ def test_it_trains_as_fp32_weights_do(split_settings, tmp_path, model_folder):
     for weights in ("fp32", "split"):
         split_settings["train"]["weights"] = weights
         run = RunDirectory(tmp_path / weights)
-        self_play(validate(split_settings), run.root)
+        self_play(RunConfig.load(split_settings), run.root)
         first = json.loads(run.training_log(1).read_text().splitlines()[0])
         norms.append(first["grad_norm"])
         files = (model_folder, run.checkpoint(1))

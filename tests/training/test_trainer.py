@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from tpaw.data.token_ids import token_ids
 from tpaw.errors import DivergenceError, PolicyMismatchError
-from tpaw.logprobs.packing import PACKED_ROWS
+from tpaw.logprobs.packing import PACKED_LAYOUT
 from tpaw.scoring.score import Precision, score_sequences
 from tpaw.training.batching import collate_triples
 from tpaw.training.trainer import FIRST_STEP_TOLERANCE, TeamTrainer
@@ -275,7 +275,7 @@ def test_the_processes_average_is_the_mean_over_all_triples(tmp_path, monkeypatc
     trainer.model.eval()
 
     def loss(part):
-        row = collate_triples(part, PACKED_ROWS)
+        row = collate_triples(part, PACKED_LAYOUT)
         return trainer.compute_loss(trainer.model, row, num_items_in_batch=6)
 
     whole = loss(rows).item()

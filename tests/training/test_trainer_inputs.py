@@ -11,7 +11,7 @@ from conftest import make_model
 from datasets import Dataset
 from test_trainer import PAPER, arguments, train, triples
 
-from tpaw.logprobs.packing import PACKED_ROWS
+from tpaw.logprobs.packing import PACKED_LAYOUT
 from tpaw.training.batching import COLUMNS, collate_triples
 from tpaw.training.trainer import TeamTrainer
 
@@ -94,7 +94,7 @@ def test_inputs_keep_their_types_under_deepspeed(tmp_path, monkeypatch):
     rows = triples(4, [make_model(seed=2)])
     trainer = TeamTrainer(make_model(seed=1), arguments(tmp_path), rows, None, PAPER)
     trainer.is_deepspeed_enabled = True
-    batch = trainer._prepare_inputs(collate_triples(rows, PACKED_ROWS))
+    batch = trainer._prepare_inputs(collate_triples(rows, PACKED_LAYOUT))
     assert batch["player_target_logps_BK"].dtype == torch.float64
     assert batch["player_target_logps_BK"].tolist() == [r["player_target_logps"] for r in rows]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,6 @@ import typer
 from tpaw.cli.common import Overrides, console_of_stdout, stoppable
 from tpaw.errors import InputError
 from tpaw.evaluation.benchmarks.suite import suite_names
-from tpaw.study.config import read_study, study_names
 
 app = typer.Typer()
 
@@ -151,46 +149,3 @@ def judge(
     console.print(win_rate_table(results))
     for text in filter(None, (results.get("note"), f"Results: {folder}")):
         console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-@app.command()
-def study(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="STUDY",
-            help=f"A YAML file, or one that comes along ({', '.join(study_names())}).",
-        ),
-    ],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder. Default: studies/STUDY.")
-    ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the cores.")] = 1,
-) -> None:
-    """Run methods × settings × seeds, or go on with them; then compare, with statistics."""
-    from tpaw.report.study import sentences, study_tables
-    from tpaw.study.publish import publish_study
-    from tpaw.study.runner import run_study, runs_of
-
-    output = output or Path("studies") / Path(source).stem
-    settings, conditions = read_study(source)
-    runs = runs_of(conditions, settings.seeds, output)
-    with stoppable(f"tpaw study {shlex.quote(source)} -o {shlex.quote(str(output))}") as stop:
-        failures = run_study(runs, output, jobs, stop)
-    content = publish_study(source, settings, conditions, runs, failures, output, jobs)
-    console = console_of_stdout()
-    for table in study_tables(content):
-        console.print(table)
-    for text in (*sentences(content), f"Report and figures: {output}"):
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-    if failures:
-        raise typer.Exit(1)
-
-
-@app.command(hidden=True)
-def prepare(directory: Path) -> None:
-    """Do all of a run that comes before its first training; `tpaw study` shares it."""
-    from tpaw.study.sharing import prepare_shared
-
-    with stoppable(f"tpaw prepare {shlex.quote(str(directory))}") as stop:
-        prepare_shared(directory, stop)

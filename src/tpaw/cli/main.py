@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shlex
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import tpaw
-from tpaw.cli.common import Overrides, console_of_stdout, stoppable
-from tpaw.cli.evaluate import app as evaluation_app
-from tpaw.config.files import recipe_names, to_yaml
-from tpaw.config.schema import RunConfig
-from tpaw.errors import InputError, TpawError
-from tpaw.storage.run_directory import RunDirectory
+from tpaw.cli.evaluate import app as evaluate_app
+from tpaw.cli.run import app as run_app
+from tpaw.cli.study import app as study_app
+from tpaw.errors import TpawError
 
 app = typer.Typer(
     help="Self-play fine-tuning of an SFT model with TPAW (arXiv 2605.09922).",
@@ -25,20 +20,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-config_app = typer.Typer(help="Show recipes and the schema of a configuration.")
-app.add_typer(config_app, name="config", no_args_is_help=True)
-app.add_typer(evaluation_app)
-
-Sources = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="CONFIG...",
-        help=f"A YAML file or a recipe ({', '.join(recipe_names())}); later ones go over earlier.",
-    ),
-]
-Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Run directory. Default: runs/CONFIG.")
-]
+app.add_typer(run_app)
+app.add_typer(evaluate_app)
+app.add_typer(study_app)
 
 
 @app.callback(invoke_without_command=True)
@@ -49,84 +33,6 @@ def top(
     if version:
         print(f"tpaw {tpaw.__version__}")
         raise typer.Exit
-
-
-@app.command()
-def run(config: Sources, output: Output = None, set_: Overrides = []) -> None:  # noqa: B006
-    """Run self-play or a baseline, or go on with the run that lies in the run directory.
-
-    CONFIG may be a run directory itself: then that run goes on.
-    """
-    output = output or _default_output(config)
-    _run(_load(config, set_), output)
-
-
-@app.command()
-def sft(config: Sources, output: Output = None, set_: Overrides = []) -> None:  # noqa: B006
-    """Make the starting model: supervised fine-tuning by TRL, with the paper's settings.
-
-    The same as `tpaw run sft CONFIG...`; what CONFIG says goes over the recipe sft. The model is
-    in iterations/1/checkpoint.
-    """
-    output = output or _default_output(["sft", *config] if not _is_run(config) else config)
-    settings = _load(["sft", *config], set_)
-    if settings.method != "sft":
-        raise InputError(f"method: {settings.method}; `tpaw sft` trains by sft, `tpaw run` by any")
-    _run(settings, output)
-
-
-def _run(settings: RunConfig, output: Path) -> None:
-    from tpaw.selfplay import self_play
-
-    with stoppable(f"tpaw run {shlex.quote(str(output))}") as stop:
-        self_play(settings, output, stop)
-    _print_summary(RunDirectory(output), settings)
-
-
-@app.command()
-def status(directory: Path) -> None:
-    """Say what is done in a run directory, and what is next."""
-    run = RunDirectory(directory)
-    if not run.has_begun():
-        raise InputError(f"{directory}: not a run directory (no run.json)")
-    settings = run.load_config()
-    from tpaw.report.status import done_and_next
-
-    done, upcoming = done_and_next(run, settings)
-    for stage in done:
-        print(f"done  {stage}")
-    print(f"next  {upcoming}" if upcoming else "all done")
-    if done:
-        _print_summary(run, settings)
-
-
-@app.command()
-def plan(config: Sources, set_: Overrides = []) -> None:  # noqa: B006
-    """Show lineage and cost of every iteration, before anything is spent."""
-    settings = _load(config, set_)
-    from tpaw.config.plan import plan_run
-    from tpaw.data.inputs import read_inputs
-    from tpaw.report.tables import plan_table
-    from tpaw.runtime.progress import progress
-
-    with progress("reading and tokenising", None, "rows") as advance:
-        inputs = read_inputs(settings, advance)
-    console = console_of_stdout()
-    console.print(plan_table(plan_run(settings, len(inputs.examples))))
-    for text in (inputs.described(), *inputs.first_rows()):
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-@config_app.command("show")
-def config_show(config: Sources, set_: Overrides = []) -> None:  # noqa: B006
-    """Print the complete configuration, with a comment on every setting."""
-    print(to_yaml(_load(config, set_), comments=True), end="")
-
-
-@config_app.command("schema")
-def config_schema() -> None:
-    """Print the JSON schema of a configuration."""
-    print(json.dumps(RunConfig.model_json_schema(by_alias=True), indent=2))
 
 
 def main() -> None:
@@ -142,31 +48,3 @@ def main() -> None:
     except TpawError as error:
         print(f"tpaw: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-
-
-def _load(sources: list[str], overrides: list[str]) -> RunConfig:
-    return RunConfig.load(*(_config_of(source) for source in sources), overrides=overrides)
-
-
-def _config_of(source: str) -> str:
-    run = RunDirectory(source)
-    return str(run.config_file) if run.has_begun() else source
-
-
-def _is_run(sources: list[str]) -> bool:
-    return len(sources) == 1 and RunDirectory(sources[0]).has_begun()
-
-
-def _default_output(sources: list[str]) -> Path:
-    if _is_run(sources):
-        return Path(sources[0])
-    return Path("runs") / "-".join(Path(source).stem for source in sources)
-
-
-def _print_summary(run: RunDirectory, settings: RunConfig) -> None:
-    from tpaw.report.summary import summarise
-    from tpaw.report.tables import summary_table
-
-    console = console_of_stdout()
-    console.print(summary_table(summarise(run, settings)))
-    console.print(f"Results: {run.root}", markup=False, highlight=False, soft_wrap=True)

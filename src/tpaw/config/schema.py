@@ -1,7 +1,7 @@
 """Every setting of a run, with the paper's symbol and the default beside it.
 
 This file is the reference: `tpaw config show RECIPE` and `tpaw config schema` print what stands
-here. Reading YAML, recipes that extend one another and `--set` live in `config_file.py`.
+here. `files.py` reads and writes YAML, `messages.py` words the errors.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 
-from tpaw.config.data import DataConfig, Section
+from tpaw.config.files import load_tree
+from tpaw.config.messages import validate_as
 from tpaw.team import Newest
-from tpaw.training.reserved import OWNED_TRAINING_ARGUMENTS
 
 Scalar = TypeVar("Scalar")
 
@@ -41,6 +41,75 @@ _OF_SELF_PLAY: Mapping[str, tuple[str, ...]] = {
 # `json_schema_extra` of a setting that may change when a run goes on: it decides how the work is
 # cut up or what is shown, and changes results by no more than rounding.
 CHANGEABLE: JsonDict = {"changeable": True}
+
+
+class Section(BaseModel):
+    """A part of the file: strict types, no unknown keys, frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+_COLUMNS = (
+    {"prompt", "target"},
+    {"messages"},
+    {"chosen", "rejected"},
+    {"prompt", "chosen", "rejected"},
+)
+
+
+class Columns(Section):
+    """Names of the columns to read, one of `_COLUMNS`."""
+
+    prompt: str | None = Field(None, description="Column of the prompt's text (or messages).")
+    target: str | None = Field(None, description="Column of the target's text (or messages).")
+    messages: str | None = Field(None, description="Column of a list of role/content messages.")
+    chosen: str | None = Field(
+        None,
+        description="Column of the preferred answer: text, a message, or a conversation, which "
+        "may bring the prompt along. It is the target.",
+    )
+    rejected: str | None = Field(None, description="Column of the answer that is not preferred.")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Columns:
+        if {name for name, column in self if column is not None} not in _COLUMNS:
+            raise ValueError(
+                "give prompt and target, or messages alone, or chosen and rejected with or "
+                "without prompt"
+            )
+        return self
+
+
+class DataConfig(Section):
+    """Where rows come from and how they become prompt and target."""
+
+    path: str = Field(
+        description="A json, jsonl, parquet, csv or arrow file, a folder of datasets' "
+        "save_to_disk, a hub id, or tpaw://starter/train.jsonl."
+    )
+    split: str = Field("train", description="Split of a hub id; slices such as train[:50000] work.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+    columns: Columns | None = Field(
+        None,
+        description="Columns to read. Default, the first that fits: chosen/rejected with prompt or "
+        "conversations or alone, prompt/completion, messages, conversations (ShareGPT), "
+        "instruction/input/output (Alpaca), question/answer (GSM8K).",
+    )
+    turn: Literal["first", "last"] = Field(
+        "first",
+        description="Of a conversation: the first round (as the paper), or everything up to the "
+        "last assistant turn.",
+    )
+    template: Literal["auto", "chat", "none"] = Field(
+        "auto",
+        description="The tokenizer's chat template. auto: for messages always, for a plain "
+        "prompt/completion never (as TRL), for the other shapes where there is one. none: the "
+        "text as it stands.",
+    )
+    limit: int | None = Field(None, ge=1, description="Read only the first rows. Default: all.")
+    max_skipped: float = Field(
+        0.01, ge=0, le=1, description="Share of rows that may be unusable before it is an error."
+    )
 
 
 class ModelConfig(Section):
@@ -106,7 +175,7 @@ class ObjectiveConfig(Section):
 class GenerateConfig(Section):
     """How the newest checkpoint answers; SPIN's sampling, as the paper states none."""
 
-    temperature: float = Field(1.0, gt=0, description="Sampling temperature.")
+    temperature: float = Field(1.0, gt=0, description="SamplingParams temperature.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; 1 is off.")
     top_k: int = Field(0, ge=0, description="Sample among the k likeliest tokens; 0 is off.")
     max_new_tokens: int = Field(1024, ge=1, description="Longest response, in tokens.")
@@ -198,12 +267,6 @@ class TrainConfig(Section):
                 f"weights split: optimizer {self.optimizer!r} cannot update them; it must be "
                 "rmsprop, or weights fp32"
             )
-        for name in self.training_arguments:
-            if name in OWNED_TRAINING_ARGUMENTS:
-                raise ValueError(
-                    f"training_arguments.{name} belongs to the loop; set it by "
-                    f"{OWNED_TRAINING_ARGUMENTS[name]}"
-                )
         return self
 
 
@@ -302,15 +365,17 @@ class RunConfig(Section):
         }
 
     @classmethod
-    def load(cls, *sources: str, overrides: Sequence[str] = ()) -> RunConfig:
-        """Read YAML files or recipes by name, later ones over earlier ones, then `key=value`s.
+    def load(cls, *sources: str | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+        """Read YAML files or recipes by name. Later sources override earlier ones.
+
+        Args:
+            sources: a mapping stands for the content of a file.
+            overrides: texts `section.key=value`; they override every source.
 
         Raises:
             InputError: naming the key path, the value and what is allowed.
         """
-        from tpaw.config.files import load_config
-
-        return load_config(sources, overrides)
+        return validate_as(cls, load_tree(sources, overrides))
 
 
 def at_iteration(value: Scalar | tuple[Scalar, ...], t: int) -> Scalar:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tpaw.config.data import DataConfig
-from tpaw.data.readers import Row
+from tpaw.config.schema import DataConfig
+from tpaw.data.readers import Record
 from tpaw.errors import InputError
 
 Message = dict[str, str]
@@ -43,8 +43,8 @@ SAME_ANSWERS = Unusable("chosen and rejected are the same")
 
 
 def shape_of(
-    rows: Sequence[Row], config: DataConfig, key: str, *, preferences: bool = False
-) -> Callable[[Row], Any]:
+    rows: Sequence[Record], config: DataConfig, key: str, *, preferences: bool = False
+) -> Callable[[Record], Any]:
     """How to turn a row into a `Dialogue` (or `Unusable`), from the columns that are there.
 
     Args:
@@ -73,7 +73,7 @@ def shape_of(
             return lambda row: _conversation(row.get(columns.messages or ""), config.turn)
         return lambda row: _pair(row, columns.prompt or "", columns.target or "", _asked)
     asked_in = "conversations" if "conversations" in filled else "prompt"
-    shapes: list[tuple[set[str], Callable[[Row], Any]]] = [
+    shapes: list[tuple[set[str], Callable[[Record], Any]]] = [
         (
             {"chosen", "rejected"},
             lambda row: _preference(row, asked_in, "chosen", "rejected", _checked),
@@ -95,7 +95,10 @@ def shape_of(
 
 
 def _pair(
-    row: Row, prompt_column: str, target_column: str, of_texts: Callable[..., Dialogue | Unusable]
+    row: Record,
+    prompt_column: str,
+    target_column: str,
+    of_texts: Callable[..., Dialogue | Unusable],
 ) -> Dialogue | Unusable:
     prompt, target = row.get(prompt_column), row.get(target_column)
     if isinstance(prompt, list) or isinstance(target, list):
@@ -115,7 +118,7 @@ def _asked(prompt: Any, target: Any, system: Any = None) -> Dialogue | Unusable:
     return dialogue._replace(prompt=messages)
 
 
-def _alpaca(row: Row) -> Dialogue | Unusable:
+def _alpaca(row: Record) -> Dialogue | Unusable:
     instruction, extra = row.get("instruction"), row.get("input")
     if isinstance(instruction, str) and isinstance(extra, str) and extra.strip():
         instruction = f"{instruction}\n{extra}"
@@ -123,7 +126,7 @@ def _alpaca(row: Row) -> Dialogue | Unusable:
 
 
 def _preference(
-    row: Row,
+    row: Record,
     prompt_column: str,
     chosen_column: str,
     rejected_column: str,
@@ -157,14 +160,14 @@ def _continued(asked: Any, answer: Any) -> Any:
     return [*asked, *answered] if isinstance(asked, list) else answered
 
 
-def _sharegpt(row: Row, turn: str) -> Dialogue | Unusable:
+def _sharegpt(row: Record, turn: str) -> Dialogue | Unusable:
     turns = row.get("conversations")
     if not isinstance(turns, list):
         return Unusable("the conversation is not a list of turns")
     return _conversation(_with_system(row, _messages(turns, "user")), turn)
 
 
-def _with_system(row: Row, messages: Any) -> Any:
+def _with_system(row: Record, messages: Any) -> Any:
     """Some files keep the system message in a column of its own."""
     if isinstance(messages, list) and isinstance(row.get("system"), str) and row["system"].strip():
         return [{"role": "system", "content": row["system"]}, *messages]

@@ -1,28 +1,22 @@
 """What a run starts from: examples, held-out examples and the tokenizer, checked and kept.
 
-`read_inputs` refuses whatever cannot work before anything is written or loaded; afterwards the run
-directory holds all of it, and the sources are not read again.
+Once they are published, the run directory holds all of it, and the sources are not read again.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from tpaw.config.schema import RunConfig
-from tpaw.data.examples import Example, Prepared, prepare_examples, read_examples, write_examples
-from tpaw.errors import InputError
-from tpaw.evaluation.exact_match import has_answers
-from tpaw.models.loading import check_model, load_tokenizer, pick_device, stop_token_ids
+from tpaw.data.examples import Example, read_examples, write_examples
+from tpaw.models.tokenizers import load_tokenizer
 from tpaw.storage.artifacts import publishing, read_manifest
-from tpaw.training.arguments import check_training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-OnDone = Callable[[int], None]
 
 
 class Inputs(NamedTuple):
@@ -70,51 +64,6 @@ class Inputs(NamedTuple):
         """How many held-out rows ask what a training row asks."""
         known = {example.prompt_ids.tobytes() for example in self.examples}
         return sum(example.prompt_ids.tobytes() in known for example in self.heldout)
-
-
-def read_inputs(config: RunConfig, on_done: OnDone = lambda count: None) -> Inputs:
-    """Check the model's kind, then read, template and tokenise the data.
-
-    Args:
-        on_done: called with the number of rows read since the last call.
-
-    Raises:
-        InputError: naming the setting, the file or the row.
-    """
-    pick_device(config.device)
-    check_training(config)
-    model_config = check_model(config)
-    tokenizer = load_tokenizer(config.model)
-    stop_ids = stop_token_ids(config.model, tokenizer)
-    tokenizer.eos_token_id = stop_ids[0]
-
-    def prepare(key: str) -> Prepared:
-        data = config.data if key == "data" else config.evaluate.data
-        if data is None:
-            return Prepared([], {})
-        preferences = config.method == "dpo" and key == "data"
-        return prepare_examples(
-            data, key, tokenizer, stop_ids, config.max_length, on_done, preferences=preferences
-        )
-
-    train, heldout = prepare("data"), prepare("evaluate.data")
-    used = max(
-        int(ids.max())
-        for example in train.examples + heldout.examples
-        for ids in (example.prompt_ids, example.target_ids, example.rejected_ids)
-        if ids is not None
-    )
-    if used >= (vocab_size := model_config.get_text_config().vocab_size):
-        raise InputError(
-            f"model.path: {config.model.path}: the tokenizer gives token id {used}, the model has "
-            f"{vocab_size} tokens; they do not belong together"
-        )
-    if config.evaluate.exact_match and not heldout.examples:
-        raise InputError("evaluate.exact_match: it needs held-out rows; set evaluate.data")
-    if config.evaluate.exact_match and not has_answers(heldout.examples):
-        raise InputError("evaluate.exact_match: some held-out target has no `#### answer`")
-    skipped = {"data": train.skipped, "evaluate.data": heldout.skipped}
-    return Inputs(train.examples, heldout.examples, skipped, tokenizer, stop_ids)
 
 
 def publish_inputs(folder: Path, inputs: Inputs) -> None:

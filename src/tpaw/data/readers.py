@@ -11,22 +11,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tpaw.config.data import DataConfig
-from tpaw.config.files import resolve_package_path
+from tpaw.config.schema import DataConfig
 from tpaw.errors import InputError
+from tpaw.storage.resources import resolve_path
 
-Row = Mapping[str, Any]
+Record = Mapping[str, Any]
 
 _SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".arrow")
 
 
-def read_rows(config: DataConfig, key: str) -> list[Row]:
+def read_records(config: DataConfig, key: str) -> list[Record]:
     """Read the rows of a local file, a saved dataset or a hub id; `key` names it in errors.
 
     Raises:
         InputError: nothing there, not readable, a malformed line, or no rows.
     """
-    path = Path(resolve_package_path(config.path))
+    path = Path(resolve_path(config.path))
     name = f"{key}.path: {config.path}"
     if path.is_file():
         reader = _READERS.get(path.suffix.lower())
@@ -44,7 +44,7 @@ def read_rows(config: DataConfig, key: str) -> list[Row]:
     return rows[: config.limit]
 
 
-def _read_jsonl(path: Path, name: str) -> list[Row]:
+def _read_jsonl(path: Path, name: str) -> list[Record]:
     rows = []
     with path.open(encoding="utf-8-sig") as file:
         try:
@@ -56,7 +56,7 @@ def _read_jsonl(path: Path, name: str) -> list[Row]:
     return rows
 
 
-def _json_object(text: str, place: str) -> Row:
+def _json_object(text: str, place: str) -> Record:
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -66,7 +66,7 @@ def _json_object(text: str, place: str) -> Row:
     return value
 
 
-def _read_json(path: Path, name: str) -> list[Row]:
+def _read_json(path: Path, name: str) -> list[Record]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -83,8 +83,8 @@ def _read_json(path: Path, name: str) -> list[Row]:
     return list(rows)
 
 
-def _read_csv(path: Path, name: str) -> list[Row]:
-    rows: list[Row] = []
+def _read_csv(path: Path, name: str) -> list[Record]:
+    rows: list[Record] = []
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
@@ -98,7 +98,7 @@ def _read_csv(path: Path, name: str) -> list[Row]:
     return rows
 
 
-def _read_parquet(path: Path, name: str) -> list[Row]:
+def _read_parquet(path: Path, name: str) -> list[Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -108,7 +108,7 @@ def _read_parquet(path: Path, name: str) -> list[Row]:
         raise InputError(f"{name}: not a readable parquet file: {error}") from None
 
 
-def _read_arrow(path: Path, name: str) -> list[Row]:
+def _read_arrow(path: Path, name: str) -> list[Record]:
     import pyarrow as pa
 
     problem: Exception | None = None
@@ -121,7 +121,7 @@ def _read_arrow(path: Path, name: str) -> list[Row]:
     raise InputError(f"{name}: not a readable arrow file: {problem}")
 
 
-def _saved_dataset(path: Path, config: DataConfig, name: str) -> list[Row]:
+def _saved_dataset(path: Path, config: DataConfig, name: str) -> list[Record]:
     import datasets
 
     try:
@@ -135,7 +135,7 @@ def _saved_dataset(path: Path, config: DataConfig, name: str) -> list[Row]:
     return list(loaded)
 
 
-def _hub(config: DataConfig, name: str) -> list[Row]:
+def _hub(config: DataConfig, name: str) -> list[Record]:
     import datasets
 
     try:
@@ -154,7 +154,7 @@ def _listed(names: Any) -> str:
     return ", ".join(sorted(map(str, names)))
 
 
-_READERS: Mapping[str, Callable[[Path, str], list[Row]]] = {
+_READERS: Mapping[str, Callable[[Path, str], list[Record]]] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,

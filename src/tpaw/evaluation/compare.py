@@ -22,7 +22,7 @@ from tpaw.statistics.over_items import (
 )
 
 
-class Row(NamedTuple):
+class ComparisonRow(NamedTuple):
     """One measure of one system. What only a comparison has is None for the baseline.
 
     Attributes:
@@ -61,7 +61,7 @@ class Comparison(NamedTuple):
 
     systems: list[str]
     suite: str | None
-    rows: list[Row]
+    rows: list[ComparisonRow]
     tests: int
     notes: list[str]
 
@@ -117,14 +117,16 @@ def compare(
     )
 
 
-def _row(name: str, baseline: Evaluation, evaluation: Evaluation, *, is_binary: bool) -> Row:
+def _row(
+    name: str, baseline: Evaluation, evaluation: Evaluation, *, is_binary: bool
+) -> ComparisonRow:
     start, found = baseline.measures[name].scores, evaluation.measures[name].scores
     first, scores = list(start.values()), [found[item] for item in start]
     value = sum(scores) / len(scores)
     interval = (
         wilson_interval(round(sum(scores)), len(scores)) if is_binary else mean_interval(scores)
     )
-    row = Row(name, evaluation.name, len(scores), value, interval)
+    row = ComparisonRow(name, evaluation.name, len(scores), value, interval)
     if evaluation is baseline:
         return row
     if is_binary:
@@ -143,13 +145,15 @@ def _row(name: str, baseline: Evaluation, evaluation: Evaluation, *, is_binary: 
     )
 
 
-def _averages(evaluations: Sequence[Evaluation]) -> list[Row]:
+def _averages(evaluations: Sequence[Evaluation]) -> list[ComparisonRow]:
     """A suite's average in percent. It has no test: its tasks have, and tasks are no sample."""
     start = evaluations[0].score
     if start is None or any(evaluation.score is None for evaluation in evaluations):
         return []
     return [
-        Row("average, %", e.name, None, e.score, None, e.score - start if position else None)
+        ComparisonRow(
+            "average, %", e.name, None, e.score, None, e.score - start if position else None
+        )
         for position, e in enumerate(evaluations)
         if e.score is not None
     ]

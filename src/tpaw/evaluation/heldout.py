@@ -9,9 +9,7 @@ to the same prompt (sampled once, then fixed), it reports, in nats and without Î
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +18,9 @@ from numpy.typing import NDArray
 from tpaw.data.examples import Example
 from tpaw.data.token_ids import TokenIds
 from tpaw.evaluation.exact_match import extract_answer, is_correct
+from tpaw.evaluation.items import Item
 from tpaw.generation.generator import Completion
 from tpaw.statistics.over_items import mcnemar, wilson_interval
-
-Item = dict[str, Any]
 
 
 def exact_match_items(
@@ -93,13 +90,3 @@ def logp_results(items: Sequence[Item], start: Sequence[Item]) -> dict[str, floa
         "margin": float((gap - start_gap).mean()),
         "nonpositive_gap_share": float((gap <= 0).mean()),
     }
-
-
-def write_items(path: Path, items: Sequence[Item]) -> None:
-    """Write outcomes as JSON lines."""
-    path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
-
-
-def read_items(path: Path) -> list[Item]:
-    """Read what `write_items` wrote."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tpaw.errors import InputError
-from tpaw.evaluation.heldout import Item, read_items
+from tpaw.evaluation.items import Item, read_items
 from tpaw.models.references import find_in_run
 from tpaw.storage.artifacts import (
     MANIFEST,

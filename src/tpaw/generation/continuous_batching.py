@@ -26,10 +26,10 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from tpaw.data.token_ids import TokenIds
-from tpaw.generation.generator import OnDone, Sampling
+from tpaw.generation.generator import OnDone, SamplingParams
 from tpaw.generation.slot_cache import SlotCache
 from tpaw.logprobs.attention import PACKED
-from tpaw.logprobs.packing import Unit, batch
+from tpaw.logprobs.packing import PromptGroup, batch
 
 # Bounds the activations of one forward pass over prompts; more would not be faster.
 PROMPT_TOKENS_PER_PASS = 8192
@@ -43,7 +43,7 @@ BLOCK = 256
 ASK_EVERY = 4
 
 
-def obstacle(model: PreTrainedModel) -> str | None:
+def why_unsupported(model: PreTrainedModel) -> str | None:
     """Why a model cannot be answered with here, or None.
 
     It can where `generate` would do no more than give it ids, a mask and positions, and remember
@@ -72,7 +72,7 @@ def obstacle(model: PreTrainedModel) -> str | None:
     return None
 
 
-class _Row:
+class GenerationRequest:
     """A prompt, and what the model has emitted after it."""
 
     def __init__(self, index: int, prompt: TokenIds, limit: int, seed: int) -> None:
@@ -93,12 +93,12 @@ class _Row:
 def answer(
     model: PreTrainedModel,
     prompts: Sequence[TokenIds],
-    sampling: Sampling,
+    sampling: SamplingParams,
     seed: int,
     on_done: OnDone,
     is_enough: Callable[[Sequence[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """What a model without `obstacle` emits after each prompt, in their order.
+    """What a model without `why_unsupported` emits after each prompt, in their order.
 
     The longest prompts come first. A row's answer depends on the seed, its place among `prompts`
     and itself; on other rows by no more than rounding.
@@ -107,12 +107,15 @@ def answer(
         on_done: called with the number of rows that have ended. It may raise.
         is_enough: asked now and then, with all that a row has emitted; true ends the row.
     """
-    rows = [_Row(i, prompt, sampling.limit(prompt), seed) for i, prompt in enumerate(prompts)]
+    rows = [
+        GenerationRequest(i, prompt, sampling.limit(prompt), seed)
+        for i, prompt in enumerate(prompts)
+    ]
     rows.sort(key=lambda row: (-row.longest, -len(row.prompt)))
     waiting = deque(rows)
     emitted: dict[int, list[int]] = {}
     forward = _Forward(model)
-    cache, active = forward.cache, list[_Row]()
+    cache, active = forward.cache, list[GenerationRequest]()
     while waiting or active:
         if waiting:
             longest = max(row.longest for row in (waiting[0], *active))
@@ -161,14 +164,14 @@ class _Forward:
         if "logits_to_keep" in arguments:
             self._options["logits_to_keep"] = 1
 
-    def read(self, rows: Sequence[_Row]) -> None:
+    def read(self, rows: Sequence[GenerationRequest]) -> None:
         """All of the prompts but their last token, which is the first to be stepped with.
 
         Padded on the right and without a mask, as `layout` has it: no token sees what stands to
         its right.
         """
         lengths = [len(row.prompt) - 1 for row in rows]
-        for chosen in batch([Unit.single(n) for n in lengths], PROMPT_TOKENS_PER_PASS):
+        for chosen in batch([PromptGroup.single(n) for n in lengths], PROMPT_TOKENS_PER_PASS):
             filled = DynamicCache()  # of no config: it keeps every token of a sliding window too
             longest = lengths[chosen[0]]
             if longest:
@@ -182,7 +185,7 @@ class _Forward:
                 )
             self.cache.add(filled, [lengths[i] for i in chosen])
 
-    def step(self, rows: Sequence[_Row]) -> Tensor:
+    def step(self, rows: Sequence[GenerationRequest]) -> Tensor:
         """Logits (N, V), float32, of the token after the last of each row."""
         cache, device = self.cache, self.model.device
         last = [row.emitted[-1] if row.emitted else int(row.prompt[-1]) for row in rows]
@@ -202,7 +205,9 @@ class _Forward:
         return logits_NV
 
 
-def _choose(logits_NV: Tensor, rows: Sequence[_Row], sampling: Sampling) -> list[int]:
+def _choose(
+    logits_NV: Tensor, rows: Sequence[GenerationRequest], sampling: SamplingParams
+) -> list[int]:
     """The likeliest token of each row at temperature 0, else one drawn."""
     if sampling.temperature == 0:
         return list(logits_NV.argmax(-1).tolist())

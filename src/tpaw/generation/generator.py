@@ -11,7 +11,7 @@ FinishReason = Literal["stop", "length"]
 OnDone = Callable[[int], None]
 
 
-class Sampling(NamedTuple):
+class SamplingParams(NamedTuple):
     """How to sample; complete, so that nothing comes from a model's own generation config.
 
     Attributes:
@@ -54,7 +54,7 @@ class Generator(Protocol):
     """Anything that answers prompts given as token ids."""
 
     def generate(
-        self, prompts: Sequence[TokenIds], sampling: Sampling, seed: int, on_done: OnDone
+        self, prompts: Sequence[TokenIds], sampling: SamplingParams, seed: int, on_done: OnDone
     ) -> list[Completion]:
         """One completion a prompt, in order; the same seed gives the same completions.
 
@@ -64,7 +64,7 @@ class Generator(Protocol):
         ...
 
 
-def finish(emitted: Sequence[int], sampling: Sampling, limit: int) -> Completion:
+def finish(emitted: Sequence[int], sampling: SamplingParams, limit: int) -> Completion:
     """Cut what a model emitted at its first stop token or at the limit, whichever comes first."""
     for position, token in enumerate(emitted[:limit]):
         if token in sampling.stop_token_ids:
@@ -79,7 +79,7 @@ class FakeGenerator:
         self.answer = answer
 
     def generate(
-        self, prompts: Sequence[TokenIds], sampling: Sampling, seed: int, on_done: OnDone
+        self, prompts: Sequence[TokenIds], sampling: SamplingParams, seed: int, on_done: OnDone
     ) -> list[Completion]:
         """See `Generator.generate`."""
         completions = []

@@ -9,9 +9,9 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from tpaw.data.token_ids import TokenIds
-from tpaw.generation.continuous_batching import answer, obstacle
-from tpaw.generation.generator import Completion, OnDone, Sampling, finish
-from tpaw.logprobs.packing import Unit, batch
+from tpaw.generation.continuous_batching import answer, why_unsupported
+from tpaw.generation.generator import Completion, OnDone, SamplingParams, finish
+from tpaw.logprobs.packing import PromptGroup, batch
 
 
 class HFGenerator:
@@ -32,31 +32,31 @@ class HFGenerator:
         self.model = model
         self.is_enough = is_enough
         model.generation_config = GenerationConfig()
-        self.obstacle = obstacle(model)
-        if self.obstacle:
+        self.why_unsupported = why_unsupported(model)
+        if self.why_unsupported:
             warnings.warn(
-                f"answered by transformers' own generate, which is slower: {self.obstacle}",
+                f"answered by transformers' own generate, which is slower: {self.why_unsupported}",
                 stacklevel=2,
             )
 
     def generate(
-        self, prompts: Sequence[TokenIds], sampling: Sampling, seed: int, on_done: OnDone
+        self, prompts: Sequence[TokenIds], sampling: SamplingParams, seed: int, on_done: OnDone
     ) -> list[Completion]:
         """See `Generator.generate`."""
-        if self.obstacle is None:
+        if self.why_unsupported is None:
             emitted = answer(self.model, prompts, sampling, seed, on_done, self.is_enough)
         else:
-            emitted = answer_by_generate(self.model, prompts, sampling, seed, on_done)
+            emitted = generate_with_transformers(self.model, prompts, sampling, seed, on_done)
         return [
             finish(tokens, sampling, sampling.limit(prompt))
             for prompt, tokens in zip(prompts, emitted, strict=True)
         ]
 
 
-def answer_by_generate(
+def generate_with_transformers(
     model: PreTrainedModel,
     prompts: Sequence[TokenIds],
-    sampling: Sampling,
+    sampling: SamplingParams,
     seed: int,
     on_done: OnDone,
 ) -> list[list[int]]:
@@ -69,7 +69,7 @@ def answer_by_generate(
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        for rows in batch([Unit.single(n) for n in lengths], sampling.tokens_per_batch):
+        for rows in batch([PromptGroup.single(n) for n in lengths], sampling.tokens_per_batch):
             answers = _emit(model, [prompts[i] for i in rows], sampling)
             emitted.update(zip(rows, answers, strict=True))
             on_done(len(rows))
@@ -77,7 +77,7 @@ def answer_by_generate(
 
 
 def _emit(
-    model: PreTrainedModel, prompts: Sequence[TokenIds], sampling: Sampling
+    model: PreTrainedModel, prompts: Sequence[TokenIds], sampling: SamplingParams
 ) -> list[list[int]]:
     longest = max(map(len, prompts))
     input_ids = torch.zeros((len(prompts), longest), dtype=torch.int64)

@@ -11,7 +11,7 @@ import numpy as np
 
 from tpaw.data.examples import Example
 from tpaw.data.token_ids import TokenIds, read_table, write_table
-from tpaw.generation.generator import FinishReason, Generator, OnDone, Sampling
+from tpaw.generation.generator import FinishReason, Generator, OnDone, SamplingParams
 from tpaw.storage.artifacts import ShardedArtifact, read_manifest
 from tpaw.team import Player
 
@@ -31,7 +31,7 @@ def generate_responses(
     examples: Sequence[Example],
     load_generator: Callable[[], Generator],
     decode: Callable[[TokenIds], str],
-    sampling: Sampling,
+    sampling: SamplingParams,
     *,
     shard_size: int,
     seed: int,

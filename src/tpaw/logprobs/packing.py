@@ -8,7 +8,7 @@ Packed, everything is one row, and equal prompts and equal sequences stand in it
 response sees its prompt and itself (`packed_attention`). The last token of a response predicts
 nothing that is asked for, and is left out.
 
-One sequence a row serves models whose attention cannot do that. Rows are padded on the right and go
+One sequence a row serves models whose attention cannot do that. PackedBatch are padded on the right and go
 to the model without an attention mask: in a causal model no real token ever sees what stands to its
 right, so the padding cannot change a log-prob, whatever the attention (sliding window, ALiBi,
 state-space). RoPE that looks at the longest row of a batch is refused by `model.check_model`.
@@ -29,11 +29,11 @@ from torch import Tensor
 from tpaw.data.token_ids import TokenIds
 from tpaw.logprobs.attention import Span, Spans
 
-PromptAndResponse = tuple[TokenIds, TokenIds]
+TokenSequence = tuple[TokenIds, TokenIds]
 
 
-class Rows(TypedDict):
-    """Rows for one forward pass, and where in them the log-probs of the sequences are.
+class PackedBatch(TypedDict):
+    """PackedBatch for one forward pass, and where in them the log-probs of the sequences are.
 
     Attributes:
         input_ids_BL: int64 token ids.
@@ -56,7 +56,7 @@ class Rows(TypedDict):
     spans: NotRequired[Spans]
 
 
-def packed_row(sequences: Sequence[PromptAndResponse]) -> Rows:
+def packed_batch(sequences: Sequence[TokenSequence]) -> PackedBatch:
     """All sequences in one row without padding.
 
     Raises:
@@ -103,7 +103,7 @@ def packed_row(sequences: Sequence[PromptAndResponse]) -> Rows:
     }
 
 
-def padded_rows(sequences: Sequence[PromptAndResponse]) -> Rows:
+def padded_batch(sequences: Sequence[TokenSequence]) -> PackedBatch:
     """One row a distinct sequence, padded to the longest with an id that every vocabulary has."""
     groups, distinct_S = _share(sequences)
     sequences = [(prompt, response) for prompt, responses in groups for response in responses]
@@ -126,7 +126,7 @@ def padded_rows(sequences: Sequence[PromptAndResponse]) -> Rows:
     }
 
 
-class Unit(NamedTuple):
+class PromptGroup(NamedTuple):
     """What stays together in a row, because it shares a prompt.
 
     Attributes:
@@ -140,12 +140,12 @@ class Unit(NamedTuple):
     longest: int
 
     @classmethod
-    def single(cls, length: int) -> Unit:
+    def single(cls, length: int) -> PromptGroup:
         """The unit of one sequence."""
         return cls(length, 1, length)
 
     @classmethod
-    def of(cls, prompt_length: int, response_lengths: Sequence[int]) -> Unit:
+    def of(cls, prompt_length: int, response_lengths: Sequence[int]) -> PromptGroup:
         """The unit of one prompt and its responses, by their numbers of tokens."""
         return cls(
             prompt_length + sum(max(0, length - 1) for length in response_lengths),
@@ -154,7 +154,9 @@ class Unit(NamedTuple):
         )
 
 
-def pack(units: Sequence[Unit], tokens_per_row: int, multiple_of: int = 1) -> list[list[int]]:
+def pack(
+    units: Sequence[PromptGroup], tokens_per_row: int, multiple_of: int = 1
+) -> list[list[int]]:
     """Share units out to as few packed rows as the budget allows, and these about equally full.
 
     Longest first, each to the emptiest row. A unit that is longer than the budget gets a row of its
@@ -182,7 +184,7 @@ def pack(units: Sequence[Unit], tokens_per_row: int, multiple_of: int = 1) -> li
 
 
 def _share_out(
-    units: Sequence[Unit], order: Sequence[int], count: int, tokens_per_row: int
+    units: Sequence[PromptGroup], order: Sequence[int], count: int, tokens_per_row: int
 ) -> list[list[int]] | None:
     """Each unit, in order, to the emptiest of so many rows; None where one would be too full."""
     rows: list[list[int]] = [[] for _ in range(count)]
@@ -196,7 +198,9 @@ def _share_out(
     return rows
 
 
-def batch(units: Sequence[Unit], tokens_per_batch: int, multiple_of: int = 1) -> list[list[int]]:
+def batch(
+    units: Sequence[PromptGroup], tokens_per_batch: int, multiple_of: int = 1
+) -> list[list[int]]:
     """Cut units, longest first, into batches of padded rows whose size fits the budget.
 
     Arguments and result are those of `pack`.
@@ -218,7 +222,7 @@ def batch(units: Sequence[Unit], tokens_per_batch: int, multiple_of: int = 1) ->
 
 
 class Layout(NamedTuple):
-    """How sequences lie in rows: `PACKED_ROWS` or `PADDED_ROWS`.
+    """How sequences lie in rows: `PACKED_LAYOUT` or `PADDED_LAYOUT`.
 
     Attributes:
         size: tokens of a unit that lies alone in a forward pass.
@@ -226,17 +230,17 @@ class Layout(NamedTuple):
         rows: makes the input of one forward pass.
     """
 
-    size: Callable[[Unit], int]
-    cut: Callable[[Sequence[Unit], int, int], list[list[int]]]
-    rows: Callable[[Sequence[PromptAndResponse]], Rows]
+    size: Callable[[PromptGroup], int]
+    cut: Callable[[Sequence[PromptGroup], int, int], list[list[int]]]
+    rows: Callable[[Sequence[TokenSequence]], PackedBatch]
 
 
-PACKED_ROWS = Layout(lambda unit: unit.tokens, pack, packed_row)
-PADDED_ROWS = Layout(lambda unit: unit.sequences * unit.longest, batch, padded_rows)
+PACKED_LAYOUT = Layout(lambda unit: unit.tokens, pack, packed_batch)
+PADDED_LAYOUT = Layout(lambda unit: unit.sequences * unit.longest, batch, padded_batch)
 
 
 def _share(
-    sequences: Sequence[PromptAndResponse],
+    sequences: Sequence[TokenSequence],
 ) -> tuple[list[tuple[TokenIds, list[TokenIds]]], list[int]]:
     """Distinct prompts with their distinct responses, and the place of each sequence there."""
     groups: dict[bytes, dict[bytes, list[int]]] = {}

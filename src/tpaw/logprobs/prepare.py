@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from tpaw.data.token_ids import token_ids
 from tpaw.logprobs.attention import PACKED
-from tpaw.logprobs.packing import PACKED_ROWS, PADDED_ROWS, Layout
+from tpaw.logprobs.packing import PACKED_LAYOUT, PADDED_LAYOUT, Layout
 from tpaw.logprobs.response import answer_with_logits, answer_with_logps, response_logps
 
 # Relative, and nats. Two ways to compute a log-prob in fp32 part by some 1e-6 of it, more in deep
@@ -39,7 +39,7 @@ class Preparation(NamedTuple):
     notes: tuple[str, ...]
 
 
-def prepare(model: Any, longest: int) -> Preparation:
+def prepare_for_logprobs(model: Any, longest: int) -> Preparation:
     """Make a model answer with log-probs, from packed rows if it can.
 
     To be called before the model is wrapped (DDP, FSDP, DeepSpeed). For everything but
@@ -52,25 +52,25 @@ def prepare(model: Any, longest: int) -> Preparation:
     notes = []
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
-        return Preparation(PADDED_ROWS, ("all logits are held: no output head is to be found",))
+        return Preparation(PADDED_LAYOUT, ("all logits are held: no output head is to be found",))
     for module in model.modules():  # an earlier head, around which LoRA has been put since
         if module is not head and "logits_of" in vars(module):
             answer_with_logits(module)
-    plain = _Trial(model, PADDED_ROWS)
+    plain = _Trial(model, PADDED_LAYOUT)
     answer_with_logps(head)
-    if not plain.agrees_with(PADDED_ROWS):
+    if not plain.agrees_with(PADDED_LAYOUT):
         answer_with_logits(head)
         notes.append("all logits are held: the model changes what its output head gives")
     reason = _why_not_packed(model, longest)
     if reason is None:
         before = model.config._attn_implementation
         model.set_attn_implementation(PACKED)
-        if not plain.agrees_with(PACKED_ROWS):
+        if not plain.agrees_with(PACKED_LAYOUT):
             model.set_attn_implementation(before)
             reason = "its attention gives other results from packed rows"
     if reason is not None:
         notes.append(f"one sequence a row, prompts not shared: {reason}")
-    return Preparation(PADDED_ROWS if reason else PACKED_ROWS, tuple(notes))
+    return Preparation(PADDED_LAYOUT if reason else PACKED_LAYOUT, tuple(notes))
 
 
 class _Trial:

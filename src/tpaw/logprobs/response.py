@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tpaw.logprobs.fused_head import token_logps
-from tpaw.logprobs.packing import Rows
+from tpaw.logprobs.packing import PackedBatch
 
 # Of a head that is no plain matrix.
 TOKENS_IN_A_CHUNK = 1024
@@ -30,10 +30,10 @@ class HeadChangedError(RuntimeError):
     """A model does something to what its output head gives, which log-probs would not survive."""
 
 
-class _Question:
+class LabelRequest:
     """Which tokens are read, what they should predict, and the head's answer."""
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: PackedBatch) -> None:
         self.shape = rows["input_ids_BL"].shape
         self.read_R = rows["read_R"]
         self.labels_R = rows["labels_R"]
@@ -49,10 +49,10 @@ class _Question:
         return states_BLX.flatten(0, 1)[self.read_R]
 
 
-_QUESTION: ContextVar[_Question | None] = ContextVar("question", default=None)
+_QUESTION: ContextVar[LabelRequest | None] = ContextVar("question", default=None)
 
 
-def response_logps(model: Callable[..., Any], rows: Rows) -> Tensor:
+def response_logps(model: Callable[..., Any], rows: PackedBatch) -> Tensor:
     """log π(y|x): the sum over response tokens, end-of-sequence included where there is one.
 
     Args:
@@ -74,7 +74,7 @@ def response_logps(model: Callable[..., Any], rows: Rows) -> Tensor:
         inputs["tpaw_spans"] = rows["spans"]
         # Nobody looks at it; a mask of four dimensions keeps transformers from making one.
         inputs["attention_mask"] = rows["input_ids_BL"].new_ones(1, 1, 1, 1, dtype=torch.bool)
-    question = _Question(rows)
+    question = LabelRequest(rows)
     token = _QUESTION.set(question)
     try:
         output = model(**inputs, use_cache=False).logits

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from tpaw.config.schema import ModelConfig
 from tpaw.errors import InputError
-from tpaw.models.loading import fingerprint, initial_player, locate
+from tpaw.models.fingerprint import fingerprint
+from tpaw.models.initial import initial_player, locate
 from tpaw.storage.artifacts import is_published, read_manifest
 from tpaw.storage.run_directory import RunDirectory
 from tpaw.team import Player

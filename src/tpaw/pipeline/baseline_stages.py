@@ -5,7 +5,7 @@ from __future__ import annotations
 from tpaw.generation.responses import Response
 from tpaw.pipeline.stages import Stages
 from tpaw.team import Player
-from tpaw.training.iteration import Triple
+from tpaw.training.triples import Triple
 from tpaw.training.trl import dpo_trainer, sft_trainer
 
 FROM_THE_DATA = -1

@@ -21,22 +21,19 @@ import torch
 from tpaw.config.plan import optimizer_steps, plan_run
 from tpaw.config.schema import RunConfig
 from tpaw.data.examples import Example
-from tpaw.data.inputs import Inputs, load_inputs, publish_inputs, read_inputs
+from tpaw.data.inputs import Inputs, load_inputs, publish_inputs
 from tpaw.data.token_ids import TokenIds, read_table, write_table
 from tpaw.errors import ArtifactError
 from tpaw.evaluation.exact_match import has_answers
-from tpaw.evaluation.heldout import (
-    exact_match_items,
-    exact_match_results,
-    logp_items,
-    logp_results,
-    read_items,
-    write_items,
-)
-from tpaw.generation.generator import Generator, Sampling
+from tpaw.evaluation.heldout import exact_match_items, exact_match_results, logp_items, logp_results
+from tpaw.evaluation.items import read_items, write_items
+from tpaw.generation.generator import Generator, SamplingParams
 from tpaw.generation.hf import HFGenerator
 from tpaw.generation.responses import generate_responses, read_responses
-from tpaw.models.loading import fingerprint, initial_player, load_model, pick_device
+from tpaw.models.fingerprint import fingerprint
+from tpaw.models.initial import initial_player
+from tpaw.models.loading import load_model, pick_device
+from tpaw.pipeline.preflight import read_inputs
 from tpaw.report.summary import write_summary
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.progress import note, progress
@@ -53,8 +50,9 @@ from tpaw.storage.artifacts import (
 from tpaw.storage.run_directory import RunDirectory, check_output, open_run
 from tpaw.team import Player, Team
 from tpaw.training.arguments import check_training
-from tpaw.training.iteration import BuildTrainer, Triple, TripleRows, team_trainer, train_iteration
+from tpaw.training.iteration import BuildTrainer, team_trainer, train_iteration
 from tpaw.training.split_weights import round_weights
+from tpaw.training.triples import Triple, TripleDataset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -176,12 +174,12 @@ class Stages:
         """θ_{t+1}, from θ_t by minimising the objective over D_O."""
         return self.fit(policy, t, lambda: self.rows(triples, team.main_players), team_trainer)
 
-    def rows(self, triples: Sequence[Triple], players: Sequence[Player]) -> TripleRows:
+    def rows(self, triples: Sequence[Triple], players: Sequence[Player]) -> TripleDataset:
         """Triples with their log-probs under each player, which were scored."""
         targets = [sequence_key(triple.target) for triple in triples]
         generated = [sequence_key(triple.generated) for triple in triples]
         stores = [self._store(player) for player in players]
-        return TripleRows(
+        return TripleDataset(
             triples,
             np.stack([store.logps(targets) for store in stores], axis=1),
             np.stack([store.logps(generated) for store in stores], axis=1),
@@ -305,9 +303,9 @@ class Stages:
             self._stores[player.fingerprint] = LogprobStore(folder)
         return self._stores[player.fingerprint]
 
-    def _sampling(self) -> Sampling:
+    def _sampling(self) -> SamplingParams:
         generate = self.config.generate
-        return Sampling(
+        return SamplingParams(
             temperature=generate.temperature,
             top_p=generate.top_p,
             top_k=generate.top_k,

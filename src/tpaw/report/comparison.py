@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
-from tpaw.evaluation.compare import Comparison, Row
+from tpaw.evaluation.compare import Comparison, ComparisonRow
 
 
 def comparison_table(comparison: Comparison) -> Table:
@@ -30,7 +30,7 @@ def comparison_table(comparison: Comparison) -> Table:
     return table
 
 
-def _cells(row: Row, *, repeated: bool) -> list[str]:
+def _cells(row: ComparisonRow, *, repeated: bool) -> list[str]:
     value, difference = f"{row.value:.3f}", "–"
     if row.interval_95 is not None:
         value += f" [{row.interval_95.low:.3f}, {row.interval_95.high:.3f}]"

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from tpaw.config.schema import ScoreConfig
-from tpaw.logprobs.packing import PromptAndResponse, Rows, Unit
-from tpaw.logprobs.prepare import prepare
+from tpaw.logprobs.packing import PackedBatch, PromptGroup, TokenSequence
+from tpaw.logprobs.prepare import prepare_for_logprobs
 from tpaw.logprobs.response import response_logps
 from tpaw.scoring.store import Key, LogprobStore
 
@@ -38,7 +38,7 @@ class Precision(NamedTuple):
 
 def score_sequences(
     model: nn.Module,
-    sequences: Sequence[PromptAndResponse],
+    sequences: Sequence[TokenSequence],
     *,
     tokens_per_row: int,
     precision: Precision,
@@ -51,14 +51,16 @@ def score_sequences(
     """
     device = next(model.parameters()).device
     longest = max((len(prompt) + len(response) for prompt, response in sequences), default=0)
-    layout = prepare(model, longest).layout
+    layout = prepare_for_logprobs(model, longest).layout
     units: list[list[int]] = []
     for unit in _same_prompt(sequences):
         fits = layout.size(_size(sequences, unit)) <= tokens_per_row
         units += [unit] if fits else [[i] for i in unit]
     sizes = [_size(sequences, unit) for unit in units]
     batches = [[i for u in row for i in units[u]] for row in layout.cut(sizes, tokens_per_row, 1)]
-    rows_of: Iterator[Rows] = (layout.rows([sequences[i] for i in batch]) for batch in batches)
+    rows_of: Iterator[PackedBatch] = (
+        layout.rows([sequences[i] for i in batch]) for batch in batches
+    )
     if device.type == "cuda":  # on a CPU a second thread of torch's takes more than it gives
         rows_of = _prepared_ahead(rows_of)
     logps = np.empty(len(sequences), dtype=np.float64)
@@ -73,7 +75,7 @@ def score_sequences(
 def fill_store(
     store: LogprobStore,
     stage: str,
-    wanted: Mapping[Key, PromptAndResponse],
+    wanted: Mapping[Key, TokenSequence],
     load_model: Callable[[], nn.Module],
     *,
     config: ScoreConfig,
@@ -113,7 +115,7 @@ def fill_store(
         store.publish(name, stage, keys, logps, token_counts, seconds)
 
 
-def _same_prompt(sequences: Sequence[PromptAndResponse]) -> list[list[int]]:
+def _same_prompt(sequences: Sequence[TokenSequence]) -> list[list[int]]:
     """Indices of the sequences of each prompt."""
     by_prompt: dict[bytes, list[int]] = {}
     for i, (prompt, _) in enumerate(sequences):
@@ -121,12 +123,12 @@ def _same_prompt(sequences: Sequence[PromptAndResponse]) -> list[list[int]]:
     return list(by_prompt.values())
 
 
-def _size(sequences: Sequence[PromptAndResponse], unit: Sequence[int]) -> Unit:
+def _size(sequences: Sequence[TokenSequence], unit: Sequence[int]) -> PromptGroup:
     prompt, _ = sequences[unit[0]]
-    return Unit.of(len(prompt), [len(sequences[i][1]) for i in unit])
+    return PromptGroup.of(len(prompt), [len(sequences[i][1]) for i in unit])
 
 
-def _prepared_ahead(items: Iterator[Rows]) -> Iterator[Rows]:
+def _prepared_ahead(items: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
     """The same items, each made while the one before is in use."""
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(next, items, None)

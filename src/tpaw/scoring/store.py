@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpaw.data.token_ids import read_table, write_table
-from tpaw.logprobs.packing import PromptAndResponse
+from tpaw.logprobs.packing import TokenSequence
 from tpaw.storage.artifacts import ShardedArtifact
 
 Key = bytes
 
 
-def sequence_key(sequence: PromptAndResponse) -> Key:
+def sequence_key(sequence: TokenSequence) -> Key:
     """Hash of the prompt's and the response's ids; the border between them counts."""
     prompt, response = sequence
     border = len(prompt).to_bytes(4, "little")

@@ -154,7 +154,7 @@ def verify(manifest_path: Path, on_bytes: Callable[[int], None] = lambda count: 
         on_bytes(size)
 
 
-def claim(folder: Path, settings: Mapping[str, Any], **facts: Any) -> None:
+def own_folder(folder: Path, settings: Mapping[str, Any], **facts: Any) -> None:
     """Make a folder the place of one piece of work: settings.json says which, once for all.
 
     Args:

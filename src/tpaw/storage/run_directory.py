@@ -17,7 +17,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tpaw.config.files import differences, load_config, to_yaml
+from tpaw.config.changes import differences
+from tpaw.config.files import to_yaml
 from tpaw.config.schema import RunConfig
 from tpaw.errors import ArtifactError, InputError, RunLockedError
 from tpaw.storage.artifacts import (
@@ -116,7 +117,7 @@ class RunDirectory:
         """The configuration that the run began with (or last went on with)."""
         if not self.config_file.is_file():
             raise ArtifactError(f"{self.config_file}: missing, though the run has begun")
-        return load_config([str(self.config_file)])
+        return RunConfig.load(str(self.config_file))
 
     def manifests(self, iterations: int) -> list[Path]:
         """The manifest of every artifact that is there, whole or growing.

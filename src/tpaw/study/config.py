@@ -23,9 +23,9 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from tpaw.config.data import Section
-from tpaw.config.files import explain_unknown, load_config, nested, read_mapping, validate_as
-from tpaw.config.schema import RunConfig, Strings
+from tpaw.config.files import nested, read_mapping
+from tpaw.config.messages import explain_unknown, validate_as
+from tpaw.config.schema import RunConfig, Section, Strings
 from tpaw.errors import InputError
 
 Source = str | Mapping[str, Any]
@@ -110,7 +110,7 @@ class Condition(NamedTuple):
 
     def config(self, seed: int) -> RunConfig:
         """The run of one seed."""
-        return load_config([*self.sources, {"seed": seed}])
+        return RunConfig.load(*self.sources, {"seed": seed})
 
 
 def study_names() -> list[str]:

@@ -183,10 +183,9 @@ class _Pool:
 
     def _start(self, name: str, command: str, folder: Path) -> subprocess.Popen[bytes]:
         threads = str(max(1, cores() // self.jobs))
-        code = "from tpaw.cli.main import main; main()"
         with self._log(name).open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-c", code, command, str(folder)],
+                [sys.executable, "-m", "tpaw", command, str(folder)],
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,

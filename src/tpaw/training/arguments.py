@@ -7,6 +7,7 @@ on a model of one parameter.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,12 +19,70 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from tpaw.config.files import explain_unknown
+from tpaw.config.messages import explain_unknown
 from tpaw.config.schema import RunConfig, at_iteration
 from tpaw.errors import InputError
 from tpaw.models.loading import pick_device
 from tpaw.training.split_weights import SplitRMSprop
 from tpaw.training.trl import trl_arguments
+
+# TrainingArguments that a setting of ours decides: use that setting.
+USE_INSTEAD: Mapping[str, str] = {
+    "output_dir": "--output",
+    "num_train_epochs": "train.epochs",
+    "max_steps": "train.epochs",
+    "learning_rate": "train.learning_rate",
+    "per_device_train_batch_size": "train.batch_size",
+    "gradient_accumulation_steps": "train.batch_size and train.tokens_per_row",
+    "auto_find_batch_size": "train.tokens_per_row",
+    "optim": "train.optimizer",
+    "lr_scheduler_type": "train.schedule",
+    "warmup_steps": "train.warmup",
+    "activation_checkpointing": "train.activation_checkpointing",
+    "gradient_checkpointing": "train.activation_checkpointing",
+    "logging_steps": "train.log_every",
+    "logging_strategy": "train.log_every",
+    "save_steps": "train.save_every",
+    "save_strategy": "train.save_every",
+    "report_to": "train.report_to",
+    "seed": "seed",
+    "data_seed": "seed",
+    "full_determinism": "deterministic",
+    "bf16": "precision",
+    "fp16": "precision",
+    "use_cpu": "device",
+    "eval_strategy": "evaluate",
+    "eval_steps": "evaluate",
+    "eval_on_start": "evaluate",
+    "do_eval": "evaluate",
+    "train_sampling_strategy": "train.group_by_prompt",
+}
+
+# TrainingArguments that cannot be set, and why.
+CANNOT_BE_SET: Mapping[str, str] = {
+    "logging_nan_inf_filter": "TPAW never filters a NaN out of the log",
+    "ignore_data_skip": "a resumed iteration sees each batch exactly once",
+    "save_only_model": "an iteration resumes from its saved steps",
+    "save_total_limit": "TPAW always keeps the newest saved step",
+    "resume_from_checkpoint": "run the same command again to resume",
+    "remove_unused_columns": "the columns are TPAW's own",
+    "push_to_hub": "push a published checkpoint instead",
+    "load_best_model_at_end": "θ_{t+1} is always the last step",
+    "metric_for_best_model": "θ_{t+1} is always the last step",
+    "dataloader_drop_last": "TPAW trains on every triple",
+    "disable_tqdm": "TPAW shows its own progress bars",
+    "logging_first_step": "TPAW always logs the first step",
+    "label_smoothing_factor": "the objective has no labels",
+    "neftune_noise_alpha": "the policy must start as its newest player",
+    "include_num_input_tokens_seen": "training.jsonl reports log-probs per token instead",
+    "use_liger_kernel": "TPAW never holds the logits, so the kernel would change nothing",
+    "deepspeed": "a run uses one process so far",
+    "fsdp": "a run uses one process so far",
+    "fsdp_config": "a run uses one process so far",
+    "parallelism_config": "a run uses one process so far",
+}
+
+RESERVED = (*USE_INSTEAD, *CANNOT_BE_SET)
 
 # They follow a metric of evaluations during training, and there are none.
 _SCHEDULES_BY_METRIC = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
@@ -87,6 +146,7 @@ def check_training(config: RunConfig) -> None:
         InputError: naming the setting, with what is allowed or what transformers says.
     """
     train = config.train
+    _refuse_reserved(train.training_arguments)
     known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
     explain_unknown("train.training_arguments", train.training_arguments, known)
     explain_unknown("train.optimizer", [train.optimizer], [o.value for o in OptimizerNames])
@@ -118,3 +178,12 @@ def check_training(config: RunConfig) -> None:
             )
         except (TypeError, ValueError) as error:
             raise InputError(f"train.schedule: {train.schedule}: {error}") from None
+
+
+def _refuse_reserved(names: Iterable[str]) -> None:
+    for name in names:
+        key = f"train.training_arguments.{name}"
+        if name in USE_INSTEAD:
+            raise InputError(f"{key} cannot be set; use {USE_INSTEAD[name]}")
+        if name in CANNOT_BE_SET:
+            raise InputError(f"{key} cannot be set: {CANNOT_BE_SET[name]}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from tpaw.data.token_ids import token_ids
-from tpaw.logprobs.packing import Layout, Rows, Unit
+from tpaw.logprobs.packing import Layout, PackedBatch, PromptGroup
 
 COLUMNS = (
     "prompt_ids",
@@ -25,11 +25,11 @@ COLUMNS = (
 )
 
 
-class TripleRow(TypedDict):
+class TripleMicroBatch(TypedDict):
     """Triples that go through the model in one forward pass.
 
     Attributes:
-        rows: the sequences, targets first, then the generated responses; see `layout.Rows`.
+        rows: the sequences, targets first, then the generated responses; see `layout.PackedBatch`.
         player_target_logps_BK, player_generated_logps_BK: float64, newest player first.
         target_tokens_B, generated_tokens_B: int64, response tokens.
         is_truncated_B: bool, the generated response was cut at the length limit.
@@ -37,7 +37,7 @@ class TripleRow(TypedDict):
         counts: false for a row that only keeps a process in step with the others.
     """
 
-    rows: Rows
+    rows: PackedBatch
     player_target_logps_BK: Tensor
     player_generated_logps_BK: Tensor
     target_tokens_B: Tensor
@@ -55,7 +55,7 @@ class TripleBatch(TypedDict):
         triples: in the whole batch, over all processes.
     """
 
-    rows: list[TripleRow]
+    rows: list[TripleMicroBatch]
     triples: int
 
 
@@ -103,10 +103,10 @@ class TripleSizes:
                 units.append(group)
         return units
 
-    def unit(self, triples: Sequence[int]) -> Unit:
+    def unit(self, triples: Sequence[int]) -> PromptGroup:
         """The size of triples that share prompt and target."""
         prompt, target, _ = self.lengths[triples[0]]
-        return Unit.of(int(prompt), [int(target), *map(int, self.lengths[triples, 2])])
+        return PromptGroup.of(int(prompt), [int(target), *map(int, self.lengths[triples, 2])])
 
 
 class TripleBatchSampler(Sampler[Any]):
@@ -195,8 +195,8 @@ class BatchedTriples(Dataset[Any]):
         return {"rows": rows, "triples": part.triples}
 
 
-def collate_triples(triples: Sequence[Mapping[str, Any]], layout: Layout) -> TripleRow:
-    """Rows of a dataset with `COLUMNS` to the input of one forward pass."""
+def collate_triples(triples: Sequence[Mapping[str, Any]], layout: Layout) -> TripleMicroBatch:
+    """PackedBatch of a dataset with `COLUMNS` to the input of one forward pass."""
     ids = {name: [token_ids(t[name]) for t in triples] for name in COLUMNS[:3]}
     targets = list(zip(ids["prompt_ids"], ids["target_ids"], strict=True))
     generated = list(zip(ids["prompt_ids"], ids["generated_ids"], strict=True))

@@ -3,89 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
-import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from transformers import (
     GenerationConfig,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback
 
 from tpaw.config.schema import RunConfig, at_iteration
-from tpaw.data.examples import Example
 from tpaw.data.inputs import Inputs
-from tpaw.data.token_ids import TokenIds
 from tpaw.errors import DivergenceError
-from tpaw.generation.responses import Response
 from tpaw.runtime.interrupt import StopSignal
-from tpaw.storage.artifacts import read_manifest, write_manifest
 from tpaw.storage.run_directory import RunDirectory
 from tpaw.training.arguments import split_optimizer, training_arguments
+from tpaw.training.callbacks import Recorder, seconds_of
 from tpaw.training.split_weights import restore_fp32
 from tpaw.training.trainer import ADVICE, FIRST_STEP_TOLERANCE, TeamTrainer
+from tpaw.training.triples import TripleDataset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-class Triple(NamedTuple):
-    """(x, y, y_gen): an example and what one opponent answered to its prompt."""
-
-    example: Example
-    response: Response
-    opponent: int
-
-    @property
-    def target(self) -> tuple[TokenIds, TokenIds]:
-        """Prompt and target ids."""
-        return self.example.prompt_ids, self.example.target_ids
-
-    @property
-    def generated(self) -> tuple[TokenIds, TokenIds]:
-        """Prompt and generated ids."""
-        return self.example.prompt_ids, self.response.token_ids
-
-
-class TripleRows(torch.utils.data.Dataset[dict[str, Any]]):
-    """D_O with its reference log-probs, as `TeamTrainer` reads it."""
-
-    def __init__(
-        self,
-        triples: Sequence[Triple],
-        target_logps_NK: NDArray[np.float64],
-        generated_logps_NK: NDArray[np.float64],
-    ) -> None:
-        self.triples = triples
-        self.target_logps_NK = target_logps_NK
-        self.generated_logps_NK = generated_logps_NK
-
-    def __len__(self) -> int:
-        return len(self.triples)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        triple = self.triples[index]
-        return {
-            "prompt_ids": triple.example.prompt_ids,
-            "target_ids": triple.example.target_ids,
-            "generated_ids": triple.response.token_ids,
-            "player_target_logps": self.target_logps_NK[index],
-            "player_generated_logps": self.generated_logps_NK[index],
-            "is_truncated": triple.response.finish_reason == "length",
-        }
 
 
 # (policy, tokenizer, rows, config, t, arguments): the trainer of the iteration that makes θ_{t+1}.
@@ -95,7 +37,7 @@ BuildTrainer = Callable[..., Trainer]
 def team_trainer(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: TripleRows,
+    rows: TripleDataset,
     config: RunConfig,
     t: int,
     arguments: TrainingArguments,
@@ -145,10 +87,10 @@ def train_iteration(
         DivergenceError: the policy's log-probs or weights are no longer numbers.
     """
     resume_from = run.last_saved_step(t + 1)
-    recorder = _Recorder(
-        run.training(t + 1), run.training_log(t + 1), on_step, stop, _seconds_of(resume_from)
+    recorder = Recorder(
+        run.training(t + 1), run.training_log(t + 1), on_step, stop, seconds_of(resume_from)
     )
-    # The answers of θ_{t+1} end where those of the self-play did. Sampling defaults of θ_0 are not
+    # The answers of θ_{t+1} end where those of the self-play did. SamplingParams defaults of θ_0 are not
     # handed on: they were not used, and some that are published cannot be saved.
     policy.generation_config = GenerationConfig(
         eos_token_id=list(inputs.stop_ids),
@@ -183,91 +125,3 @@ def _tensorboard_in(folder: Path) -> Iterator[None]:
     finally:
         if chosen is None:
             del os.environ[name]
-
-
-def _seconds_of(saved_step: Path | None) -> float:
-    return float(read_manifest(saved_step)["seconds"]) if saved_step else 0.0
-
-
-class _Recorder(TrainerCallback):
-    """Keeps saved steps whole, writes training.jsonl, shows progress, heeds a stop."""
-
-    def __init__(
-        self,
-        saved_steps: Path,
-        log_file: Path,
-        on_step: Callable[[int, str], None],
-        stop: StopSignal,
-        seconds_before: float,
-    ) -> None:
-        self.saved_steps = saved_steps
-        self.log_file = log_file
-        self.on_step = on_step
-        self.stop = stop
-        self.started = time.monotonic() - seconds_before
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of training so far."""
-        return round(time.monotonic() - self.started, 3)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        # A resumed state brings its old intervals along; those of the configuration hold.
-        state.compute_steps(args, state.max_steps)
-        # What was logged after the step that is resumed from will be logged again.
-        lines = [_json_line(entry) for entry in state.log_history if "loss" in entry]
-        self.log_file.write_text("".join(lines), encoding="utf-8")
-        self.on_step(state.global_step, "")
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        if state.global_step == state.max_steps:
-            control.should_log = True
-            control.should_save = False  # θ_t itself is published next
-        elif self.stop.signal_number is not None:
-            control.should_save = control.should_training_stop = True
-        # A line at each saved step: what is summed up for the next one does not survive a crash.
-        control.should_log = control.should_log or control.should_save
-        self.on_step(1, "")
-        return control
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not logs or "loss" not in logs:
-            return
-        with self.log_file.open("a", encoding="utf-8") as file:
-            file.write(_json_line(state.log_history[-1]))
-        note = f"loss {logs['loss']:.4f}"
-        for name in ("rewards/target", "rewards/chosen"):  # TRL says chosen
-            if name in logs:
-                note += f"  target reward {logs[name]:+.3f}"
-        self.on_step(0, note)
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        saved = self.saved_steps / f"checkpoint-{state.global_step}"
-        write_manifest(saved, {"seconds": self.seconds})
-        # The older ones go only now that this one is whole.
-        for path in self.saved_steps.glob("checkpoint-*"):
-            if path != saved:
-                shutil.rmtree(path)
-
-
-def _json_line(entry: dict[str, Any]) -> str:
-    # TRL counts its tokens anew after an interruption, so the number would not be one of the run.
-    entry = {name: value for name, value in entry.items() if name != "num_tokens"}
-    # JSON has no infinity and no NaN; as text, a gradient norm of "nan" is still there to see.
-    honest = {
-        k: repr(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()
-    }
-    return json.dumps(honest) + "\n"

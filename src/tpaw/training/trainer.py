@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.utils import logging
 
 from tpaw.errors import DivergenceError, PolicyMismatchError
-from tpaw.logprobs.prepare import prepare
+from tpaw.logprobs.prepare import prepare_for_logprobs
 from tpaw.logprobs.response import response_logps
 from tpaw.models.loading import disable_dropout
 from tpaw.objectives.tpaw import TeamLoss, team_loss
@@ -30,7 +30,7 @@ from tpaw.training.batching import (
     BatchedTriples,
     TripleBatch,
     TripleBatchSampler,
-    TripleRow,
+    TripleMicroBatch,
     TripleSizes,
 )
 
@@ -113,7 +113,7 @@ class TeamTrainer(Trainer):
         args.logging_nan_inf_filter = False
         disable_dropout(model)
         self._sizes = TripleSizes(train_dataset)
-        self._layout, notes = prepare(model, self._sizes.longest)
+        self._layout, notes = prepare_for_logprobs(model, self._sizes.longest)
         for note in notes:
             logger.warning(note)
         super().__init__(
@@ -191,14 +191,14 @@ class TeamTrainer(Trainer):
         rows = (row["rows"]["input_ids_BL"].numel() for row in inputs["rows"])
         return 6.0 * self._weights_per_token * sum(rows)
 
-    def _prepare_inputs(self, inputs: TripleRow) -> Any:
+    def _prepare_inputs(self, inputs: TripleMicroBatch) -> Any:
         # The Trainer's own would round log-probs to bf16 under DeepSpeed.
         return send_to_device(inputs, self.args.device)
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: TripleRow,
+        inputs: TripleMicroBatch,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
@@ -246,7 +246,11 @@ class TeamTrainer(Trainer):
         super().log(logs, start_time)
 
     def _record(
-        self, team: TeamLoss, target_logps_B: Tensor, generated_logps_B: Tensor, inputs: TripleRow
+        self,
+        team: TeamLoss,
+        target_logps_B: Tensor,
+        generated_logps_B: Tensor,
+        inputs: TripleMicroBatch,
     ) -> None:
         by_player = {
             "rewards/target": team.target_reward_BK,
@@ -285,7 +289,7 @@ class TeamTrainer(Trainer):
         return bool(self.state.global_step <= int(first_rate_is_zero))
 
     def _check_policy_is_newest_player(
-        self, target_logps_B: Tensor, generated_logps_B: Tensor, inputs: TripleRow
+        self, target_logps_B: Tensor, generated_logps_B: Tensor, inputs: TripleMicroBatch
     ) -> None:
         newest_2B = torch.cat(
             [inputs["player_target_logps_BK"][:, 0], inputs["player_generated_logps_BK"][:, 0]]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from tpaw.data.examples import Example
-    from tpaw.training.iteration import TripleRows
+    from tpaw.training.triples import TripleDataset
 
 _IGNORED_LABEL = -100
 
@@ -75,7 +75,7 @@ def sft_trainer(
 def dpo_trainer(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: TripleRows,
+    rows: TripleDataset,
     config: RunConfig,
     t: int,
     arguments: TrainingArguments,

@@ -21,13 +21,13 @@ from transformers import AutoModelForCausalLM
 import tpaw.evaluation.benchmarks.harness
 import tpaw.evaluation.benchmarks.run
 from tpaw.config.schema import DataConfig
-from tpaw.data.readers import read_rows
+from tpaw.data.readers import read_records
 from tpaw.errors import ArtifactError, InputError
 from tpaw.evaluation.benchmarks.harness import HarnessModel, load_tasks
 from tpaw.evaluation.benchmarks.run import evaluate_suite
 from tpaw.evaluation.benchmarks.suite import load_suite
 from tpaw.evaluation.exact_match import is_correct
-from tpaw.evaluation.heldout import read_items
+from tpaw.evaluation.items import read_items
 from tpaw.storage.artifacts import is_published, verify
 
 GENERATE = {
@@ -158,7 +158,7 @@ def test_a_run_is_evaluated_checkpoint_by_checkpoint_and_once(
 KILLED = """
 import os, signal, sys
 import tpaw.evaluation.benchmarks.harness as harness
-from tpaw.data.readers import read_rows
+from tpaw.data.readers import read_records
 from tpaw.evaluation.benchmarks.run import evaluate_suite
 run_task, seen = harness.run_task, []
 def run_one(model, task, **options):
@@ -269,7 +269,7 @@ def test_the_starter_is_evaluated_from_the_readme_line(tpaw_, tmp_path, monkeypa
     assert code == 0, err
     folder = tmp_path / "evaluations" / "model" / "starter"
     assert "Results: evaluations/model/starter" in out
-    rows = read_rows(DataConfig(path="tpaw://starter/heldout.jsonl"), "data")
+    rows = read_records(DataConfig(path="tpaw://starter/heldout.jsonl"), "data")
     items = read_items(folder / "items" / "starter.jsonl")
     assert [item["target"] for item in items] == [row["answer"] for row in list(rows)[:40]]
     assert 0.3 < sum(item["correct"] for item in items) / 40 < 0.9

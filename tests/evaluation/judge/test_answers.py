@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tpaw.errors import InputError, Interrupted
 from tpaw.evaluation.judge.answers import answer_rows
-from tpaw.models.loading import fingerprint
+from tpaw.models.fingerprint import fingerprint
 from tpaw.runtime.interrupt import StopSignal
 
 SMALL = ("max_length=128", "generate.max_new_tokens=12", "precision=fp32", "device=cpu")

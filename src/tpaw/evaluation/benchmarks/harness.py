@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import GenerationConfig, PreTrainedModel
 
-from tpaw.config.files import explain_unknown
+from tpaw.config.messages import explain_unknown
 from tpaw.data.token_ids import token_ids
 from tpaw.errors import InputError
 from tpaw.evaluation.benchmarks.results import item_outcomes, reported_metrics, task_facts
 from tpaw.evaluation.benchmarks.suite import Suite, SuiteTask
-from tpaw.evaluation.heldout import Item
-from tpaw.generation.generator import Sampling
+from tpaw.evaluation.items import Item
+from tpaw.generation.generator import SamplingParams
 from tpaw.generation.hf import HFGenerator
 
 try:
@@ -151,7 +151,7 @@ class HarnessModel(HFLM):
     Args:
         stop_ids: any of them ends an answer.
         tokens_per_row: tokens of one forward pass for log-likelihoods.
-        tokens_per_batch: see `Sampling`.
+        tokens_per_batch: see `SamplingParams`.
         bar: shows progress; what it gives may raise to stop the work.
         name: of the model, for progress.
     """
@@ -225,7 +225,7 @@ class HarnessModel(HFLM):
             for text in contexts
         ]
         special = [i for text in until if (i := self._special_id(text)) is not None]
-        sampling = Sampling(
+        sampling = SamplingParams(
             temperature=0.0,
             top_p=1.0,
             top_k=0,

@@ -13,7 +13,7 @@ import numpy as np
 
 from tpaw.errors import InputError
 from tpaw.evaluation.benchmarks.suite import SuiteTask, task_score
-from tpaw.evaluation.heldout import Item
+from tpaw.evaluation.items import Item
 from tpaw.statistics.over_items import wilson_interval
 
 Metrics = Mapping[str, float | None]

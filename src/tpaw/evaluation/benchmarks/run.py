@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tpaw.config.schema import GenerateConfig, ScoreConfig
 from tpaw.errors import InputError
 from tpaw.evaluation.benchmarks.suite import Suite, benchmark_scores, load_suite, suite_score
-from tpaw.evaluation.heldout import Item, write_items
-from tpaw.models.loading import load_model, load_tokenizer, pick_device, stop_token_ids
+from tpaw.evaluation.items import Item, write_items
+from tpaw.models.loading import load_model, pick_device
 from tpaw.models.references import Checkpoint, find_checkpoints
+from tpaw.models.tokenizers import load_tokenizer, stop_token_ids
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.progress import progress
 from tpaw.storage.artifacts import (

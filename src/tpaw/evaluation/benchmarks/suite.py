@@ -18,9 +18,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from tpaw.config.data import Section
-from tpaw.config.files import explain_unknown, read_mapping, validate_as
-from tpaw.config.schema import Strings
+from tpaw.config.files import read_mapping
+from tpaw.config.messages import explain_unknown, validate_as
+from tpaw.config.schema import Section, Strings
 from tpaw.errors import InputError
 
 

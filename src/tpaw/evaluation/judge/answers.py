@@ -14,21 +14,22 @@ from typing import Any
 
 import torch
 
-from tpaw.config.data import DataConfig
-from tpaw.config.schema import RunConfig
+from tpaw.config.schema import DataConfig, RunConfig
 from tpaw.data.examples import Example, prepare_examples
 from tpaw.data.formats import Message, shape_of
-from tpaw.data.readers import read_rows
+from tpaw.data.readers import read_records
 from tpaw.errors import InputError
 from tpaw.evaluation.judge.outputs import OUTPUTS
-from tpaw.generation.generator import Sampling
+from tpaw.generation.generator import SamplingParams
 from tpaw.generation.hf import HFGenerator
 from tpaw.generation.responses import generate_responses, read_responses
-from tpaw.models.loading import check_model, load_model, load_tokenizer, pick_device, stop_token_ids
+from tpaw.models.checks import check_model
+from tpaw.models.loading import load_model, pick_device
 from tpaw.models.references import Checkpoint, find_checkpoint
+from tpaw.models.tokenizers import load_tokenizer, stop_token_ids
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.progress import note, progress
-from tpaw.storage.artifacts import claim, is_published, read_manifest, write_json
+from tpaw.storage.artifacts import is_published, own_folder, read_manifest, write_json
 from tpaw.storage.run_directory import environment
 
 KEY = "evaluate.data"
@@ -72,7 +73,7 @@ def answer_rows(
     examples = prepared.examples
     note(f"{len(examples):,} prompts; skipped: {prepared.skipped or 'none'}")
     instructions = _instructions(rows, examples)  # while the file is what it was
-    sampling = Sampling(
+    sampling = SamplingParams(
         temperature=0.0 if greedy else config.generate.temperature,
         top_p=config.generate.top_p,
         top_k=config.generate.top_k,
@@ -92,7 +93,7 @@ def answer_rows(
         "precision": config.precision,
         "shard_size": config.generate.shard_size,
     }
-    claim(folder, settings, data=rows.path, skipped=prepared.skipped, **environment())
+    own_folder(folder, settings, data=rows.path, skipped=prepared.skipped, **environment())
     responses = folder / "responses"
     if not is_published(responses):
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
@@ -159,7 +160,7 @@ def _configured(
 
 def _instructions(rows: DataConfig, examples: Sequence[Example]) -> list[str]:
     """What each prompt was before it was templated: the user's text, or all turns of a chat."""
-    source = read_rows(rows, KEY)
+    source = read_records(rows, KEY)
     convert = shape_of(source, rows, KEY)
     prompts = (convert(source[int(example.id.partition("-")[0])]).prompt for example in examples)
     return [prompt if isinstance(prompt, str) else _as_text(prompt) for prompt in prompts]

@@ -11,8 +11,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from tpaw.config.data import DataConfig
-from tpaw.data.readers import read_rows
+from tpaw.config.schema import DataConfig
+from tpaw.data.readers import read_records
 from tpaw.errors import InputError, printable
 from tpaw.storage.artifacts import SETTINGS
 
@@ -64,7 +64,7 @@ def read_outputs(path: str, argument: str) -> Outputs:
         file /= OUTPUTS
     if not file.is_file():
         raise InputError(f"{argument}: {path}: no answers there ({OUTPUTS} of `tpaw answer`)")
-    rows = read_rows(DataConfig(path=str(file)), argument)
+    rows = read_records(DataConfig(path=str(file)), argument)
     answers, digest = [], hashlib.sha256()
     for number, row in enumerate(rows, start=1):
         texts = [row.get("instruction"), row.get("input") or "", row.get("output")]

@@ -16,7 +16,7 @@ from tpaw.evaluation.judge.replies import Replies
 from tpaw.evaluation.judge.win_rate import win_rate
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.progress import progress
-from tpaw.storage.artifacts import claim, write_json, write_text
+from tpaw.storage.artifacts import own_folder, write_json, write_text
 from tpaw.storage.run_directory import environment
 
 
@@ -67,7 +67,7 @@ def judge_outputs(
     sides = {side: {"name": o.name, "sha256": o.sha256} for side, o in (("a", a), ("b", b))}
     asked = {"model": judge.model, "max_tokens": judge.max_tokens, **SAMPLING}
     settings = {**sides, "judge": asked | {"prompt_sha256": judge.prompt.sha256}}
-    claim(folder, settings, prompt=judge.prompt.text)
+    own_folder(folder, settings, prompt=judge.prompt.text)
     match = Match(pairs, judge, Replies(cache))
     if match.missing:
         with progress("the judge reads", len(match.missing), "requests") as advance:

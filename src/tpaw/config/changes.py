@@ -1,0 +1,50 @@
+"""Which settings may change when a run is resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from tpaw.config.messages import section_of
+from tpaw.config.schema import RunConfig, at_iteration
+
+
+def differences(old: RunConfig, new: RunConfig, begun: int = 0) -> list[str]:
+    """Lines `key: old → new` of every setting that a run under way may not change.
+
+    Args:
+        begun: iterations that have begun to train. A setting that has a value for each iteration
+            may change for those to come.
+    """
+    old_values, new_values = (
+        dict(_leaves(config.model_dump(by_alias=True)))
+        | {key: [at_iteration(value, t) for t in range(begun)] for key, value in per.items()}
+        for config in (old, new)
+        for per in [config.per_iteration()]
+    )
+    changeable = set(_changeable_keys(RunConfig))
+    return [
+        f"{key}: {old_values.get(key)!r} → {new_values.get(key)!r}"
+        for key in sorted(old_values.keys() | new_values.keys())
+        if key not in changeable and old_values.get(key) != new_values.get(key)
+    ]
+
+
+def _changeable_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        key = prefix + (field.alias or name)
+        section = section_of(field)
+        if section is not None:
+            yield from _changeable_keys(section, f"{key}.")
+        elif isinstance(field.json_schema_extra, dict) and field.json_schema_extra["changeable"]:
+            yield key
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
