@@ -1,10 +1,8 @@
-"""Small models, tokenizers and data, made here: nothing is downloaded and nothing is borrowed."""
+"""Fixtures: a small model, its data, a finished run, the command line, judges."""
 
 from __future__ import annotations
 
-import json
 import os
-import random
 import sys
 from pathlib import Path
 
@@ -13,95 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are too small to share out
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
-
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-SPECIAL_TOKENS = ["<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|bos|>"]
-
-
-def sums(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Rows in GSM8K's shape."""
-    rng = random.Random(seed)
-    rows = []
-    for _ in range(count):
-        a, b = rng.randrange(100), rng.randrange(100)
-        rows.append({"question": f"What is {a} + {b}?", "answer": f"{a}+{b}={a + b}\n#### {a + b}"})
-    return rows
-
-
-def write_jsonl(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def make_tokenizer(*, chat: bool = True, bos: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level BPE like GPT-2's and Qwen's."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator([row["question"] for row in sums(50)], trainer)
-    if bos:
-        from tokenizers.processors import TemplateProcessing
-
-        core.post_processor = TemplateProcessing(
-            single="<|bos|> $A", special_tokens=[("<|bos|>", core.token_to_id("<|bos|>"))]
-        )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        eos_token="<|end|>",
-        pad_token="<|pad|>",
-        bos_token="<|bos|>" if bos else None,
-    )
-    if chat:
-        tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
-
-
-def make_model(kind: str = "qwen2", seed: int = 0, vocab_size: int = 320) -> torch.nn.Module:
-    """A random model of a few thousand parameters."""
-    torch.manual_seed(seed)
-    shared = {"vocab_size": vocab_size, "eos_token_id": 4, "pad_token_id": 0, "bos_token_id": None}
-    if kind == "gpt2":
-        return GPT2LMHeadModel(
-            GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256, **shared)
-        ).eval()
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": kind == "qwen2",
-    }
-    if kind == "llama":
-        return LlamaForCausalLM(LlamaConfig(**sizes, **shared)).eval()
-    return Qwen2ForCausalLM(Qwen2Config(**sizes, **shared)).eval()
-
-
-def save_model(folder: Path, kind: str = "qwen2", seed: int = 0, **tokenizer_options: bool) -> Path:
-    make_model(kind, seed).save_pretrained(folder)
-    make_tokenizer(**tokenizer_options).save_pretrained(folder)
-    return folder
+from builders import save_model, sums, write_jsonl
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import make_model
-from test_batching import team_rows
-from test_trainer import PAPER, arguments
+from builders import PAPER, arguments, make_model, team_rows
 
 from tpaw.scoring.score import Precision, score_sequences
 from tpaw.training.trainer import TeamTrainer

@@ -8,7 +8,7 @@ import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from conftest import write_jsonl
+from builders import write_jsonl
 
 ANSWERS = re.compile(
     r"----- request (\w+) -----\n(?P<request>.*)\n"

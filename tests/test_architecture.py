@@ -1,4 +1,4 @@
-"""The folder graph has no circle, and the public surface is what it says."""
+"""The folder graph has no circle, the public surface is what it says, and tests stand alone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import tpaw
 
 PACKAGE = Path(tpaw.__file__).parent
+TESTS = Path(__file__).parent
 
 
 def imported(tree, modules):
@@ -126,3 +127,39 @@ def test_the_public_surface():
     ]
     for name in tpaw.__all__:
         assert getattr(tpaw, name).__module__.startswith("tpaw.")
+
+
+def borrowed(text, modules):
+    """Modules out of `modules` that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom):
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [name for alias in node.names for name in alias.name.split(".")]
+        else:
+            continue
+        yield from (name for name in names if name in modules)
+
+
+def test_no_file_of_the_tests_imports_a_test_module_or_a_conftest():
+    files = sorted(TESTS.rglob("*.py"))
+    modules = {path.stem for path in files if path.stem.startswith("test_")} | {"conftest"}
+    assert len(modules) > 30
+    found = {
+        str(path.relative_to(TESTS)): list(borrowed(path.read_text(), modules)) for path in files
+    }
+    assert not {path: names for path, names in found.items() if names}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import conftest",
+        "from conftest import sums",
+        "from .conftest import sums",
+        "from tests import conftest",
+        "def f():\n    from tests.pipeline.conftest import sums",
+    ],
+)
+def test_a_borrowed_module_is_seen(text):
+    assert list(borrowed(text, {"conftest"})) == ["conftest"]

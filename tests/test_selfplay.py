@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_response import oracle
+from oracles import oracle
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tpaw.pipeline.stages

@@ -11,8 +11,7 @@ import time
 
 import pytest
 import yaml
-from conftest import make_model, make_tokenizer, save_model, sums, write_jsonl
-from test_kill import contents
+from builders import contents, make_model, make_tokenizer, save_model, sums, write_jsonl
 from transformers import AutoModelForCausalLM
 
 import tpaw.pipeline.stages

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import make_model, make_tokenizer, save_model, sums, write_jsonl
+from builders import make_model, make_tokenizer, save_model, sums, write_jsonl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 

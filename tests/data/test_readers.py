@@ -6,7 +6,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import sums, write_jsonl
+from builders import sums, write_jsonl
 from datasets import Dataset, DatasetDict
 
 from tpaw.config.schema import DataConfig

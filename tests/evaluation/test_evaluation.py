@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import make_tokenizer
+from builders import make_tokenizer
 
 from tpaw.data.examples import Example
 from tpaw.data.token_ids import token_ids

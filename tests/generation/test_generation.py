@@ -6,27 +6,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import make_model
+from builders import SAMPLING, ignore, make_model
 
 import tpaw.generation.continuous_batching
 import tpaw.generation.hf
 from tpaw.data.token_ids import token_ids
 from tpaw.generation.continuous_batching import SPARE_COLUMNS, draw
-from tpaw.generation.generator import SamplingParams, finish
+from tpaw.generation.generator import finish
 from tpaw.generation.hf import HFGenerator
 from tpaw.generation.slot_cache import SlotCache
 from tpaw.logprobs.prepare import prepare_for_logprobs
-
-SAMPLING = SamplingParams(
-    temperature=1.0,
-    top_p=1.0,
-    top_k=0,
-    max_new_tokens=12,
-    max_length=64,
-    stop_token_ids=(4,),
-    tokens_per_batch=200,
-)
-
 
 GREEDY = SAMPLING._replace(temperature=0.0)
 
@@ -104,10 +93,6 @@ OTHER_CACHES = {
 def prompts(count, seed=0, longest=30):
     rng = np.random.default_rng(seed)
     return [token_ids(rng.integers(5, 320, rng.integers(1, longest))) for _ in range(count)]
-
-
-def ignore(count):
-    pass
 
 
 def oracle_greedy(model, prompt, stop_ids, limit):

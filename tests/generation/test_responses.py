@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import make_tokenizer
-from test_generation import SAMPLING, ignore
+from builders import SAMPLING, ignore, make_tokenizer
 
 from tpaw.data.examples import Example
 from tpaw.data.token_ids import token_ids

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from test_response import ragged
+from oracles import ragged
 
 from tpaw.data.token_ids import token_ids
 from tpaw.logprobs.packing import (

@@ -9,8 +9,8 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import make_model
-from test_response import LAYOUTS, expected_logps, ragged_team
+from builders import LAYOUTS, make_model
+from oracles import expected_logps, ragged_team
 
 from tpaw.logprobs.packing import PACKED_LAYOUT, PADDED_LAYOUT, packed_batch
 from tpaw.logprobs.prepare import prepare_for_logprobs

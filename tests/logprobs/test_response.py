@@ -9,7 +9,8 @@ import numpy as np
 import peft
 import pytest
 import torch
-from conftest import make_model
+from builders import LAYOUTS, make_model
+from oracles import expected_logps, ragged_team
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -17,57 +18,9 @@ import tpaw.logprobs.fused_head
 import tpaw.logprobs.response
 from tpaw.data.token_ids import token_ids
 from tpaw.logprobs.attention import packed_attention
-from tpaw.logprobs.packing import PACKED_LAYOUT, PADDED_LAYOUT, packed_batch, padded_batch
+from tpaw.logprobs.packing import PACKED_LAYOUT, packed_batch, padded_batch
 from tpaw.logprobs.prepare import prepare_for_logprobs
 from tpaw.logprobs.response import response_logps
-
-LAYOUTS = pytest.mark.parametrize(
-    "layout", [PACKED_LAYOUT, PADDED_LAYOUT], ids=["packed", "padded"]
-)
-
-
-def oracle(model, prompt, response):
-    """log π(y|x), one unpadded float64 sequence, token by token; differentiable."""
-    ids = torch.tensor([*prompt, *response])[None].long()
-    logps = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0], dim=-1)
-    total = torch.zeros((), dtype=torch.float64)
-    for position, token in enumerate(response, start=len(prompt)):
-        total = total + logps[position - 1, int(token)]
-    return total
-
-
-def ragged(count, seed, vocab_size=320, longest=40):
-    """Random sequences; among them a prompt of one token and an empty response."""
-    rng = np.random.default_rng(seed)
-    sizes = [(int(rng.integers(1, longest)), int(rng.integers(0, longest))) for _ in range(count)]
-    sizes[:3] = [(1, 5), (4, 0), (1, 1)]
-    return [
-        (token_ids(rng.integers(0, vocab_size, p)), token_ids(rng.integers(0, vocab_size, r)))
-        for p, r in sizes
-    ]
-
-
-def ragged_team(players, seed, vocab_size=320):
-    """Prompts, each with a target and a response of every player; the first are hostile."""
-    rng = np.random.default_rng(seed)
-
-    def ids(length):
-        return token_ids(rng.integers(0, vocab_size, length))
-
-    sequences = []
-    for prompt_length, target_length in [(1, 6), (3, 1), (2, 5), (int(rng.integers(1, 30)), 9)]:
-        prompt, target = ids(prompt_length), ids(target_length)
-        generated = [ids(rng.integers(0, 25)) for _ in range(players)]
-        if prompt_length == 2:
-            generated[0] = target  # the opponent has learned it by heart
-        if prompt_length == 3:
-            generated[0] = ids(0)
-        sequences += [(prompt, target), *((prompt, g) for g in generated)]
-    return sequences
-
-
-def expected_logps(model, sequences):
-    return torch.stack([oracle(model, *sequence) for sequence in sequences])
 
 
 @LAYOUTS

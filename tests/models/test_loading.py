@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import make_model, make_tokenizer, save_model
+from builders import make_model, make_tokenizer, save_model
 from safetensors.torch import save_file
 from transformers import BertConfig, Qwen2ForSequenceClassification, T5Config
 

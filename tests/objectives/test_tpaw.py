@@ -6,29 +6,10 @@ import math
 
 import pytest
 import torch
+from builders import PAPER, make_model, make_tokenizer
+from oracles import paper_loss
 
 from tpaw.objectives.tpaw import team_loss
-
-PAPER = {"lambda_": 0.1, "eta": 6.0, "gamma": 0.5}
-
-
-def paper_loss(policy_y, policy_gen, players, lam, eta, gamma, floor=0.01):
-    """One triple in plain Python floats: equation by equation, no tensors, no tricks."""
-    reward = [lam * (policy_y - y) for y, _ in players]
-    reward_gen = [lam * (policy_gen - g) for _, g in players]
-    alpha = [eta if p <= 0 else 1.0 for p in reward]
-    weights = [math.exp(-gamma * (p - g)) for p, g in zip(reward, reward_gen, strict=True)]
-    beta = [w / sum(weights) for w in weights]
-    beta = [b if b >= floor else 0.0 for b in beta]
-    beta = [b / sum(beta) for b in beta]
-    terms = list(zip(alpha, reward, reward_gen, strict=True))
-    losses = [math.log1p(math.exp(-(a * p - g))) for a, p, g in terms]
-    slopes = [-1 / (1 + math.exp(a * p - g)) for a, p, g in terms]
-    loss = sum(b * x for b, x in zip(beta, losses, strict=True))
-    # dℓ/dt = -σ(-t); t = α·λ·(log π(y) − …) − λ·(log π(y_gen) − …), α and β held constant.
-    grad_y = sum(b * s * a * lam for b, s, a in zip(beta, slopes, alpha, strict=True))
-    grad_gen = sum(-b * s * lam for b, s in zip(beta, slopes, strict=True))
-    return loss, grad_y, grad_gen, alpha, beta
 
 
 def random_batch(B, K, seed, spread=5.0):
@@ -138,7 +119,6 @@ def test_permuting_the_players_permutes_the_weights_and_leaves_the_loss():
 
 def test_one_player_with_eta_one_is_trls_sigmoid_dpo_loss(tmp_path):
     """DPOTrainer.compute_loss itself, on a model whose log-probs are known, gives the same loss."""
-    from conftest import make_model, make_tokenizer
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 

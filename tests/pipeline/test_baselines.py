@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import make_model, sums, write_jsonl
+from builders import make_model, make_tokenizer, sums, write_jsonl
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
 
@@ -264,8 +264,6 @@ def test_micro_batches_divide_the_batch(settings, method, tokens, size):
 
 
 def test_a_model_without_a_padding_token(settings, tmp_path):
-    from conftest import make_tokenizer
-
     tokenizer = make_tokenizer()
     tokenizer.pad_token = None
     make_model().save_pretrained(tmp_path / "m")

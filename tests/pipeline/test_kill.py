@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import sums, write_jsonl
+from builders import contents, sums, write_jsonl
 
 DRIVER = Path(__file__).parents[1] / "kill_driver.py"
 
@@ -39,13 +39,6 @@ def run(folder, config, *points):
     lines = done.stdout.split("\n")[:-1]
     assert lines[-1] == "exit 0", done.stderr
     return lines[:-1]
-
-
-def contents(folder):
-    """Every published byte that results depend on; logs and manifests hold times."""
-    kinds = ("*.safetensors", "*.parquet", "*.jsonl")
-    files = [path for kind in kinds for path in folder.rglob(kind) if path.name != "training.jsonl"]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import os
 import shutil
 
 import pytest
+from builders import stopped_at_step
 
 import tpaw.pipeline.stages
 import tpaw.training.iteration
@@ -130,29 +131,6 @@ def test_a_missing_or_unfinite_log_is_said_and_no_crash(finished, tmp_path):
     log.unlink()
     with pytest.raises(ArtifactError, match=r"2/training.jsonl: missing, though θ_2 is published"):
         self_play(config, tmp_path / "run")
-
-
-def stopped_at_step(steps, config, folder):
-    """Run until an optimizer step of the first iteration, as if SIGTERM came there."""
-    from tpaw.errors import Interrupted
-    from tpaw.runtime.interrupt import StopSignal
-
-    stop, original = StopSignal(), tpaw.pipeline.stages.train_iteration
-
-    def stopping(*args, on_step, **kwargs):
-        def step(count, note):
-            nonlocal steps
-            on_step(count, note)
-            steps -= count
-            if steps <= 1:
-                stop.signal_number = 15
-
-        return original(*args, on_step=step, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tpaw.pipeline.stages, "train_iteration", stopping)
-        with pytest.raises(Interrupted):
-            self_play(config, folder, stop)
 
 
 def test_a_resumed_iteration_obeys_the_new_intervals_and_logs_the_same(settings, tmp_path):

@@ -7,8 +7,8 @@ import contextlib
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
-from test_response import oracle, ragged, ragged_team
+from builders import make_model
+from oracles import oracle, ragged, ragged_team
 
 import tpaw.scoring.score
 from tpaw.config.schema import ScoreConfig

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
+from builders import team_rows
 
 from tpaw.data.token_ids import token_ids
 from tpaw.logprobs.packing import PACKED_LAYOUT, PADDED_LAYOUT
@@ -13,27 +13,6 @@ from tpaw.training.batching import (
     TripleSizes,
     collate_triples,
 )
-
-
-def team_rows(prompts, opponents, seed=0, longest=20):
-    """Triples of every prompt with every opponent, as a run orders them."""
-    rng = np.random.default_rng(seed)
-
-    def ids():
-        return token_ids(rng.integers(5, 300, rng.integers(1, longest)))
-
-    examples = [(ids(), ids()) for _ in range(prompts)]
-    return [
-        {
-            "prompt_ids": prompt,
-            "target_ids": target,
-            "generated_ids": ids(),
-            "player_target_logps": [-1.0],
-            "player_generated_logps": [-2.0],
-        }
-        for _ in range(opponents)
-        for prompt, target in examples
-    ]
 
 
 def sampler(rows, layout=PACKED_LAYOUT, **changes):

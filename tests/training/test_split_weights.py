@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import make_model
+from builders import contents, make_model, stopped_at_step
 from safetensors.torch import load_file
-from test_kill import contents
-from test_resume import stopped_at_step
 from transformers import AutoModelForCausalLM
 
 import tpaw.training.iteration

@@ -9,79 +9,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
-from test_response import oracle
-from test_tpaw import paper_loss
-from transformers import TrainerCallback, TrainingArguments
+from builders import PAPER, arguments, make_model, train, triples
+from oracles import oracle, paper_loss
+from transformers import TrainerCallback
 
-from tpaw.data.token_ids import token_ids
 from tpaw.errors import DivergenceError, PolicyMismatchError
 from tpaw.logprobs.packing import PACKED_LAYOUT
 from tpaw.scoring.score import Precision, score_sequences
 from tpaw.training.batching import collate_triples
 from tpaw.training.trainer import FIRST_STEP_TOLERANCE, TeamTrainer
-
-PAPER = {"lambda_": 0.1, "eta": 6.0, "gamma": 0.5}
-
-
-def triples(count, players, seed=0):
-    """Ragged triples with their reference log-probs under `players`, newest first."""
-    rng = np.random.default_rng(seed)
-
-    def ids(low, high):
-        return token_ids(rng.integers(5, 320, rng.integers(low, high)))
-
-    rows = []
-    for i in range(count):
-        prompt, target, generated = ids(1, 20), ids(1, 20), ids(1, 20)
-        generated = target if i % 5 == 0 else generated
-        row = {"prompt_ids": prompt, "target_ids": target, "generated_ids": generated}
-        for kind in ("target", "generated"):
-            row[f"player_{kind}_logps"] = [
-                float(
-                    score_sequences(
-                        player,
-                        [(prompt, row[f"{kind}_ids"])],
-                        tokens_per_row=1,
-                        precision=Precision("cpu", use_bf16=False),
-                    )[0]
-                )
-                for player in players
-            ]
-        rows.append(row)
-    return rows
-
-
-def arguments(folder, **changes):
-    settings = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "num_train_epochs": 1,
-        "learning_rate": 1e-3,
-        "optim": "rmsprop",
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.1,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "seed": 1,
-    }
-    return TrainingArguments(**(settings | changes))
-
-
-def train(model, rows, args, objective=PAPER, **options):
-    trainer = TeamTrainer(
-        model=model,
-        args=args,
-        train_dataset=rows,
-        processing_class=make_tokenizer(),
-        objective=objective,
-        **options,
-    )
-    trainer.train()
-    return trainer
 
 
 class Gradients(TrainerCallback):

@@ -7,9 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
+from builders import PAPER, arguments, make_model, train, triples
 from datasets import Dataset
-from test_trainer import PAPER, arguments, train, triples
 
 from tpaw.logprobs.packing import PACKED_LAYOUT
 from tpaw.training.batching import COLUMNS, collate_triples

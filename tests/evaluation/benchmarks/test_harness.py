@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import save_model, sums, write_jsonl
+from builders import save_model, sums, write_jsonl
 
 pytest.importorskip("lm_eval")  # in the extra "evaluate"
 

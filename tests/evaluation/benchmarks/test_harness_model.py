@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import make_model, make_tokenizer, sums
+from builders import make_model, make_tokenizer, sums
 
 pytest.importorskip("lm_eval")  # in the extra "evaluate"
 

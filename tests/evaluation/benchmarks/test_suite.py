@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 import yaml
-from conftest import write_jsonl
+from builders import write_jsonl
 
 from tpaw.errors import InputError
 from tpaw.evaluation.benchmarks.suite import (

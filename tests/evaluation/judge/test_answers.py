@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import sums, write_jsonl
+from builders import sums, write_jsonl
 from judge_server import longer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import write_jsonl
+from builders import write_jsonl
 from judge_server import ANSWERS, answers, ask, completion, longer, results
 
 from tpaw.evaluation.judge.prompt import load_prompt, parse_verdict

@@ -1,0 +1,244 @@
+"""Small models, tokenizers, rows and settings that tests share. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    TrainingArguments,
+)
+
+import tpaw.pipeline.stages
+from tpaw.data.token_ids import token_ids
+from tpaw.errors import Interrupted
+from tpaw.generation.generator import SamplingParams
+from tpaw.logprobs.packing import PACKED_LAYOUT, PADDED_LAYOUT
+from tpaw.runtime.interrupt import StopSignal
+from tpaw.scoring.score import Precision, score_sequences
+from tpaw.selfplay import self_play
+from tpaw.training.trainer import TeamTrainer
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+SPECIAL_TOKENS = ["<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|bos|>"]
+
+
+def sums(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Rows in GSM8K's shape."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        a, b = rng.randrange(100), rng.randrange(100)
+        rows.append({"question": f"What is {a} + {b}?", "answer": f"{a}+{b}={a + b}\n#### {a + b}"})
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def make_tokenizer(*, chat: bool = True, bos: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE like GPT-2's and Qwen's."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator([row["question"] for row in sums(50)], trainer)
+    if bos:
+        from tokenizers.processors import TemplateProcessing
+
+        core.post_processor = TemplateProcessing(
+            single="<|bos|> $A", special_tokens=[("<|bos|>", core.token_to_id("<|bos|>"))]
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        bos_token="<|bos|>" if bos else None,
+    )
+    if chat:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def make_model(kind: str = "qwen2", seed: int = 0, vocab_size: int = 320) -> torch.nn.Module:
+    """A random model of a few thousand parameters."""
+    torch.manual_seed(seed)
+    shared = {"vocab_size": vocab_size, "eos_token_id": 4, "pad_token_id": 0, "bos_token_id": None}
+    if kind == "gpt2":
+        return GPT2LMHeadModel(
+            GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256, **shared)
+        ).eval()
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": kind == "qwen2",
+    }
+    if kind == "llama":
+        return LlamaForCausalLM(LlamaConfig(**sizes, **shared)).eval()
+    return Qwen2ForCausalLM(Qwen2Config(**sizes, **shared)).eval()
+
+
+def save_model(folder: Path, kind: str = "qwen2", seed: int = 0, **tokenizer_options: bool) -> Path:
+    make_model(kind, seed).save_pretrained(folder)
+    make_tokenizer(**tokenizer_options).save_pretrained(folder)
+    return folder
+
+
+LAYOUTS = pytest.mark.parametrize(
+    "layout", [PACKED_LAYOUT, PADDED_LAYOUT], ids=["packed", "padded"]
+)
+
+
+PAPER = {"lambda_": 0.1, "eta": 6.0, "gamma": 0.5}
+
+
+def triples(count, players, seed=0):
+    """Ragged triples with their reference log-probs under `players`, newest first."""
+    rng = np.random.default_rng(seed)
+
+    def ids(low, high):
+        return token_ids(rng.integers(5, 320, rng.integers(low, high)))
+
+    rows = []
+    for i in range(count):
+        prompt, target, generated = ids(1, 20), ids(1, 20), ids(1, 20)
+        generated = target if i % 5 == 0 else generated
+        row = {"prompt_ids": prompt, "target_ids": target, "generated_ids": generated}
+        for kind in ("target", "generated"):
+            row[f"player_{kind}_logps"] = [
+                float(
+                    score_sequences(
+                        player,
+                        [(prompt, row[f"{kind}_ids"])],
+                        tokens_per_row=1,
+                        precision=Precision("cpu", use_bf16=False),
+                    )[0]
+                )
+                for player in players
+            ]
+        rows.append(row)
+    return rows
+
+
+def arguments(folder, **changes):
+    settings = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-3,
+        "optim": "rmsprop",
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": 1,
+    }
+    return TrainingArguments(**(settings | changes))
+
+
+def train(model, rows, args, objective=PAPER, **options):
+    trainer = TeamTrainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        processing_class=make_tokenizer(),
+        objective=objective,
+        **options,
+    )
+    trainer.train()
+    return trainer
+
+
+def team_rows(prompts, opponents, seed=0, longest=20):
+    """Triples of every prompt with every opponent, as a run orders them."""
+    rng = np.random.default_rng(seed)
+
+    def ids():
+        return token_ids(rng.integers(5, 300, rng.integers(1, longest)))
+
+    examples = [(ids(), ids()) for _ in range(prompts)]
+    return [
+        {
+            "prompt_ids": prompt,
+            "target_ids": target,
+            "generated_ids": ids(),
+            "player_target_logps": [-1.0],
+            "player_generated_logps": [-2.0],
+        }
+        for _ in range(opponents)
+        for prompt, target in examples
+    ]
+
+
+SAMPLING = SamplingParams(
+    temperature=1.0,
+    top_p=1.0,
+    top_k=0,
+    max_new_tokens=12,
+    max_length=64,
+    stop_token_ids=(4,),
+    tokens_per_batch=200,
+)
+
+
+def ignore(count):
+    pass
+
+
+def contents(folder):
+    """Every published byte that results depend on; logs and manifests hold times."""
+    kinds = ("*.safetensors", "*.parquet", "*.jsonl")
+    files = [path for kind in kinds for path in folder.rglob(kind) if path.name != "training.jsonl"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def stopped_at_step(steps, config, folder):
+    """Run until an optimizer step of the first iteration, as if SIGTERM came there."""
+
+    stop, original = StopSignal(), tpaw.pipeline.stages.train_iteration
+
+    def stopping(*args, on_step, **kwargs):
+        def step(count, note):
+            nonlocal steps
+            on_step(count, note)
+            steps -= count
+            if steps <= 1:
+                stop.signal_number = 15
+
+        return original(*args, on_step=step, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tpaw.pipeline.stages, "train_iteration", stopping)
+        with pytest.raises(Interrupted):
+            self_play(config, folder, stop)
