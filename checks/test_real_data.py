@@ -82,7 +82,7 @@ def check_run(folder, rows):
     end = examples[0].target_ids[-1]
     for example in examples:
         assert example.target_ids[-1] == end
-        assert example.prompt.endswith("<|im_start|>assistant\n")
+        assert example.prompt_text.endswith("<|im_start|>assistant\n")
         assert (example.target_ids == end).sum() == 1
     fingerprints = {read_manifest(run.checkpoint(i))["fingerprint"] for i in range(1, 5)}
     assert len(fingerprints) == 4
@@ -139,7 +139,7 @@ def test_every_preference_pair_is_used_or_counted(shared, small_qwen):
     decode = inputs.tokenizer.decode
     for example in inputs.examples:
         pair = pairs[int(example.id.partition("-")[0])]
-        assert example.prompt.endswith(
+        assert example.prompt_text.endswith(
             f"{pair['conversations'][-1]['value']}<|im_end|>\n<|im_start|>assistant\n"
         )
         assert decode(example.target_ids) == pair["chosen"]["value"] + "<|im_end|>"

@@ -26,8 +26,10 @@ from tpaw.data.token_ids import token_ids
 from tpaw.errors import Interrupted
 from tpaw.generation.generator import SamplingParams
 from tpaw.logprobs.packing import PACKED_LAYOUT, PADDED_LAYOUT
+from tpaw.logprobs.prepare import prepare_for_logprobs
+from tpaw.objectives.tpaw import TeamObjective
 from tpaw.runtime.interrupt import StopSignal
-from tpaw.scoring.score import Precision, score_sequences
+from tpaw.scoring.score import Precision, ScoringModel, score_sequences
 from tpaw.selfplay import self_play
 from tpaw.training.trainer import TeamTrainer
 
@@ -117,6 +119,19 @@ LAYOUTS = pytest.mark.parametrize(
 )
 
 
+def score(model, sequences, *, tokens_per_row=10_000, use_bf16=False, on_done=lambda n: None):
+    """Log-probs of sequences under a model that is prepared here."""
+    return score_sequences(
+        scorer(model, use_bf16), sequences, tokens_per_row=tokens_per_row, on_done=on_done
+    )
+
+
+def scorer(model, use_bf16=False):
+    """A model as a loaded player, prepared."""
+    layout, _ = prepare_for_logprobs(model, 256)
+    return ScoringModel(model, layout, Precision("cpu", use_bf16=use_bf16))
+
+
 PAPER = {"lambda_": 0.1, "eta": 6.0, "gamma": 0.5}
 
 
@@ -134,14 +149,7 @@ def triples(count, players, seed=0):
         row = {"prompt_ids": prompt, "target_ids": target, "generated_ids": generated}
         for kind in ("target", "generated"):
             row[f"player_{kind}_logps"] = [
-                float(
-                    score_sequences(
-                        player,
-                        [(prompt, row[f"{kind}_ids"])],
-                        tokens_per_row=1,
-                        precision=Precision("cpu", use_bf16=False),
-                    )[0]
-                )
+                float(score(player, [(prompt, row[f"{kind}_ids"])], tokens_per_row=1)[0])
                 for player in players
             ]
         rows.append(row)
@@ -173,7 +181,7 @@ def train(model, rows, args, objective=PAPER, **options):
         args=args,
         train_dataset=rows,
         processing_class=make_tokenizer(),
-        objective=objective,
+        objective=TeamObjective(**objective) if isinstance(objective, dict) else objective,
         **options,
     )
     trainer.train()
@@ -208,7 +216,6 @@ SAMPLING = SamplingParams(
     max_new_tokens=12,
     max_length=64,
     stop_token_ids=(4,),
-    tokens_per_batch=200,
 )
 
 
@@ -228,15 +235,15 @@ def stopped_at_step(steps, config, folder):
 
     stop, original = StopSignal(), tpaw.pipeline.stages.train_iteration
 
-    def stopping(*args, on_step, **kwargs):
-        def step(count, note):
+    def stopping(*args, advance, **kwargs):
+        def step(count, note=""):
             nonlocal steps
-            on_step(count, note)
+            advance(count, note)
             steps -= count
             if steps <= 1:
                 stop.signal_number = 15
 
-        return original(*args, on_step=step, **kwargs)
+        return original(*args, advance=step, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tpaw.pipeline.stages, "train_iteration", stopping)

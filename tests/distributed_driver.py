@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+import time
 from pathlib import Path
 
 import torch
-from builders import PAPER, arguments, make_model, team_rows
+from builders import PAPER, arguments, make_model, score, team_rows
 
-from tpaw.scoring.score import Precision, score_sequences
+import tpaw.training.trainer
+from tpaw.errors import TpawError
+from tpaw.logprobs.response import response_logps
+from tpaw.objectives.tpaw import TeamObjective
 from tpaw.training.trainer import TeamTrainer
 
 
 def rows_with_players(count=11):
     """Triples of three opponents with their log-probs under two float64 players."""
     rows = team_rows(count, 3)
-    precision = Precision("cpu", use_bf16=False)
     for kind in ("target", "generated"):
         sequences = [(row["prompt_ids"], row[f"{kind}_ids"]) for row in rows]
         of_players = [
-            score_sequences(
+            score(
                 make_model("llama", seed).double(),
                 sequences,
                 tokens_per_row=500,
-                precision=precision,
             )
             for seed in (1, 2)
         ]
@@ -49,7 +52,7 @@ def losses(folder, *, fsdp=False, dtype=torch.float64, tokens_per_row=60, **chan
         ),
         train_dataset=rows_with_players(),
         processing_class=None,
-        objective=PAPER,
+        objective=TeamObjective(**PAPER),
         tokens_per_row=tokens_per_row,
     )
     trainer.train()
@@ -57,12 +60,57 @@ def losses(folder, *, fsdp=False, dtype=torch.float64, tokens_per_row=60, **chan
     return [[line[n] for n in names] for line in trainer.state.log_history if "loss" in line]
 
 
+class PoisonedOnOneRank(TeamTrainer):
+    """On the last rank alone, the policy's log-probs turn NaN or leave the player it starts as."""
+
+    fault = ""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        is_faulty = self.accelerator.process_index == self.accelerator.num_processes - 1
+        if is_faulty and self.fault == "divergence":
+            with torch.no_grad():
+                original = response_logps
+                tpaw.training.trainer.response_logps = lambda *a: original(*a) * math.nan
+        if is_faulty and self.fault == "mismatch":
+            inputs = dict(inputs)
+            inputs["player_target_logps_BK"] = inputs["player_target_logps_BK"] - 5.0
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def fail_on_one_rank(folder, fault):
+    """The error that training ends with on this rank, and the seconds until then."""
+    PoisonedOnOneRank.fault = fault
+    trainer = PoisonedOnOneRank(
+        model=make_model("llama", seed=1).double(),
+        args=arguments(folder, per_device_train_batch_size=4),
+        train_dataset=rows_with_players(),
+        processing_class=None,
+        objective=TeamObjective(**PAPER),
+        start_column=0,
+        tokens_per_row=60,
+    )
+    began = time.monotonic()
+    try:
+        trainer.train()
+    except TpawError as error:
+        return {
+            "error": type(error).__name__,
+            "step": trainer.state.global_step,
+            "seconds": time.monotonic() - began,
+            "processes": trainer.accelerator.num_processes,
+        }
+    return {"error": None}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     out, options = Path(sys.argv[1]), json.loads(sys.argv[2])
     if "dtype" in options:
         options["dtype"] = getattr(torch, options["dtype"])
-    found = losses(out.parent, **options)
-    if torch.distributed.get_rank() == 0:
+    if "fault" in options:
+        found = fail_on_one_rank(out.parent, options["fault"])
+        rank = torch.distributed.get_rank()
+        out.with_name(f"rank-{rank}.json").write_text(json.dumps(found))
+    elif (found := losses(out.parent, **options)) and torch.distributed.get_rank() == 0:
         out.write_text(json.dumps(found))
     torch.distributed.destroy_process_group()

@@ -16,7 +16,7 @@ from typing import Any
 
 import transformers
 
-import tpaw.pipeline.stages
+import tpaw.evaluation.heldout
 import tpaw.scoring.score
 import tpaw.training.callbacks
 from tpaw.config.schema import RunConfig
@@ -33,7 +33,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "step": (transformers.Trainer, "training_step"),  # of a trainer that is not ours
     "save": (transformers.Trainer, "_save_optimizer_and_scheduler"),
     "saved": (tpaw.training.callbacks, "write_manifest"),
-    "evaluate": (tpaw.pipeline.stages, "exact_match_items"),
+    "evaluate": (tpaw.evaluation.heldout, "exact_match_items"),
 }
 
 
@@ -59,7 +59,7 @@ def main() -> None:
     config_path, output, *points = sys.argv[1:]
     config = RunConfig.load(config_path)
     if config.method != "self_play":
-        from trl import DPOTrainer, SFTTrainer  # noqa: F401  once, for all the children
+        from trl import SFTTrainer  # noqa: F401  once, for all the children
     for point in [*points, ""]:
         # Nothing was computed in this process, so no thread pool is there to be lost in the fork.
         child = os.fork()

@@ -116,10 +116,15 @@ def test_the_mathematics_depends_on_nothing_else_of_ours(folder):
 
 def test_the_public_surface():
     assert tpaw.__all__ == [
+        "Objective",
+        "ObjectiveNeeds",
+        "ObjectiveOutput",
+        "PairLogps",
         "Player",
         "RunConfig",
         "Team",
         "TeamLoss",
+        "TeamObjective",
         "TeamTrainer",
         "TpawError",
         "self_play",

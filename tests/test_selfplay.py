@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import random
 import shutil
 import subprocess
 import sys
@@ -30,6 +32,7 @@ from tpaw.scoring.store import LogprobStore, sequence_key
 from tpaw.selfplay import self_play
 from tpaw.storage.artifacts import read_manifest, write_manifest
 from tpaw.storage.run_directory import RunDirectory
+from tpaw.training.trainer import TeamTrainer
 
 N = 24
 
@@ -102,14 +105,16 @@ def test_each_triple_is_trained_on_with_the_log_probs_of_its_own_under_every_pla
     class Seen(Exception):
         pass
 
-    original = tpaw.pipeline.stages.train_iteration
+    original = tpaw.pipeline.stages.team_trainer
 
-    def second(model, inputs, rows, config, run, t, **kwargs):
-        if t == 1:
-            raise Seen(rows)
-        return original(model, inputs, rows, config, run, t, **kwargs)
+    def second(model, arguments, dataset, inputs, config, objective, start_column):
+        if objective.lambda_ == 0.2:
+            raise Seen(dataset)
+        assert start_column == 0
+        return original(model, arguments, dataset, inputs, config, objective, start_column)
 
-    monkeypatch.setattr(tpaw.pipeline.stages, "train_iteration", second)
+    settings["objective"] = {"lambda": [0.1, 0.2, 0.1]}
+    monkeypatch.setattr(tpaw.pipeline.stages, "team_trainer", second)
     with pytest.raises(Seen) as seen:
         self_play(RunConfig.load(settings), tmp_path / "r")
     rows, run = seen.value.args[0], RunDirectory(tmp_path / "r")
@@ -244,15 +249,16 @@ def test_every_setting_reaches_the_generator(settings, tmp_path, monkeypatch):
     calls = []
 
     class Recording(FakeGenerator):
-        def __init__(self, model):
+        def __init__(self, model, tokens_per_batch):
             super().__init__(lambda prompt, seed: [10, 11, 4])
+            assert tokens_per_batch == 256
             self.dtype = model.dtype
 
         def generate(self, prompts, sampling, seed, on_done):
             calls.append((sampling, seed, self.dtype))
             return super().generate(prompts, sampling, seed, on_done)
 
-    monkeypatch.setattr(tpaw.pipeline.stages, "HFGenerator", Recording)
+    monkeypatch.setattr(tpaw.generation.hf, "HFGenerator", Recording)
     settings |= {"iterations": 1, "precision": "bf16", "deterministic": False}
     settings["generate"] |= {"temperature": 0.7, "top_p": 0.8, "top_k": 9}
     settings["evaluate"] |= {"max_new_tokens": 6}
@@ -260,11 +266,11 @@ def test_every_setting_reaches_the_generator(settings, tmp_path, monkeypatch):
         self_play(RunConfig.load(settings | {"seed": seed}), tmp_path / str(seed))
     # θ_0 answers and solves the held-out rows, three shards of answers, θ_1 solves.
     sampled, greedy = [calls[i] for i in (0, 2, 3, 4)], [calls[i] for i in (1, 5)]
-    expected = SamplingParams(0.7, 0.8, 9, 12, 128, (4,), 256)
+    expected = SamplingParams(0.7, 0.8, 9, 12, 128, (4,))
     assert all(sampling == expected for sampling, _, _ in sampled)
     for sampling, _, _ in greedy:
         assert (sampling.temperature, sampling.max_new_tokens) == (0, 6)
-        assert (sampling.tokens_per_batch, sampling.stop_token_ids) == (256, (4,))
+        assert sampling.stop_token_ids == (4,)
     assert {dtype for _, _, dtype in calls} == {torch.bfloat16}
     assert len({calls[i + k][1] for i in (0, 6) for k in (0, 2, 3, 4)}) == 8
     responses = read_responses(RunDirectory(tmp_path / "5").responses(1))
@@ -272,10 +278,52 @@ def test_every_setting_reaches_the_generator(settings, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_kernels_that_vary_are_refused_where_that_is_asked(settings, tmp_path, wanted):
+def test_kernels_that_vary_are_refused_where_that_is_asked(settings, tmp_path, monkeypatch, wanted):
+    seen, original = set(), TeamTrainer.compute_loss
+
+    def look(*args, **kwargs):
+        seen.add(torch.are_deterministic_algorithms_enabled())
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(TeamTrainer, "compute_loss", look)
     settings |= {"iterations": 1, "deterministic": wanted}
     self_play(RunConfig.load(settings), tmp_path / "r")
-    assert torch.are_deterministic_algorithms_enabled() is wanted
+    assert seen == {wanted}
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_library_call_leaves_the_callers_process_as_it_was(
+    settings, tmp_path, monkeypatch, deterministic
+):
+    """Its torch flags, random states and working directory."""
+    monkeypatch.chdir(tmp_path)
+    settings |= {"iterations": 1, "deterministic": deterministic}
+    torch.use_deterministic_algorithms(not deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    random.seed(1)
+    np.random.seed(2)
+    torch.manual_seed(3)
+
+    def state():
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,
+            torch.get_float32_matmul_precision(),
+            torch.get_num_threads(),
+            random.getstate(),
+            np.random.get_state()[1].tolist(),
+            torch.get_rng_state().tolist(),
+            os.getcwd(),
+            os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        )
+
+    try:
+        before = state()
+        self_play(RunConfig.load(settings), tmp_path / "r")
+        assert state() == before
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_training_raises_the_targets_of_the_training_rows(finished, model_folder):
@@ -291,14 +339,8 @@ def test_training_raises_the_targets_of_the_training_rows(finished, model_folder
 
 
 def test_a_policy_that_is_not_its_newest_player_stops_the_run(settings, tmp_path, monkeypatch):
-    original = tpaw.pipeline.stages.Stages.rows
-
-    def other_weights(self, triples, players):
-        store = self._store(players[0])
-        store._logps = {key: value - 3.0 for key, value in store._logps.items()}
-        return original(self, triples, players)
-
-    monkeypatch.setattr(tpaw.pipeline.stages.Stages, "rows", other_weights)
+    original = LogprobStore.logps
+    monkeypatch.setattr(LogprobStore, "logps", lambda store, keys: original(store, keys) - 3.0)
     with pytest.raises(PolicyMismatchError, match="before the first update"):
         self_play(RunConfig.load(settings), tmp_path / "r")
     assert not (tmp_path / "r" / "iterations" / "1" / "checkpoint").exists()

@@ -13,17 +13,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tpaw.config.schema import RunConfig
     from tpaw.errors import TpawError
-    from tpaw.objectives.tpaw import TeamLoss, team_loss
+    from tpaw.objectives.base import Objective, ObjectiveNeeds, ObjectiveOutput, PairLogps
+    from tpaw.objectives.tpaw import TeamLoss, TeamObjective, team_loss
     from tpaw.selfplay import self_play
     from tpaw.team import Player, Team
     from tpaw.training.trainer import TeamTrainer
 
 __version__ = version("tpaw")
 __all__ = [
+    "Objective",
+    "ObjectiveNeeds",
+    "ObjectiveOutput",
+    "PairLogps",
     "Player",
     "RunConfig",
     "Team",
     "TeamLoss",
+    "TeamObjective",
     "TeamTrainer",
     "TpawError",
     "self_play",
@@ -31,10 +37,15 @@ __all__ = [
 ]
 
 _HOME = {
+    "Objective": "tpaw.objectives.base",
+    "ObjectiveNeeds": "tpaw.objectives.base",
+    "ObjectiveOutput": "tpaw.objectives.base",
+    "PairLogps": "tpaw.objectives.base",
     "Player": "tpaw.team",
     "RunConfig": "tpaw.config.schema",
     "Team": "tpaw.team",
     "TeamLoss": "tpaw.objectives.tpaw",
+    "TeamObjective": "tpaw.objectives.tpaw",
     "TeamTrainer": "tpaw.training.trainer",
     "TpawError": "tpaw.errors",
     "self_play": "tpaw.selfplay",

@@ -14,6 +14,7 @@ import yaml
 from builders import contents, make_model, make_tokenizer, save_model, sums, write_jsonl
 from transformers import AutoModelForCausalLM
 
+import tpaw.pipeline.players
 import tpaw.pipeline.stages
 import tpaw.selfplay
 from tpaw.errors import Interrupted
@@ -145,7 +146,10 @@ def bad(name, message):
         bad("training argument of another type", "train.training_arguments: "),
         bad("no held-out rows to match", "evaluate.exact_match: it needs held-out rows"),
         bad("output is a file", "--output {tmp}/column.jsonl: is a file"),
-        bad("output is foreign", "--output {tmp}: not a run, and not empty"),
+        bad(
+            "output is foreign",
+            "--output {tmp}: the folder is not empty and was not created by tpaw",
+        ),
         bad("unknown optimizer", "train.optimizer: 'rmsporp' is not known; did you mean rmsprop?"),
         bad("unknown schedule", "train.schedule: 'cosin' is not known; did you mean cosine?"),
         bad(
@@ -250,7 +254,7 @@ def test_bad_input_ends_with_2_before_any_model_is_loaded(
     def load_model(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(tpaw.pipeline.stages, "load_model", load_model)
+    monkeypatch.setattr(tpaw.pipeline.players, "load_model", load_model)
     (tmp_path / "config").mkdir()
     code, _, err = tpaw_("run", write_config(tmp_path / "config", settings), "-o", output)
     assert code == 2, err

@@ -36,7 +36,7 @@ def test_templated_ids_are_the_templates_own_and_end_with_the_end_of_turn(tmp_pa
         assert example.prompt_ids.tolist() + example.target_ids.tolist() + newline == whole
         assert example.target_ids.tolist().count(END) == 1
         assert example.target_ids[-1] == END
-        assert example.target == row["answer"]
+        assert example.target_text == row["answer"]
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -91,7 +91,7 @@ def test_templates_are_used_as_asked(tmp_path):
     chat = {"messages": [{"role": role, "content": content} for role, content in turns]}
     chats = write_jsonl(tmp_path / "chats.jsonl", [chat])
     assert is_templated(chats, "auto")
-    assert prepare(chats, tokenizer, template="none").examples[0].prompt == "s\nu"
+    assert prepare(chats, tokenizer, template="none").examples[0].prompt_text == "s\nu"
 
 
 def test_messages_need_a_chat_template(tmp_path):
@@ -100,7 +100,7 @@ def test_messages_need_a_chat_template(tmp_path):
     with pytest.raises(InputError, match="the tokenizer has no chat template"):
         prepare(path, make_tokenizer(chat=False))
     plain = prepare(write_jsonl(tmp_path / "b.jsonl", sums(1)), make_tokenizer(chat=False))
-    assert plain.examples[0].prompt == sums(1)[0]["question"]
+    assert plain.examples[0].prompt_text == sums(1)[0]["question"]
 
 
 def test_a_template_that_never_ends_a_turn(tmp_path):
@@ -220,7 +220,8 @@ def test_examples_survive_the_disk(tmp_path):
     examples = prepare(write_jsonl(tmp_path / "a.jsonl", sums(7))).examples
     write_examples(tmp_path / "x.parquet", examples)
     for before, after in zip(examples, read_examples(tmp_path / "x.parquet"), strict=True):
-        assert (before.id, before.prompt, before.target) == (after.id, after.prompt, after.target)
+        assert (before.id, before.prompt_text) == (after.id, after.prompt_text)
+        assert before.target_text == after.target_text
         assert before.prompt_ids.tolist() == after.prompt_ids.tolist()
         assert before.target_ids.tolist() == after.target_ids.tolist()
     write_examples(tmp_path / "none.parquet", [])

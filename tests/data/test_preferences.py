@@ -121,7 +121,7 @@ def test_every_shape(tmp_path, words, row, prompt):
     assert example.prompt_ids.tolist() == prompt
     assert example.target_ids.tolist() == [GOOD, END]
     assert example.rejected_ids.tolist() == [BAD, END]
-    assert example.target == "good"
+    assert example.target_text == "good"
     # Another method trains on the chosen answer.
     (plain,) = prepare(tmp_path, words, row, preferences=False).examples
     assert plain.target_ids.tolist() == [GOOD, END]

@@ -110,8 +110,8 @@ def oracle_greedy(model, prompt, stop_ids, limit):
 def make_generator(request):
     """Both ways of answering, over models that either can serve."""
 
-    def make(model):
-        generator = HFGenerator(model)
+    def make(model, tokens_per_batch=200):
+        generator = HFGenerator(model, 200)
         assert generator.why_unsupported is None
         generator.why_unsupported = None if request.param == "own loop" else "a test"
         return generator
@@ -134,7 +134,7 @@ def test_greedy_equals_one_row_at_a_time_and_stops_where_the_model_does(kind, mo
         expected = [
             oracle_greedy(model, prompt, stops, n) for prompt, n in zip(rows, limits, strict=True)
         ]
-    generator = HFGenerator(model)
+    generator = HFGenerator(model, 200)
     assert generator.why_unsupported is None
     widths = watch_rows(model)
     joined, add = [], SlotCache.add
@@ -177,8 +177,8 @@ def test_a_model_with_another_kind_of_cache_is_answered_by_generate(kind, monkey
         stops = (free[0][2], free[1][0])
         expected = [oracle_greedy(model, prompt, stops, 12) for prompt in rows]
     with pytest.warns(UserWarning, match="slower: it"):
-        generator = HFGenerator(model)
-    monkeypatch.setattr(tpaw.generation.hf, "answer", None)
+        generator = HFGenerator(model, 200)
+    monkeypatch.setattr(tpaw.generation.hf, "generate_continuously", None)
     done = []
     sampling = GREEDY._replace(stop_token_ids=stops)
     found = generator.generate(rows, sampling, 0, done.append)
@@ -189,10 +189,11 @@ def test_a_model_with_another_kind_of_cache_is_answered_by_generate(kind, monkey
 
 @pytest.mark.parametrize("sampling", [SAMPLING, GREEDY])
 def test_an_answer_does_not_depend_on_the_other_rows(sampling):
-    generator = HFGenerator(make_model(seed=1))
+    model = make_model(seed=1)
+    generator = HFGenerator(model, 200)
     rows = prompts(12)
     found = [
-        generator.generate(rows, sampling._replace(tokens_per_batch=tokens), 3, ignore)
+        HFGenerator(model, tokens).generate(rows, sampling, 3, ignore)
         for tokens in (1, 200, 10_000)
     ]
     tokens = [[c.token_ids.tolist() for c in completions] for completions in found]
@@ -213,11 +214,11 @@ def test_the_cache_stays_within_the_budget_and_grows_as_prompts_get_shorter(monk
 
     monkeypatch.setattr(SlotCache, "reshape", watch)
     rows = prompts(60)
-    HFGenerator(make_model()).generate(rows, GREEDY, 0, ignore)
+    HFGenerator(make_model(), 200).generate(rows, GREEDY, 0, ignore)
     assert all(slots * (columns - SPARE_COLUMNS) <= 200 for slots, columns in sizes)
     assert len({slots for slots, _ in sizes}) > 2
     sizes.clear()
-    HFGenerator(make_model()).generate(rows[:9], GREEDY._replace(tokens_per_batch=1), 0, ignore)
+    HFGenerator(make_model(), 1).generate(rows[:9], GREEDY, 0, ignore)
     assert {slots for slots, _ in sizes} == {1}
 
 
@@ -287,8 +288,8 @@ def test_sampling_is_the_models_distribution_at_temperature_one(make_generator):
             model(input_ids=torch.tensor(prompt)[None].long()).logits[0, -1], 0
         )
     count = 4000
-    sampling = SAMPLING._replace(max_new_tokens=1, tokens_per_batch=30000)
-    drawn = make_generator(model).generate([prompt] * count, sampling, 0, ignore)
+    sampling = SAMPLING._replace(max_new_tokens=1)
+    drawn = make_generator(model, 30_000).generate([prompt] * count, sampling, 0, ignore)
     frequency = torch.bincount(torch.tensor([c.token_ids[0] for c in drawn]), minlength=320) / count
     assert expected.max() < 0.9
     # Five standard errors of a binomial proportion.
@@ -315,8 +316,8 @@ def test_temperature_top_p_and_top_k_shape_the_distribution(change, make_generat
     expected = torch.zeros(320, dtype=torch.float64)
     expected[kept] = torch.softmax(logits[kept] / change.get("temperature", 1.0), 0)
     count = 4000
-    sampling = SAMPLING._replace(max_new_tokens=1, tokens_per_batch=30000, **change)
-    drawn = make_generator(model).generate([prompt] * count, sampling, 0, ignore)
+    sampling = SAMPLING._replace(max_new_tokens=1, **change)
+    drawn = make_generator(model, 30_000).generate([prompt] * count, sampling, 0, ignore)
     frequency = torch.bincount(torch.tensor([c.token_ids[0] for c in drawn]), minlength=320) / count
     plain = torch.softmax(logits, 0)
     assert (expected - plain).abs().max() > 0.05  # the setting matters here
@@ -327,8 +328,10 @@ def test_temperature_top_p_and_top_k_shape_the_distribution(change, make_generat
 
 def test_top_k_0_leaves_every_token_possible(make_generator):
     # A random model's tokens are nearly equally likely; by itself `generate` would keep 50.
-    sampling = SAMPLING._replace(max_new_tokens=1, tokens_per_batch=30000)
-    drawn = make_generator(make_model(seed=1)).generate([prompts(1)[0]] * 3000, sampling, 0, ignore)
+    sampling = SAMPLING._replace(max_new_tokens=1)
+    drawn = make_generator(make_model(seed=1), 30_000).generate(
+        [prompts(1)[0]] * 3000, sampling, 0, ignore
+    )
     assert len({int(c.token_ids[0]) for c in drawn}) > 250
 
 
@@ -375,7 +378,7 @@ def test_a_model_that_has_scored_answers_as_before():
     sampling = SAMPLING._replace(temperature=0.0)
     answers = []
     for _ in range(2):
-        generator = HFGenerator(model)
+        generator = HFGenerator(model, 200)
         assert generator.why_unsupported is None
         answers.append(
             [c.token_ids.tolist() for c in generator.generate(asked, sampling, 0, ignore)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from builders import SAMPLING, ignore, make_tokenizer
 
+from tpaw.config.schema import GenerateConfig
 from tpaw.data.examples import Example
 from tpaw.data.token_ids import token_ids
 from tpaw.generation.generator import FakeGenerator
@@ -29,10 +30,10 @@ def answer(folder, examples, generator, on_done=ignore, seed=0):
         folder,
         Player(2, "", "f"),
         examples,
-        lambda: generator,
+        generator.opener,
+        GenerateConfig(shard_size=4),
         tokenizer.decode,
         SAMPLING,
-        shard_size=4,
         seed=seed,
         on_done=on_done,
     )
@@ -96,11 +97,11 @@ def test_a_kill_costs_one_shard_and_nothing_is_answered_twice(tmp_path):
 
 
 def test_the_model_is_loaded_once_and_only_if_a_shard_is_missing(tmp_path):
-    loads, done = [], []
+    loads, done, generator = [], [], Counting()
 
-    def load():
-        loads.append(1)
-        return Counting()
+    def load(player, config):
+        loads.append(player.index)
+        return generator.opener(player, config)
 
     for _ in range(2):
         generate_responses(
@@ -108,13 +109,14 @@ def test_the_model_is_loaded_once_and_only_if_a_shard_is_missing(tmp_path):
             Player(0, "", "f"),
             make_examples(10),
             load,
+            GenerateConfig(shard_size=4),
             make_tokenizer().decode,
             SAMPLING,
-            shard_size=4,
             seed=0,
             on_done=done.append,
         )
-    assert len(loads) == 1
+    assert loads == [0]
+    assert not generator.is_open
     assert sum(done) == 20  # shards that are there count as done
 
 

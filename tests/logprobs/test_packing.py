@@ -14,8 +14,8 @@ from tpaw.logprobs.packing import (
     PADDED_LAYOUT,
     PromptGroup,
     _share_out,
-    batch,
-    pack,
+    assign_packed,
+    assign_padded,
     packed_batch,
     padded_batch,
 )
@@ -129,10 +129,10 @@ def test_the_size_of_a_unit_is_that_of_its_rows():
 @pytest.mark.parametrize("layout", [PACKED_LAYOUT, PADDED_LAYOUT])
 def test_every_unit_is_in_one_row_within_the_budget(layout, seed, multiple_of):
     sizes = units(60, seed)
-    rows = layout.cut(sizes, 200, multiple_of)
+    rows = layout.assign(sizes, 200, multiple_of)
     assert sorted(i for row in rows for i in row) == list(range(60))
     assert len(rows) % multiple_of == 0
-    assert rows == layout.cut(sizes, 200, multiple_of)
+    assert rows == layout.assign(sizes, 200, multiple_of)
     for row in rows:
         tokens = sum(sizes[i].tokens for i in row)
         padded = sum(sizes[i].sequences for i in row) * max(sizes[i].longest for i in row)
@@ -141,7 +141,7 @@ def test_every_unit_is_in_one_row_within_the_budget(layout, seed, multiple_of):
 
 def test_packed_rows_are_few_and_about_equally_full():
     sizes = units(200, 0)
-    rows = pack(sizes, 500)
+    rows = assign_packed(sizes, 500)
     total = sum(unit.tokens for unit in sizes)
     filled = [sum(sizes[i].tokens for i in row) for row in rows]
     assert len(rows) <= -(-total // 500) + 1
@@ -150,13 +150,13 @@ def test_packed_rows_are_few_and_about_equally_full():
 
 def test_a_unit_longer_than_the_budget_gets_a_row_of_its_own():
     sizes = [PromptGroup.of(5, [3]), PromptGroup.of(90, [20, 30]), PromptGroup.of(2, [2])]
-    for cut in (pack, batch):
+    for cut in (assign_packed, assign_padded):
         assert [1] in cut(sizes, 40)
         assert sorted(i for row in cut(sizes, 40) for i in row) == [0, 1, 2]
-    assert sorted(len(row) for row in pack(sizes[:1], 40, multiple_of=3)) == [0, 0, 1]
-    assert sorted(len(row) for row in batch(sizes[:1], 40, multiple_of=3)) == [0, 0, 1]
-    assert pack(sizes, 1) == [[1], [0], [2]]
-    assert pack([], 40) == batch([], 40) == []
+    assert sorted(len(row) for row in assign_packed(sizes[:1], 40, multiple_of=3)) == [0, 0, 1]
+    assert sorted(len(row) for row in assign_padded(sizes[:1], 40, multiple_of=3)) == [0, 0, 1]
+    assert assign_packed(sizes, 1) == [[1], [0], [2]]
+    assert assign_packed([], 40) == assign_padded([], 40) == []
 
 
 def test_many_long_units_are_packed_in_no_time_and_into_no_more_rows_than_needed():
@@ -165,7 +165,7 @@ def test_many_long_units_are_packed_in_no_time_and_into_no_more_rows_than_needed
         PromptGroup.single(int(n)) for n in np.random.default_rng(0).integers(4100, 8000, 8000)
     ]
     began = time.monotonic()
-    assert sorted(map(tuple, pack(sizes, 8192))) == [(i,) for i in range(8000)]
+    assert sorted(map(tuple, assign_packed(sizes, 8192))) == [(i,) for i in range(8000)]
     assert time.monotonic() - began < 5  # one row more at a time took two minutes
 
 
@@ -174,7 +174,7 @@ def test_one_row_fewer_would_not_do(seed):
     rng = np.random.default_rng(seed)
     sizes = units(int(rng.integers(1, 60)), seed)
     budget = int(rng.integers(20, 300))
-    rows = pack(sizes, budget)
+    rows = assign_packed(sizes, budget)
     order = sorted(range(len(sizes)), key=lambda i: -sizes[i].tokens)
     fewer = [_share_out(sizes, order, n, budget) for n in range(1, len(rows))]
     needed = -(-sum(unit.tokens for unit in sizes) // budget)

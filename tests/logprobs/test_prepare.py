@@ -14,7 +14,7 @@ from oracles import expected_logps, ragged_team
 
 from tpaw.logprobs.packing import PACKED_LAYOUT, PADDED_LAYOUT, packed_batch
 from tpaw.logprobs.prepare import prepare_for_logprobs
-from tpaw.logprobs.response import HeadChangedError, answer_with_logits, response_logps
+from tpaw.logprobs.response import HeadChangedError, LogprobHead, response_logps
 
 TINY = {
     "vocab_size": 64,
@@ -30,21 +30,24 @@ TINY = {
 }
 
 
-ONE_A_ROW = "one sequence a row, prompts not shared: "
+ONE_A_ROW = "Sequence packing is disabled for this model: "
 
 
-ALL_LOGITS = "all logits are held: the model changes what its output head gives"
+ALL_LOGITS = "All logits are held in memory: the model changes the output of its head"
 
 
 ARCHITECTURES = {
-    "mistral": ({"sliding_window": 8}, [ONE_A_ROW + "its window of 8 tokens is shorter than 40"]),
+    "mistral": (
+        {"sliding_window": 8},
+        [ONE_A_ROW + "its attention window of 8 tokens is shorter than 40 tokens"],
+    ),
     "mistral-wide": ({"sliding_window": 40}, []),
     "phi3": ({"sliding_window": None}, []),
     "qwen3": ({}, []),
     "olmo2": ({}, []),
     "gemma3_text": (
         {"sliding_window": 8, "query_pre_attn_scalar": 8},
-        [ONE_A_ROW + "its window of 8 tokens is shorter than 40"],
+        [ONE_A_ROW + "its attention window of 8 tokens is shorter than 40 tokens"],
     ),
     "gemma2": (
         {"sliding_window": 64, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
@@ -104,7 +107,7 @@ def test_an_architecture_is_packed_if_it_can_be_and_right_in_any_case(name):
     sequences = [s for s in ragged_team(3, seed=1, vocab_size=64) if sum(map(len, s)) <= 40]
     with torch.no_grad():
         expected_S = expected_logps(reference, sequences)
-        logps_S = response_logps(model, layout.rows(sequences))
+        logps_S = response_logps(model, layout.collate(sequences))
     assert torch.allclose(logps_S, expected_S, rtol=1e-5, atol=1e-4)
 
 
@@ -127,7 +130,8 @@ def test_preparing_twice_is_as_once_and_can_be_undone():
     forward = model.lm_head.forward
     first, second = prepare_for_logprobs(model, 99), prepare_for_logprobs(model, 99)
     assert first == second
-    answer_with_logits(model.lm_head)
+    LogprobHead.attached_to(model).detach()
+    assert LogprobHead.attached_to(model) is None
     assert model.lm_head.forward == forward
 
 
@@ -151,7 +155,8 @@ def test_a_choice_of_attention_is_respected():
     model.set_attn_implementation("eager")
     layout, notes = prepare_for_logprobs(model, 99)
     assert layout is PADDED_LAYOUT
-    assert notes == (ONE_A_ROW + "its attention is 'eager', not sdpa",)
+    assert len(notes) == 1
+    assert notes[0].startswith(ONE_A_ROW + "its attention is 'eager', not sdpa")
     assert model.config._attn_implementation == "eager"
 
 
@@ -163,7 +168,9 @@ def test_a_model_that_lies_about_its_attention_is_found_out(kind, monkeypatch):
     monkeypatch.setattr(model, "forward", lambda position_ids=None, **kw: forward(**kw))
     layout, notes = prepare_for_logprobs(model, 99)
     assert layout is PADDED_LAYOUT
-    assert notes == (ONE_A_ROW + "its attention gives other results from packed rows",)
+    assert len(notes) == 1
+    assert notes[0].startswith(ONE_A_ROW + "its attention gives other results")
+    assert "nats" in notes[0]
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -171,7 +178,7 @@ def test_a_model_that_lies_about_its_attention_is_found_out(kind, monkeypatch):
 def test_weights_in_bf16_do_not_hide_what_a_model_does_to_its_logits(name):
     """Their own rounding is larger than what a soft cap or a scale changes on a few tokens."""
     model = architecture(name).bfloat16()
-    assert prepare_for_logprobs(model, 40).notes[0] == ALL_LOGITS
+    assert prepare_for_logprobs(model, 40).notes[0].startswith(ALL_LOGITS)
 
 
 def test_weights_in_bf16_do_not_hide_wrong_attention(monkeypatch):
@@ -186,8 +193,10 @@ def test_a_head_that_is_changed_without_a_trial_is_noticed_in_the_call(layout):
     model = architecture("granite")
     next(model.parameters()).ds_id = 0  # as DeepSpeed marks what it has taken apart
     assert prepare_for_logprobs(model, 40) == (PACKED_LAYOUT, ())
+    logps_S = response_logps(model, layout.collate(ragged_team(1, seed=1, vocab_size=64)))
+    assert logps_S.isnan().any()  # so that nobody can use them
     with pytest.raises(HeadChangedError):
-        response_logps(model, layout.rows(ragged_team(1, seed=1, vocab_size=64)))
+        LogprobHead.attached_to(model).raise_if_changed()
 
 
 def test_a_log_prob_that_is_no_number_is_not_taken_for_a_changed_head():
@@ -195,6 +204,7 @@ def test_a_log_prob_that_is_no_number_is_not_taken_for_a_changed_head():
     prepare_for_logprobs(model, 99)
     model.lm_head.weight.data[7] = math.nan
     assert response_logps(model, packed_batch(ragged_team(1, seed=0))).isnan().any()
+    LogprobHead.attached_to(model).raise_if_changed()
 
 
 def test_virtual_tokens_are_refused():

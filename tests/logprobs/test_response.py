@@ -35,7 +35,7 @@ def test_values_and_gradients_equal_the_oracle_on_ragged_rows(kind, players, lay
 
     model = make_model(kind, seed=players)
     assert prepare_for_logprobs(model, 99) == (PACKED_LAYOUT, ())
-    logps_S = response_logps(model, layout.rows(sequences))
+    logps_S = response_logps(model, layout.collate(sequences))
     assert logps_S.dtype == torch.float64
     assert torch.allclose(logps_S, expected_S, rtol=1e-5, atol=0)
     assert logps_S[players + 2] == 0  # the empty response
@@ -54,7 +54,7 @@ def test_values_equal_the_oracle_to_the_last_digits_of_float64(layout):
     prepare_for_logprobs(model, 99)
     expected_S = expected_logps(make_model("llama").double(), sequences)
     assert torch.allclose(
-        response_logps(model, layout.rows(sequences)), expected_S, rtol=1e-12, atol=0
+        response_logps(model, layout.collate(sequences)), expected_S, rtol=1e-12, atol=0
     )
 
 
@@ -118,7 +118,7 @@ def test_no_tensor_is_as_large_as_the_logits(kind, layout, monkeypatch):
     prepare_for_logprobs(model, 99)
     sequences = [(token_ids(range(9)), token_ids(range(i, i + 30))) for i in range(8)]
     with Largest() as largest:
-        response_logps(model, layout.rows(sequences)).sum().backward()
+        response_logps(model, layout.collate(sequences)).sum().backward()
     assert V * H <= largest.elements <= max(V * H, C * V)  # the head's gradient, or a chunk
     assert largest.elements < 8 * 30 * V / 4
 
@@ -139,7 +139,7 @@ def test_lora_on_the_body_and_on_the_head(target, layout, monkeypatch):
             logps_S = expected_logps(model, sequences)
         else:
             assert prepare_for_logprobs(model, 99) == (PACKED_LAYOUT, ())
-            logps_S = response_logps(model, layout.rows(sequences))
+            logps_S = response_logps(model, layout.collate(sequences))
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         assert any("lora" in name for name in trained)
         results.append([logps_S, *torch.autograd.grad(logps_S.sum(), list(trained.values()))])
@@ -186,4 +186,4 @@ def test_attention_that_spans_do_not_have_is_refused_and_never_left_out(asked):
 @LAYOUTS
 def test_a_prompt_without_tokens_is_refused(layout):
     with pytest.raises(ValueError, match="a prompt has no tokens"):
-        layout.rows([(token_ids([]), token_ids([1, 2]))])
+        layout.collate([(token_ids([]), token_ids([1, 2]))])

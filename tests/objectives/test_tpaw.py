@@ -220,7 +220,7 @@ def test_refuses_nan_shapes_and_integers(argument):
     good = random_batch(3, 2, seed=0)
     with_nan = [t.clone() for t in good]
     with_nan[argument].view(-1)[1] = math.nan
-    with pytest.raises(ValueError, match="holds NaN in 1 places"):
+    with pytest.raises(ValueError, match="is NaN or infinite in 1 places"):
         team_loss(*with_nan, **PAPER)
     misshapen = list(good)
     misshapen[argument] = good[argument][:2] if argument else good[argument][:, None]

@@ -1,4 +1,4 @@
-"""SFT and DPO by TRL over the run directory, against plain torch on the same ids."""
+"""SFT and DPO over the run directory, against plain torch on the same ids."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from tpaw.report.status import done_and_next
 from tpaw.report.summary import summarise
 from tpaw.selfplay import self_play
 from tpaw.storage.run_directory import RunDirectory
-from tpaw.training.trl import trl_arguments
+from tpaw.training.batching import BatchedTriples
+from tpaw.training.trl import sft_arguments
 
 ROWS = 8
 LEARNING_RATE = 0.5
@@ -102,7 +103,7 @@ def test_an_sft_step_is_the_gradient_of_the_mean_over_target_tokens(one_batch, t
     examples = read_examples(run.inputs / "train.parquet")
     assert len({len(e.target_ids) for e in examples}) > 4
     # 256 tokens a forward at a longest row of 128: four micro-batches, of very unequal lengths.
-    assert trl_arguments(config, 0)[1]["gradient_accumulation_steps"] == 4
+    assert sft_arguments(config)[1]["gradient_accumulation_steps"] == 4
     model = double(config.model.path)
     logps = torch.cat([token_logps(model, e.prompt_ids, e.target_ids) for e in examples])
     loss = -logps.mean()
@@ -138,7 +139,7 @@ def test_dpo_starts_at_log_2_and_goes_down_the_papers_loss(one_batch, tmp_path):
     assert first["loss"] == pytest.approx(0.6931472, abs=1e-5)
     assert losses[1].item() < 0.68
     assert second["loss"] == pytest.approx(losses[1].item(), abs=1e-4)
-    assert second["rewards/chosen"] > 0 > second["rewards/rejected"]
+    assert second["rewards/target"] > 0 > second["rewards/generated"]
     assert_same_weights(double(player.path), model, reference)
 
 
@@ -146,25 +147,35 @@ def test_the_ids_that_are_trained_on_are_those_of_the_inputs(one_batch, tmp_path
     import trl
 
     seen = []
-    for name in ("SFTTrainer", "DPOTrainer"):
-        original = getattr(trl, name).get_train_dataloader
+    original = trl.SFTTrainer.get_train_dataloader
 
-        def loader(self, original=original):
-            for batch in (found := original(self)):
-                seen.extend(_rows(batch))
-            return found
+    def loader(self):
+        for batch in (found := original(self)):
+            seen.extend(_rows(batch))
+        return found
 
-        monkeypatch.setattr(getattr(trl, name), "get_train_dataloader", loader)
+    monkeypatch.setattr(trl.SFTTrainer, "get_train_dataloader", loader)
     self_play(one_batch("sft", rows_of_all_lengths()), tmp_path / "sft")
     examples = read_examples(RunDirectory(tmp_path / "sft").inputs / "train.parquet")
     expected = [(*e.prompt_ids, *e.target_ids) for e in examples]
     assert sorted(seen) == sorted(expected)
     assert {row[-1] for row in seen} == {4}  # <|end|>
-    seen.clear()
+
+
+def test_the_ids_that_dpo_trains_on_are_those_of_the_inputs(one_batch, tmp_path, monkeypatch):
+    seen, original = [], BatchedTriples.__getitems__
+
+    def record(self, part):
+        seen.extend(self.dataset[i] for triples in part.micro_batches for i in triples)
+        return original(self, part)
+
+    monkeypatch.setattr(BatchedTriples, "__getitems__", record)
     self_play(one_batch("dpo", pairs()), tmp_path / "dpo")
     examples = read_examples(RunDirectory(tmp_path / "dpo").inputs / "train.parquet")
-    answers = [ids for e in examples for ids in ((e, e.target_ids), (e, e.rejected_ids))]
-    assert sorted(seen) == sorted((*e.prompt_ids, *ids) for e, ids in answers)
+    ids = ("prompt_ids", "target_ids", "generated_ids")
+    assert sorted(tuple(tuple(row[name]) for name in ids) for row in seen) == sorted(
+        (tuple(e.prompt_ids), tuple(e.target_ids), tuple(e.rejected_ids)) for e in examples
+    )
 
 
 def _rows(batch):
@@ -182,7 +193,7 @@ def test_more_sft_has_the_run_directory_of_self_play(settings, tmp_path):
         ["evaluate θ_0", "train θ_1", "evaluate θ_1", "train θ_2", "evaluate θ_2"],
         None,
     )
-    assert sorted(p.name for p in run.iteration(2).iterdir()) == [
+    assert sorted(p.name for p in run.iteration(1).folder.iterdir()) == [
         "checkpoint",
         "evaluation",
         "training.jsonl",
@@ -235,15 +246,12 @@ def test_split_weights_are_of_self_play():
         RunConfig.load("starter", overrides=overrides)
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo"])
+@pytest.mark.parametrize("method", ["self_play", "dpo", "sft"])
 def test_trl_is_asked_for_before_anything_is_read(settings, tmp_path, monkeypatch, method):
     monkeypatch.setitem(sys.modules, "trl", None)
     settings |= {"method": method, "data": {"path": str(tmp_path / "none.jsonl")}}
-    message = rf"method: {method} is trained by TRL: pip install 'tpaw\[baselines\]'"
-    with pytest.raises(InputError, match=message):
-        read_inputs(RunConfig.load(settings))
-    settings["method"] = "self_play"
-    with pytest.raises(InputError, match="no such file"):
+    message = r"method: sft needs TRL: pip install 'tpaw\[baselines\]'"
+    with pytest.raises(InputError, match=message if method == "sft" else "no such file"):
         read_inputs(RunConfig.load(settings))
 
 
@@ -252,13 +260,10 @@ def test_dpo_needs_pairs(settings):
         read_inputs(RunConfig.load(settings | {"method": "dpo"}))
 
 
-@pytest.mark.parametrize(
-    ("method", "tokens", "size"),
-    [("sft", 256, 2), ("sft", 512, 4), ("sft", 100, 1), ("dpo", 256, 1), ("dpo", 10**6, 12)],
-)
-def test_micro_batches_divide_the_batch(settings, method, tokens, size):
+@pytest.mark.parametrize(("tokens", "size"), [(256, 2), (512, 4), (100, 1), (10**6, 12)])
+def test_micro_batches_divide_the_batch(settings, tokens, size):
     settings["train"] |= {"batch_size": 12, "tokens_per_row": tokens}
-    own = trl_arguments(RunConfig.load(settings | {"method": method}), 0)[1]
+    own = sft_arguments(RunConfig.load(settings | {"method": "sft"}))[1]
     assert own["per_device_train_batch_size"] == size
     assert size * own["gradient_accumulation_steps"] == 12
 

@@ -10,12 +10,13 @@ import shutil
 import pytest
 from builders import stopped_at_step
 
+import tpaw.pipeline.players
 import tpaw.pipeline.stages
 import tpaw.training.iteration
 from tpaw.config.schema import RunConfig
-from tpaw.errors import ArtifactError, DivergenceError, TpawError
+from tpaw.errors import ArtifactError, DivergenceError, InputError, TpawError
 from tpaw.selfplay import self_play
-from tpaw.storage.run_directory import RunDirectory
+from tpaw.storage.run_directory import RunDirectory, restart_iteration
 from tpaw.training.trainer import TeamTrainer
 
 
@@ -27,7 +28,7 @@ def test_a_finished_run_comes_back_at_once_from_anywhere(finished, tmp_path, mon
     def load_model(*args, **kwargs):
         raise AssertionError("a finished run needs no model")
 
-    monkeypatch.setattr(tpaw.pipeline.stages, "load_model", load_model)
+    monkeypatch.setattr(tpaw.pipeline.players, "load_model", load_model)
     before = {p: p.read_bytes() for p in moved.rglob("*.safetensors")}
     assert self_play(config, moved).path == str(moved / "iterations" / "4" / "checkpoint")
     assert before == {p: p.read_bytes() for p in moved.rglob("*.safetensors")}
@@ -74,12 +75,12 @@ def test_a_saved_step_that_is_damaged_is_refused_too(settings, tmp_path):
 
     original = tpaw.pipeline.stages.train_iteration
 
-    def stopping(*args, on_step, **kwargs):
-        def step(count, note):
-            on_step(count, note)
+    def stopping(*args, advance, **kwargs):
+        def step(count, note=""):
+            advance(count, note)
             stop.signal_number = 15
 
-        return original(*args, on_step=step, **kwargs)
+        return original(*args, advance=step, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tpaw.pipeline.stages, "train_iteration", stopping)
@@ -181,15 +182,30 @@ def test_divergence_publishes_nothing_and_can_be_left(settings, tmp_path, monkey
         return loss * math.nan if when == "during" or last else loss
 
     monkeypatch.setattr(TeamTrainer, "compute_loss", poisoned)
-    with pytest.raises(DivergenceError, match=r"lower train.learning_rate"):
-        self_play(RunConfig.load(settings), tmp_path / "r")
-    iteration = tmp_path / "r" / "iterations" / "1"
-    assert not (iteration / "checkpoint").exists()
+    run = tmp_path / "r"
+    advice = f"tpaw run {run} --restart-iteration 1"
+    with pytest.raises(DivergenceError, match=f"train.learning_rate.*{advice}"):
+        self_play(RunConfig.load(settings), run)
+    assert not (run / "iterations" / "1" / "checkpoint").exists()
     monkeypatch.undo()
-    shutil.rmtree(iteration / "training")
-    (iteration / "training.jsonl").unlink()
-    settings["train"] |= {"learning_rate": 1e-4}
-    assert self_play(RunConfig.load(settings), tmp_path / "r").index == 1
+    shards = {path: path.read_bytes() for path in run.rglob("*.parquet")}
+    settings["train"] |= {"learning_rate": [1e-4]}
+    with pytest.raises(InputError, match=r"train\.learning_rate"):
+        self_play(RunConfig.load(settings), run)  # the iteration has begun
+    restart_iteration(run, 1)
+    assert self_play(RunConfig.load(settings), run).index == 1
+    assert all(path.read_bytes() == content for path, content in shards.items())
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 9])
+def test_only_an_iteration_that_is_under_way_can_be_restarted(finished, number):
+    run, _ = finished
+    checkpoints = [run.checkpoint(i) for i in range(1, 5)]
+    with pytest.raises(InputError, match=f"--restart-iteration {number}"):
+        restart_iteration(run.root, number)
+    assert all(checkpoint.exists() for checkpoint in checkpoints)
+    with pytest.raises(InputError, match="is not a run directory"):
+        restart_iteration(run.root / "nowhere", number)
 
 
 def test_files_of_trackers_outlive_the_saved_steps(settings, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from tpaw.storage.run_directory import RunDirectory
 
 def test_late_means_are_over_the_last_half_of_the_steps_and_each_step_counts_once(tmp_path):
     run = RunDirectory(tmp_path)
-    run.iteration(1).mkdir(parents=True)
+    run.iteration(0).folder.mkdir(parents=True)
     lines = [(1, 9.0), (3, 7.0), (6, 2.0), (8, 4.0), (9, 8.0)]
     run.training_log(1).write_text(
         "".join(

@@ -7,14 +7,14 @@ import contextlib
 import numpy as np
 import pytest
 import torch
-from builders import make_model
+from builders import make_model, score, scorer
 from oracles import oracle, ragged, ragged_team
 
 import tpaw.scoring.score
 from tpaw.config.schema import ScoreConfig
 from tpaw.data.token_ids import read_table, token_ids
 from tpaw.logprobs.response import response_logps
-from tpaw.scoring.score import Precision, fill_store, score_sequences
+from tpaw.scoring.score import Precision, fill_store
 from tpaw.scoring.store import LogprobStore, sequence_key
 from tpaw.storage.artifacts import read_manifest
 
@@ -26,9 +26,7 @@ def test_scoring_equals_the_oracle_in_the_order_given(tokens_per_row):
     model = make_model(seed=3)
     sequences = ragged(17, seed=4)
     done = []
-    logps = score_sequences(
-        model, sequences, tokens_per_row=tokens_per_row, precision=FP32, on_done=done.append
-    )
+    logps = score(model, sequences, tokens_per_row=tokens_per_row, on_done=done.append)
     reference = make_model(seed=3).double()
     with torch.no_grad():
         expected = [oracle(reference, *sequence).item() for sequence in sequences]
@@ -41,15 +39,15 @@ def test_scoring_equals_the_oracle_in_the_order_given(tokens_per_row):
 def test_no_row_is_longer_than_the_budget_and_prompts_are_shared(attention, monkeypatch):
     sizes = []
 
-    def response_logps_of(model, rows):
-        sizes.append(rows["input_ids_BL"].numel())
-        return response_logps(model, rows)
+    def response_logps_of(model, batch, head):
+        sizes.append(batch["input_ids_BL"].numel())
+        return response_logps(model, batch, head)
 
     monkeypatch.setattr(tpaw.scoring.score, "response_logps", response_logps_of)
     sequences = [s for seed in range(4) for s in ragged_team(3, seed)]
     model = make_model()
     model.set_attn_implementation(attention)
-    score_sequences(model, sequences, tokens_per_row=100, precision=FP32)
+    score(model, sequences, tokens_per_row=100)
     assert len(sizes) > 1
     assert max(sizes) <= 100
     prompts = {s[0].tobytes(): len(s[0]) for s in sequences}
@@ -65,9 +63,7 @@ def test_no_row_is_longer_than_the_budget_and_prompts_are_shared(attention, monk
 def test_a_prompt_whose_responses_do_not_fit_into_one_row_is_scored_in_several():
     model = make_model(seed=3)
     sequences = ragged_team(4, seed=7)
-    whole, cut = (
-        score_sequences(model, sequences, tokens_per_row=n, precision=FP32) for n in (10_000, 12)
-    )
+    whole, cut = (score(model, sequences, tokens_per_row=n) for n in (10_000, 12))
     assert np.allclose(whole, cut, rtol=1e-5)
 
 
@@ -91,8 +87,7 @@ def test_bf16_scoring_is_close_to_fp32():
     model = make_model(seed=3)
     sequences = ragged(17, seed=4)
     fp32, bf16 = (
-        score_sequences(model, sequences, tokens_per_row=999, precision=Precision("cpu", use))
-        for use in (False, True)
+        score(model, sequences, tokens_per_row=999, use_bf16=use) for use in (False, True)
     )
     tokens = np.array([max(1, len(response)) for _, response in sequences])
     assert np.abs(bf16 - fp32).max() > 0
@@ -114,10 +109,10 @@ def fill(folder, wanted, stage, model=None, shard_size=4, on_done=lambda n: None
     def load():
         if loads is not None:
             loads.append(stage)
-        return model or make_model(seed=5)
+        return scorer(model or make_model(seed=5))
 
     config = ScoreConfig(shard_size=shard_size, tokens_per_row=100)
-    fill_store(store, stage, wanted, load, config=config, precision=FP32, on_done=on_done)
+    fill_store(store, stage, wanted, load, config=config, on_done=on_done)
     return store
 
 
@@ -133,7 +128,7 @@ def test_each_sequence_is_forwarded_once_in_the_life_of_the_store(tmp_path):
     assert sum(forwarded) == len(both) == len(store)
     assert loads == ["one", "two"]  # nothing missing: the model is not even loaded
     model = make_model(seed=5)
-    expected = score_sequences(model, list(both.values()), tokens_per_row=1, precision=FP32)
+    expected = score(model, list(both.values()), tokens_per_row=1)
     assert np.allclose(store.logps(both), expected, atol=1e-5)
     with pytest.raises(KeyError):
         store.logps([b"unknown"])

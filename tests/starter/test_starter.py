@@ -64,11 +64,11 @@ def test_the_model_is_unfinished_on_purpose():
     assert inputs.heldout_prompts_in_training() == 0
     heldout = inputs.heldout[:400]
     model = AutoModelForCausalLM.from_pretrained(str(STARTER / "model"), dtype=torch.float32)
-    greedy = SamplingParams(0.0, 1.0, 0, 64, 256, inputs.stop_ids, 32768)
-    completions = HFGenerator(model).generate(
+    greedy = SamplingParams(0.0, 1.0, 0, 64, 256, inputs.stop_ids)
+    completions = HFGenerator(model, 32768).generate(
         [example.prompt_ids for example in heldout], greedy, 0, lambda count: None
     )
     texts = [inputs.tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
-    correct = sum(is_correct(t, e.target) for t, e in zip(texts, heldout, strict=True))
+    correct = sum(is_correct(t, e.target_text) for t, e in zip(texts, heldout, strict=True))
     # 0.573 over all 1,200; four standard errors of 400.
     assert correct / 400 == pytest.approx(0.573, abs=0.1)

@@ -39,7 +39,7 @@ def test_another_configuration_is_refused_with_the_difference(tmp_path, settings
         pass
     with pytest.raises(InputError) as caught:
         check_output(tmp_path / "r", changed(settings, seed=3, max_length=100))
-    assert "holds a run of another configuration:\n  max_length: 128 → 100\n  seed: 0 → 3\n" in str(
+    assert "holds a run with other settings:\n  max_length: 128 → 100\n  seed: 0 → 3\n" in str(
         caught.value
     )
 
@@ -55,14 +55,14 @@ def test_what_may_change_is_taken_over(tmp_path, settings, config):
 def test_somebody_elses_folder_a_file_and_an_unwritable_place(tmp_path, config):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("x")
-    with pytest.raises(InputError, match=r"not a run, and not empty: thesis.tex"):
+    with pytest.raises(InputError, match=r"not created by tpaw: it holds thesis.tex"):
         check_output(tmp_path / "home", config)
     with pytest.raises(InputError, match="is a file"):
         check_output(tmp_path / "home" / "thesis.tex", config)
     for name in ("config.yaml", "lock"):  # names of ours, contents of somebody else's
         (tmp_path / name).mkdir()
         (tmp_path / name / name).write_text("my: precious")
-        with pytest.raises(InputError, match=f"not a run, and not empty: {name}"):
+        with pytest.raises(InputError, match=f"not created by tpaw: it holds {name}"):
             check_output(tmp_path / name, config)
     with pytest.raises(InputError, match="is not writable"):
         check_output(tmp_path / "home" / "thesis.tex" / "run", config)

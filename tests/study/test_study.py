@@ -140,7 +140,7 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_one_of_the_study(writ
         write(set={"iterations": 1, "objective": {"eta": 2.0}}, seeds=[0])
     )
     changed = runs_of(conditions, study.seeds, tmp_path / "study")
-    with pytest.raises(InputError, match=r"another configuration:\n  objective.eta: 6.0 .* 2.0"):
+    with pytest.raises(InputError, match=r"other settings:\n  objective.eta: 6.0 .* 2.0"):
         run_study(changed, tmp_path / "study", 1, StopSignal())
 
 

@@ -26,7 +26,7 @@ def sampler(rows, layout=PACKED_LAYOUT, **changes):
 
 
 def flat(part):
-    return [i for row in part.rows for i in row]
+    return [i for row in part.micro_batches for i in row]
 
 
 @pytest.mark.parametrize("layout", [PACKED_LAYOUT, PADDED_LAYOUT])
@@ -43,7 +43,9 @@ def test_an_epoch_holds_every_triple_once_in_batches_of_the_asked_size(
     assert len({len(part) for part in parts}) == 1
     seen = []
     for batch in zip(*parts, strict=True):
-        assert len({len(part.rows) for part in batch}) == 1  # or collectives would wait forever
+        assert (
+            len({len(part.micro_batches) for part in batch}) == 1
+        )  # or collectives would wait forever
         indices = [i for part in batch for i in flat(part)]
         assert {part.triples for part in batch} == {len(indices)}
         seen.append(indices)
@@ -83,33 +85,36 @@ def test_triples_of_a_prompt_share_a_row_where_they_meet_and_fit():
     rows = team_rows(4, 3)
     sizes = TripleSizes(rows)
     everything = list(range(12))
-    assert sizes.units(everything, PACKED_LAYOUT, 10_000) == [[i, i + 4, i + 8] for i in range(4)]
-    assert sizes.units(everything, PACKED_LAYOUT, 1) == [
+    assert sizes.group(everything, PACKED_LAYOUT, 10_000) == [[i, i + 4, i + 8] for i in range(4)]
+    assert sizes.group(everything, PACKED_LAYOUT, 1) == [
         [i] for p in range(4) for i in (p, p + 4, p + 8)
     ]
     [part] = sampler(rows, triples_per_batch=12, tokens_per_row=10_000)
-    [row] = BatchedTriples(rows, PACKED_LAYOUT).__getitems__(part)["rows"]
+    [row] = BatchedTriples(rows, PACKED_LAYOUT).__getitems__(part)["micro_batches"]
     expected = sum(
-        sizes.unit(unit).tokens for unit in sizes.units(everything, PACKED_LAYOUT, 10_000)
+        sizes.size(unit).tokens for unit in sizes.group(everything, PACKED_LAYOUT, 10_000)
     )
-    assert row["rows"]["input_ids_BL"].numel() == expected
+    assert row["packed"]["input_ids_BL"].numel() == expected
 
 
 def test_prompts_with_other_targets_are_others():
     rows = team_rows(2, 2)
     rows[2]["target_ids"] = token_ids([7, 8, 9])
-    assert TripleSizes(rows).units([0, 1, 2, 3], PACKED_LAYOUT, 1000) == [[0], [1, 3], [2]]
+    assert TripleSizes(rows).group([0, 1, 2, 3], PACKED_LAYOUT, 1000) == [[0], [1, 3], [2]]
 
 
 def test_a_process_without_a_triple_gets_a_row_that_does_not_count():
     rows = team_rows(1, 1)
     [one], [other] = (list(sampler(rows, process=p, processes=2)) for p in (0, 1))
     parts = sorted([one, other], key=lambda part: -len(flat(part)))
-    assert [part.rows for part in parts] == [[[0]], [[]]]
+    assert [part.micro_batches for part in parts] == [[[0]], [[]]]
     batches = [BatchedTriples(rows, PACKED_LAYOUT).__getitems__(part) for part in parts]
-    assert [[row["counts"] for row in batch["rows"]] for batch in batches] == [[True], [False]]
+    assert [[row["is_filler"] for row in batch["micro_batches"]] for batch in batches] == [
+        [False],
+        [True],
+    ]
     assert [batch["triples"] for batch in batches] == [1, 1]
-    assert batches[1]["rows"][0]["rows"]["input_ids_BL"].numel() > 0
+    assert batches[1]["micro_batches"][0]["packed"]["input_ids_BL"].numel() > 0
 
 
 @pytest.mark.parametrize("layout", [PACKED_LAYOUT, PADDED_LAYOUT])
@@ -124,8 +129,8 @@ def test_a_row_keeps_float64_and_tells_identical_answers_by_their_ids(layout):
     assert batch["target_tokens_B"].tolist() == [2, 2, 2]
     assert batch["generated_tokens_B"].tolist() == [2, 2, 1]
     # Three targets and three answers, of which four are the same.
-    assert batch["rows"]["distinct"] == 3
-    assert batch["rows"]["distinct_S"].tolist() == [0, 0, 0, 0, 1, 2]
+    assert batch["packed"]["distinct"] == 3
+    assert batch["packed"]["distinct_S"].tolist() == [0, 0, 0, 0, 1, 2]
 
 
 @pytest.mark.parametrize("layout", [PACKED_LAYOUT, PADDED_LAYOUT])
@@ -135,5 +140,5 @@ def test_many_triples_of_one_long_prompt_keep_to_the_budget(layout):
         row["prompt_ids"] = token_ids(range(100))
     parts = sampler(rows, layout, triples_per_batch=40, tokens_per_row=500)
     for part in parts:
-        for row in BatchedTriples(rows, layout).__getitems__(part)["rows"]:
-            assert row["rows"]["input_ids_BL"].numel() <= 500
+        for row in BatchedTriples(rows, layout).__getitems__(part)["micro_batches"]:
+            assert row["packed"]["input_ids_BL"].numel() <= 500

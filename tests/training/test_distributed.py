@@ -36,7 +36,7 @@ def of_processes(folder, count, **options):
         check=True,
         timeout=120,
     )
-    return json.loads(out.read_text())
+    return json.loads(out.read_text()) if out.exists() else None
 
 
 def assert_same_steps(found, expected, tolerance=1e-5):
@@ -73,3 +73,14 @@ def test_two_processes_in_mixed_precision_stay_close(tmp_path):
 )
 def test_two_processes_do_not_change_a_step(one_process, tmp_path, options):
     assert_same_steps(of_processes(tmp_path, 2, **options), one_process)
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"), [("divergence", "DivergenceError"), ("mismatch", "PolicyMismatchError")]
+)
+def test_what_fails_on_one_rank_ends_on_both_in_seconds(tmp_path, fault, error):
+    of_processes(tmp_path, 2, fault=fault)
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+        assert (found["error"], found["step"], found["processes"]) == (error, 0, 2)
+        assert found["seconds"] < 30

@@ -17,12 +17,13 @@ from tpaw.data.examples import Example
 from tpaw.data.token_ids import token_ids
 from tpaw.errors import Interrupted
 from tpaw.generation.responses import Response
+from tpaw.objectives.tpaw import TeamObjective
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.selfplay import self_play
 from tpaw.storage.artifacts import is_published, read_manifest, write_manifest
 from tpaw.storage.run_directory import RunDirectory
 from tpaw.training.callbacks import Recorder, _json_line
-from tpaw.training.iteration import train_iteration
+from tpaw.training.iteration import team_objective, team_trainer, train_iteration
 from tpaw.training.trainer import TeamTrainer
 from tpaw.training.triples import Triple, TripleDataset
 
@@ -64,19 +65,24 @@ def arguments_of(config, t, folder, monkeypatch):
     def trainer(**arguments):
         raise Seen(arguments)
 
+    inputs = SimpleNamespace(
+        stop_ids=(4,), tokenizer=SimpleNamespace(pad_token_id=0, bos_token_id=None)
+    )
+    objective = team_objective(config.objective, t)
+
+    def build(policy, arguments):
+        return team_trainer(policy, arguments, None, inputs, config, objective, 1)
+
     monkeypatch.setattr(tpaw.training.iteration, "TeamTrainer", trainer)
     with pytest.raises(Seen) as seen:
         train_iteration(
             SimpleNamespace(),
-            SimpleNamespace(
-                stop_ids=(4,), tokenizer=SimpleNamespace(pad_token_id=0, bos_token_id=None)
-            ),
-            None,
+            build,
+            inputs,
             config,
-            RunDirectory(folder),
-            t,
+            RunDirectory(folder).iteration(t),
             publish_to=folder,
-            on_step=lambda count, note: None,
+            advance=lambda count, note="": None,
             stop=StopSignal(),
         )
     return seen.value.args[0]
@@ -89,7 +95,7 @@ def test_rows_hold_each_triple_with_its_own_references():
         Response("0-x", token_ids([5]), "r", "length"),
     ]
     target, generated = np.array([[-1.0, -2.0], [-3.0, -4.0]]), np.array([[-5.0, -6.0], [-7, -8]])
-    rows = TripleDataset([Triple(example, r, 0) for r in responses], target, generated)
+    rows = TripleDataset([Triple.of(example, r, 0) for r in responses], target, generated)
     found = [rows[i] for i in range(len(rows))]
     assert [row["is_truncated"] for row in found] == [False, True]
     assert [row["generated_ids"].tolist() for row in found] == [[4], [5]]
@@ -103,8 +109,8 @@ def test_every_setting_reaches_the_trainer(settings, tmp_path, monkeypatch):
     found = arguments_of(config, 1, tmp_path, monkeypatch)
     objective = dict(NO_DEFAULTS["objective"])
     objective["lambda_"] = objective.pop("lambda")[1]
-    assert found["objective"] == objective
-    assert found["first_step_tolerance"] == 2e-2
+    assert found["objective"] == TeamObjective(**objective)
+    assert found["start_column"] == 1
     assert (found["tokens_per_row"], found["group_by_prompt"]) == (50, True)
     expected = {
         "learning_rate": 1e-4,
@@ -169,16 +175,16 @@ def stopped_in_step(number, config, folder, monkeypatch):
     """A run that is asked to stop while the first iteration is in step `number` of 3."""
     stop, original, steps = StopSignal(), tpaw.pipeline.stages.train_iteration, 0
 
-    def stopping(*args, on_step, **kwargs):
-        def step(count, note):
+    def stopping(*args, advance, **kwargs):
+        def step(count, note=""):
             nonlocal steps
             steps += count
-            on_step(count, note)
+            advance(count, note)
             # Steps are counted after the look at the signal, so this one is seen in the next.
             if steps == number - 1:
                 stop.signal_number = 15
 
-        return original(*args, on_step=step, **kwargs)
+        return original(*args, advance=step, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(tpaw.pipeline.stages, "train_iteration", stopping)

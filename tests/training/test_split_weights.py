@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import tpaw.training.iteration
 import tpaw.training.split_weights
+import tpaw.training.trainer
 from tpaw.config.schema import RunConfig
 from tpaw.errors import InputError, PolicyMismatchError
 from tpaw.selfplay import self_play
@@ -351,9 +352,9 @@ def test_a_checkpoint_holds_the_joined_weights_in_fp32(
 
 def test_the_first_step_check_sees_rounding_only(split_settings, tmp_path, monkeypatch):
     """And what it would see if players were scored with weights that are not rounded alike."""
-    monkeypatch.setattr(tpaw.training.iteration, "FIRST_STEP_TOLERANCE", {"bf16": 3e-5})
+    monkeypatch.setattr(tpaw.training.trainer, "FIRST_STEP_TOLERANCE", {"bf16": 3e-5})
     assert self_play(RunConfig.load(split_settings), tmp_path / "r").index == 2
-    monkeypatch.setattr("tpaw.pipeline.stages.round_weights", lambda model: None)
+    monkeypatch.setattr("tpaw.pipeline.players.round_weights", lambda model: None)
     with pytest.raises(PolicyMismatchError):
         self_play(RunConfig.load(split_settings), tmp_path / "other")
 

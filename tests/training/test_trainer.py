@@ -9,13 +9,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from builders import PAPER, arguments, make_model, train, triples
+from builders import PAPER, arguments, make_model, score, train, triples
 from oracles import oracle, paper_loss
 from transformers import TrainerCallback
 
 from tpaw.errors import DivergenceError, PolicyMismatchError
 from tpaw.logprobs.packing import PACKED_LAYOUT
-from tpaw.scoring.score import Precision, score_sequences
+from tpaw.objectives.tpaw import TeamObjective
 from tpaw.training.batching import collate_triples
 from tpaw.training.trainer import FIRST_STEP_TOLERANCE, TeamTrainer
 
@@ -156,9 +156,23 @@ def test_a_loss_that_is_not_finite_is_logged_as_it_is(tmp_path):
 def test_the_first_step_check_stops_a_policy_that_is_not_its_newest_player(tmp_path):
     rows = triples(8, [make_model(seed=1), make_model(seed=2)])
     tolerance = FIRST_STEP_TOLERANCE["fp32"]
-    train(make_model(seed=1), rows, arguments(tmp_path), first_step_tolerance=tolerance)
-    with pytest.raises(PolicyMismatchError, match="differ from its newest player's by"):
-        train(make_model(seed=2), rows, arguments(tmp_path), first_step_tolerance=tolerance)
+    train(
+        make_model(seed=1),
+        rows,
+        arguments(tmp_path),
+        start_column=0,
+        first_step_tolerance=tolerance,
+    )
+    with pytest.raises(
+        PolicyMismatchError, match="differ from those of the player that it starts as by 0.0"
+    ):
+        train(
+            make_model(seed=2),
+            rows,
+            arguments(tmp_path),
+            start_column=0,
+            first_step_tolerance=tolerance,
+        )
     train(make_model(seed=2), rows, arguments(tmp_path))  # off: one's own loop may mean it
     # A mask that is off by one token is found too.
     shifted = [
@@ -170,25 +184,43 @@ def test_the_first_step_check_stops_a_policy_that_is_not_its_newest_player(tmp_p
         for row in rows
     ]
     with pytest.raises(PolicyMismatchError):
-        train(make_model(seed=1), shifted, arguments(tmp_path), first_step_tolerance=tolerance)
+        train(
+            make_model(seed=1),
+            shifted,
+            arguments(tmp_path),
+            start_column=0,
+            first_step_tolerance=tolerance,
+        )
 
 
 def test_dropout_is_off_whatever_the_model_brings(tmp_path):
     policy = make_model("gpt2", seed=1)
     assert policy.config.resid_pdrop > 0
     rows = triples(8, [make_model("gpt2", seed=1)])
-    train(policy, rows, arguments(tmp_path), first_step_tolerance=FIRST_STEP_TOLERANCE["fp32"])
+    train(
+        policy,
+        rows,
+        arguments(tmp_path),
+        start_column=0,
+        first_step_tolerance=FIRST_STEP_TOLERANCE["fp32"],
+    )
 
 
 def test_the_first_step_check_is_per_token_and_infinity_stops_the_run(tmp_path):
     rows = triples(4, [make_model(seed=1)])
     tokens = [len(row["target_ids"]) + len(row["generated_ids"]) for row in rows]
-    for row in rows:  # one triple is off by 0.01 nats a token of the whole micro-batch
+    for row in rows:  # one triple is off by 0.01 nats per token of the whole micro-batch
         row["player_target_logps"] = list(row["player_target_logps"])
     rows[0]["player_target_logps"][0] += 0.01 * sum(tokens)
-    train(make_model(seed=1), rows, arguments(tmp_path), first_step_tolerance=0.011)
-    with pytest.raises(PolicyMismatchError, match=r"by 0.01 nats a token"):
-        train(make_model(seed=1), rows, arguments(tmp_path), first_step_tolerance=0.009)
+    train(make_model(seed=1), rows, arguments(tmp_path), start_column=0, first_step_tolerance=0.011)
+    with pytest.raises(PolicyMismatchError, match=r"by 0.01 nats per token"):
+        train(
+            make_model(seed=1),
+            rows,
+            arguments(tmp_path),
+            start_column=0,
+            first_step_tolerance=0.009,
+        )
 
     class Impossible(torch.nn.Module):  # gives the target's first token no probability at all
         def __init__(self):
@@ -201,13 +233,17 @@ def test_the_first_step_check_is_per_token_and_infinity_stops_the_run(tmp_path):
             out.logits[..., int(rows[0]["target_ids"][0])] = -math.inf
             return out
 
-    with pytest.raises(DivergenceError, match="step 1: a log-prob of the policy is no number"):
-        train(Impossible(), rows[:1], arguments(tmp_path), first_step_tolerance=0.011)
+    with pytest.raises(DivergenceError, match="step 1: the policy's log-prob is NaN or infinite"):
+        train(
+            Impossible(), rows[:1], arguments(tmp_path), start_column=0, first_step_tolerance=0.011
+        )
 
 
 def test_the_processes_average_is_the_mean_over_all_triples(tmp_path, monkeypatch):
     rows = triples(6, [make_model(seed=2)])
-    trainer = TeamTrainer(make_model(seed=1), arguments(tmp_path), rows, None, PAPER)
+    trainer = TeamTrainer(
+        make_model(seed=1), arguments(tmp_path), rows, None, TeamObjective(**PAPER)
+    )
     trainer.model.eval()
 
     def loss(part):
@@ -217,19 +253,18 @@ def test_the_processes_average_is_the_mean_over_all_triples(tmp_path, monkeypatc
     whole = loss(rows).item()
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", property(lambda self: 2))
     assert (loss(rows[:2]) + loss(rows[2:])).item() / 2 == pytest.approx(whole, rel=1e-6)
-    assert not trainer._sums  # a model that is not in training mode leaves no metrics
+    assert trainer._metric_sums is None  # a model that is not in training mode leaves no metrics
 
 
 def test_bf16_computation_passes_the_first_step_check_and_moves_fp32_weights(tmp_path):
     policy = make_model(seed=1)
     before = copy.deepcopy(policy.state_dict())
     rows = triples(8, [make_model(seed=1)])
-    bf16 = Precision("cpu", use_bf16=True)
     for row in rows:
         for kind in ("target", "generated"):
             sequence = [(row["prompt_ids"], row[f"{kind}_ids"])]
-            row[f"player_{kind}_logps"] = score_sequences(
-                make_model(seed=1), sequence, tokens_per_row=1, precision=bf16
+            row[f"player_{kind}_logps"] = score(
+                make_model(seed=1), sequence, tokens_per_row=1, use_bf16=True
             )
     train(
         policy,
@@ -237,6 +272,7 @@ def test_bf16_computation_passes_the_first_step_check_and_moves_fp32_weights(tmp
         arguments(
             tmp_path, bf16=True, learning_rate=1e-7, warmup_steps=0, optim="sgd", max_grad_norm=0.0
         ),
+        start_column=0,
         first_step_tolerance=FIRST_STEP_TOLERANCE["bf16"],
     )
     # At 1e-7 a bf16 weight would not move; the optimizer's weights are fp32 and do.
@@ -260,7 +296,7 @@ def test_activation_checkpointing_changes_nothing_but_memory(tmp_path):
 def test_a_nan_stops_the_run_and_is_not_filtered_away(tmp_path):
     rows = triples(8, [make_model(seed=1)])
     rows[3]["player_target_logps"] = [math.nan]
-    with pytest.raises(ValueError, match="player_target_logps_BK holds NaN"):
+    with pytest.raises(ValueError, match="row 3: player_target_logps is NaN"):
         train(make_model(seed=1), rows, arguments(tmp_path))
 
 
@@ -276,6 +312,7 @@ def test_while_the_policy_is_its_newest_player_every_target_weight_of_that_playe
         make_model(seed=1),
         rows,
         arguments(tmp_path, warmup_steps=warmup, learning_rate=1e-3),
+        start_column=0,
         first_step_tolerance=FIRST_STEP_TOLERANCE["fp32"],
     )
     lines = [line for line in trainer.state.log_history if "loss" in line]
@@ -298,7 +335,12 @@ def test_processes_exchange_gradients_at_the_last_row_of_a_step_alone(tmp_path, 
             return super().compute_loss(*args, **kwargs)
 
     trainer = Watching(
-        make_model(seed=1), arguments(tmp_path), rows, None, PAPER, tokens_per_row=40
+        make_model(seed=1),
+        arguments(tmp_path),
+        rows,
+        None,
+        TeamObjective(**PAPER),
+        tokens_per_row=40,
     )
     waits = []
 

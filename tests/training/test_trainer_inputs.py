@@ -11,7 +11,9 @@ from builders import PAPER, arguments, make_model, train, triples
 from datasets import Dataset
 
 from tpaw.logprobs.packing import PACKED_LAYOUT
-from tpaw.training.batching import COLUMNS, collate_triples
+from tpaw.objectives.base import ObjectiveNeeds
+from tpaw.objectives.tpaw import TeamObjective
+from tpaw.training.batching import collate_triples, columns_for
 from tpaw.training.trainer import TeamTrainer
 
 
@@ -21,13 +23,11 @@ def test_a_hugging_face_dataset_will_do_and_absent_columns_are_named(tmp_path):
         {k: list(map(float if "logps" in k else int, v)) for k, v in row.items()} for row in rows
     ]
     dataset = Dataset.from_list(as_lists)
-    assert set(COLUMNS) == set(dataset.column_names)
+    assert set(columns_for(ObjectiveNeeds())) == set(dataset.column_names)
     a = train(make_model(seed=1), dataset, arguments(tmp_path))
     b = train(make_model(seed=1), rows, arguments(tmp_path))
     assert a.state.log_history[0]["loss"] == b.state.log_history[0]["loss"]
-    with pytest.raises(
-        ValueError, match="train_dataset lacks player_target_logps, player_generated_logps"
-    ):
+    with pytest.raises(ValueError, match="no column player_target_logps, player_generated_logps"):
         train(
             make_model(),
             dataset.select_columns(["prompt_ids", "target_ids", "generated_ids"]),
@@ -91,7 +91,9 @@ def test_an_argument_that_would_do_nothing_is_refused(refused, tmp_path):
 def test_inputs_keep_their_types_under_deepspeed(tmp_path, monkeypatch):
     """The Trainer's own `_prepare_inputs` would make bf16 log-probs of them."""
     rows = triples(4, [make_model(seed=2)])
-    trainer = TeamTrainer(make_model(seed=1), arguments(tmp_path), rows, None, PAPER)
+    trainer = TeamTrainer(
+        make_model(seed=1), arguments(tmp_path), rows, None, TeamObjective(**PAPER)
+    )
     trainer.is_deepspeed_enabled = True
     batch = trainer._prepare_inputs(collate_triples(rows, PACKED_LAYOUT))
     assert batch["player_target_logps_BK"].dtype == torch.float64
@@ -114,7 +116,7 @@ def test_a_dataset_in_torch_format_gives_log_probs_in_full(tmp_path):
 def test_a_prompt_without_tokens_is_refused_before_training(tmp_path):
     rows = triples(3, [make_model(seed=1)])
     rows[1]["prompt_ids"] = []
-    with pytest.raises(ValueError, match="row 1: a prompt without tokens"):
+    with pytest.raises(ValueError, match="row 1: prompt_ids is empty"):
         train(make_model(seed=1), rows, arguments(tmp_path))
 
 

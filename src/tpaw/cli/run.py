@@ -14,6 +14,7 @@ from tpaw.config.files import recipe_names, to_yaml
 from tpaw.config.schema import RunConfig
 from tpaw.errors import InputError
 from tpaw.storage.run_directory import RunDirectory
+from tpaw.storage.run_directory import restart_iteration as forget_training
 
 app = typer.Typer()
 config_app = typer.Typer(help="Show recipes and the schema of a configuration.")
@@ -32,12 +33,26 @@ Output = Annotated[
 
 
 @app.command()
-def run(config: Sources, output: Output = None, set_: Overrides = []) -> None:  # noqa: B006
-    """Run self-play or a baseline, or go on with the run that lies in the run directory.
+def run(
+    config: Sources,
+    output: Output = None,
+    restart_iteration: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Train iteration N again from its start. Its responses and log-probs are kept.",
+        ),
+    ] = None,
+    set_: Overrides = [],  # noqa: B006
+) -> None:
+    """Run self-play or a baseline. The same command resumes a run that was stopped.
 
-    CONFIG may be a run directory itself: then that run goes on.
+    CONFIG may be a run directory; then that run is resumed.
     """
     output = output or _default_output(config)
+    if restart_iteration is not None:
+        forget_training(output, restart_iteration)
     _run(_load(config, set_), output)
 
 

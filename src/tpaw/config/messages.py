@@ -79,6 +79,7 @@ def _explain(problem: Any, kind: type[BaseModel]) -> str:
 
 
 def nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
+    """The end of an error about an unknown name: the nearest known one, or all of them."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {prefix}{close[0]}?"
@@ -96,5 +97,6 @@ def _field_by_key(model: type[BaseModel] | None, key: Any) -> FieldInfo | None:
 
 
 def section_of(field: FieldInfo) -> Any:
+    """The model that a field holds; None for a plain setting."""
     candidates = (field.annotation, *getattr(field.annotation, "__args__", ()))
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)

@@ -33,6 +33,15 @@ class Dialogue(NamedTuple):
     rejected: str | None = None
 
 
+def prompt_as_text(prompt: str | Sequence[Message]) -> str:
+    """A prompt before templating: the text, the only message, or all messages with their roles."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
 class Unusable(NamedTuple):
     """Why a row cannot be used."""
 

@@ -7,11 +7,12 @@ decides an outcome, but the system, is the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from tpaw.errors import InputError
 from tpaw.evaluation.load import GAP, Evaluation, Measure
+from tpaw.runtime.progress import OnDone, ignore
 from tpaw.statistics.over_items import (
     Interval,
     holm,
@@ -70,9 +71,7 @@ class Comparison(NamedTuple):
         return self._asdict() | {"rows": [row._asdict() for row in self.rows]}
 
 
-def compare(
-    evaluations: Sequence[Evaluation], on_done: Callable[[int], None] = lambda count: None
-) -> Comparison:
+def compare(evaluations: Sequence[Evaluation], on_done: OnDone = ignore) -> Comparison:
     """Compare every system with the first.
 
     Args:

@@ -31,4 +31,4 @@ def is_correct(completion: str, target: str) -> bool:
 
 def has_answers(examples: Sequence[Example]) -> bool:
     """Whether every target ends in a checkable answer, and there is one."""
-    return bool(examples) and all(extract_answer(example.target) for example in examples)
+    return bool(examples) and all(extract_answer(example.target_text) for example in examples)

@@ -1,26 +1,126 @@
 """Held-out evaluation of one checkpoint: greedy exact match, and log-probs for any data.
 
-The log-prob side needs no checkable answer. With y the held-out target and y_0 what θ_0 answered
+The log-prob side needs no checkable answer. With y the held-out target and y_0 the response of θ_0
 to the same prompt (sampled once, then fixed), it reports, in nats and without λ:
 
-- gap: log π_θ(y) − log π_θ(y_0), how much likelier the target is than the SFT model's own answer;
-- margin: how much the gap has grown since θ_0, which is the margin [6] against θ_0 over λ.
+- gap: log π_θ(y) − log π_θ(y_0), how much likelier the target is than the SFT model's own response;
+- margin: how much the gap has grown since θ_0, which is the margin [6] against θ_0 divided by λ.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tpaw.config.schema import RunConfig
 from tpaw.data.examples import Example
-from tpaw.data.token_ids import TokenIds
-from tpaw.evaluation.exact_match import extract_answer, is_correct
-from tpaw.evaluation.items import Item
-from tpaw.generation.generator import Completion
+from tpaw.data.token_ids import TokenIds, TokenSequence, read_table, write_table
+from tpaw.evaluation.exact_match import extract_answer, has_answers, is_correct
+from tpaw.evaluation.items import Item, read_items, write_items
+from tpaw.generation.generator import Completion, OpenGenerator, SamplingParams
+from tpaw.runtime.watch import Watch
+from tpaw.scoring.score import ScoringModel, score_sequences
 from tpaw.statistics.over_items import mcnemar, wilson_interval
+from tpaw.storage.artifacts import publishing, write_json
+from tpaw.team import Player
+
+# Added to the run's seed, so that they are not sampled like the first training prompts.
+SEED_OF_INITIAL_RESPONSES = 1
+
+
+@dataclass(frozen=True)
+class HeldoutEvaluation:
+    """Evaluates checkpoints of one run on its held-out examples.
+
+    Attributes:
+        folder_of: the artifact's folder of a player, by its index.
+        load_for_scoring: loads a player for log-probs.
+        decode: token ids to text.
+        params: sampling settings of the run.
+    """
+
+    config: RunConfig
+    heldout: Sequence[Example]
+    folder_of: Callable[[int], Path]
+    open_generator: OpenGenerator
+    load_for_scoring: Callable[[Player], ScoringModel]
+    decode: Callable[[TokenIds], str]
+    params: SamplingParams
+    watch: Watch
+
+    def publish(self, player: Player) -> None:
+        """Evaluate a player and publish results and per-item outcomes.
+
+        Raises:
+            Interrupted: a stop was asked for; nothing is published.
+        """
+        self.watch.stop.check()
+        started = time.monotonic()
+        meta: dict[str, Any] = {"player": player.index, "fingerprint": player.fingerprint}
+        with publishing(self.folder_of(player.index), meta) as folder:
+            initial_folder = folder if player.index == 0 else self.folder_of(0)
+            if player.index == 0:
+                self._write_initial_responses(player, folder)
+            results: dict[str, Any] = {}
+            exact_match = self.config.evaluate.exact_match
+            if has_answers(self.heldout) if exact_match is None else exact_match:
+                results["exact_match"] = self._exact_match(player, folder, initial_folder)
+            results["logps"] = self._logps(player, folder, initial_folder)
+            results["seconds"] = round(time.monotonic() - started, 3)
+            write_json(folder / "results.json", meta | results)
+
+    def _write_initial_responses(self, player: Player, folder: Path) -> None:
+        """θ_0's responses, sampled once: later gaps are measured against them."""
+        seed = self.config.seed + SEED_OF_INITIAL_RESPONSES
+        completions = self._generate(player, self.params, seed, "initial responses")
+        ids = [completion.token_ids for completion in completions]
+        write_table(folder / "initial_answers.parquet", {"token_ids": ids})
+
+    def _exact_match(self, player: Player, folder: Path, initial_folder: Path) -> dict[str, Any]:
+        greedy = self.params.greedy(self.config.evaluate.max_new_tokens)
+        completions = self._generate(player, greedy, 0, "accuracy")
+        items = exact_match_items(self.heldout, completions, self.decode)
+        write_items(folder / "exact_match.jsonl", items)
+        return exact_match_results(items, read_items(initial_folder / "exact_match.jsonl"))
+
+    def _logps(self, player: Player, folder: Path, initial_folder: Path) -> dict[str, float]:
+        initial = read_table(initial_folder / "initial_answers.parquet")["token_ids"]
+        sequences = [example.target for example in self.heldout]
+        sequences += [
+            TokenSequence(example.prompt_ids, ids)
+            for example, ids in zip(self.heldout, initial, strict=True)
+        ]
+        title = self._title(player, "log-probs")
+        with self.watch.progress(title, len(sequences), "sequences") as on_done:
+            logps = score_sequences(
+                self.load_for_scoring(player),
+                sequences,
+                tokens_per_row=self.config.score.tokens_per_row,
+                on_done=on_done,
+            )
+        count = len(self.heldout)
+        items = logp_items(self.heldout, logps[:count], logps[count:])
+        write_items(folder / "logps.jsonl", items)
+        return logp_results(items, read_items(initial_folder / "logps.jsonl"))
+
+    def _generate(
+        self, player: Player, params: SamplingParams, seed: int, what: str
+    ) -> list[Completion]:
+        prompts = [example.prompt_ids for example in self.heldout]
+        with (
+            self.watch.progress(self._title(player, what), len(prompts), "prompts") as on_done,
+            self.open_generator(player, self.config.generate) as generator,
+        ):
+            return generator.generate(prompts, params, seed, on_done)
+
+    def _title(self, player: Player, what: str) -> str:
+        return f"[{player.index}/{self.config.iterations}] evaluate θ_{player.index}: {what}"
 
 
 def exact_match_items(
@@ -38,8 +138,8 @@ def exact_match_items(
                 "completion": text,
                 "finish_reason": completion.finish_reason,
                 "answer": extract_answer(text),
-                "expected": extract_answer(example.target),
-                "correct": is_correct(text, example.target),
+                "expected": extract_answer(example.target_text),
+                "correct": is_correct(text, example.target_text),
             }
         )
     return items

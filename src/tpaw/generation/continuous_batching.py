@@ -1,6 +1,7 @@
-"""Answering prompts row by row: a row that ends makes room for a prompt that waits.
+"""Continuous batching: a sequence that ends makes room for a prompt that waits.
 
-Shape suffixes: N rows being answered, L tokens, W columns, V vocabulary, B blocks of it.
+Shape suffixes: N sequences that are generated now, L tokens, W columns of the cache, V vocabulary,
+B blocks of the vocabulary, K tokens of a block.
 """
 
 from __future__ import annotations
@@ -26,28 +27,29 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from tpaw.data.token_ids import TokenIds
-from tpaw.generation.generator import OnDone, SamplingParams
+from tpaw.generation.generator import SamplingParams
 from tpaw.generation.slot_cache import SlotCache
 from tpaw.logprobs.attention import PACKED
-from tpaw.logprobs.packing import PromptGroup, batch
+from tpaw.logprobs.packing import PromptGroup, assign_padded
+from tpaw.runtime.progress import OnDone
 
-# Bounds the activations of one forward pass over prompts; more would not be faster.
+# Tokens of one forward pass over prompts. It bounds the activations; more would not be faster.
 PROMPT_TOKENS_PER_PASS = 8192
-# Waiting prompts come in when this share of the slots is free: on a GPU their forward pass holds
-# everybody up, whether they are one or many.
+# Waiting prompts join when this share of the slots is free. Their forward pass delays all other
+# sequences, and takes about as long for one prompt as for many.
 FREE_SHARE = 1 / 8
-# Columns beyond the longest row; the cache is copied once in so many tokens.
+# Columns beyond the longest sequence. The cache is copied once for so many tokens.
 SPARE_COLUMNS = 64
 BLOCK = 256
-# How often a row is asked whether it has emitted enough, in tokens.
+# `is_enough` is called once for so many tokens of a sequence.
 ASK_EVERY = 4
 
 
 def why_unsupported(model: PreTrainedModel) -> str | None:
-    """Why a model cannot be answered with here, or None.
+    """Why continuous batching does not support a model; None if it does.
 
-    It can where `generate` would do no more than give it ids, a mask and positions, and remember
-    keys and values by column.
+    It does if `generate` of transformers gives the model nothing but ids, a mask and positions, and
+    caches nothing but keys and values by column.
     """
     arguments = inspect.signature(model.forward).parameters
     if not {"input_ids", "attention_mask", "past_key_values"} <= set(arguments):
@@ -73,27 +75,28 @@ def why_unsupported(model: PreTrainedModel) -> str | None:
 
 
 class GenerationRequest:
-    """A prompt, and what the model has emitted after it."""
+    """A prompt that is being answered, and what the model has emitted after it."""
 
     def __init__(self, index: int, prompt: TokenIds, limit: int, seed: int) -> None:
         self.index = index
         self.prompt = prompt
         self.limit = limit
         self.emitted: list[int] = []
-        # Draws of its own: neither the other rows nor when it is answered changes them.
+        # Random numbers of its own, so that other requests and their order do not change them.
         self.draws = np.random.default_rng((seed, index))
 
     @property
     def longest(self) -> int:
-        """Tokens of the prompt and the longest answer."""
+        """Tokens of the prompt plus the longest response."""
         return len(self.prompt) + self.limit
 
 
 @torch.inference_mode()
-def answer(
+def generate_continuously(
     model: PreTrainedModel,
     prompts: Sequence[TokenIds],
-    sampling: SamplingParams,
+    params: SamplingParams,
+    tokens_per_batch: int,
     seed: int,
     on_done: OnDone,
     is_enough: Callable[[Sequence[int]], bool] | None = None,
@@ -108,8 +111,7 @@ def answer(
         is_enough: asked now and then, with all that a row has emitted; true ends the row.
     """
     rows = [
-        GenerationRequest(i, prompt, sampling.limit(prompt), seed)
-        for i, prompt in enumerate(prompts)
+        GenerationRequest(i, prompt, params.limit(prompt), seed) for i, prompt in enumerate(prompts)
     ]
     rows.sort(key=lambda row: (-row.longest, -len(row.prompt)))
     waiting = deque(rows)
@@ -119,19 +121,19 @@ def answer(
     while waiting or active:
         if waiting:
             longest = max(row.longest for row in (waiting[0], *active))
-            free = _free_slots(cache, len(waiting), longest, sampling.tokens_per_batch)
+            free = _free_slots(cache, len(waiting), longest, tokens_per_batch)
             if free >= cache.slots * FREE_SHARE:
                 newcomers = [waiting.popleft() for _ in range(min(free, len(waiting)))]
                 forward.read(newcomers)
                 active += newcomers
         logits_NV = forward.step(active)
         ended = []
-        tokens = _choose(logits_NV, active, sampling)
+        tokens = _choose(logits_NV, active, params)
         for slot, (row, token) in enumerate(zip(active, tokens, strict=True)):
             row.emitted.append(token)
             count = len(row.emitted)
             if (
-                token in sampling.stop_token_ids
+                token in params.stop_token_ids
                 or count >= row.limit
                 or (is_enough and count % ASK_EVERY == 0 and is_enough(row.emitted))
             ):
@@ -171,7 +173,9 @@ class _Forward:
         its right.
         """
         lengths = [len(row.prompt) - 1 for row in rows]
-        for chosen in batch([PromptGroup.single(n) for n in lengths], PROMPT_TOKENS_PER_PASS):
+        for chosen in assign_padded(
+            [PromptGroup.single(n) for n in lengths], PROMPT_TOKENS_PER_PASS
+        ):
             filled = DynamicCache()  # of no config: it keeps every token of a sliding window too
             longest = lengths[chosen[0]]
             if longest:
@@ -206,19 +210,19 @@ class _Forward:
 
 
 def _choose(
-    logits_NV: Tensor, rows: Sequence[GenerationRequest], sampling: SamplingParams
+    logits_NV: Tensor, rows: Sequence[GenerationRequest], params: SamplingParams
 ) -> list[int]:
     """The likeliest token of each row at temperature 0, else one drawn."""
-    if sampling.temperature == 0:
+    if params.temperature == 0:
         return list(logits_NV.argmax(-1).tolist())
     draws = torch.tensor([[row.draws.random()] for row in rows], dtype=torch.float64)
     warpers = LogitsProcessorList()
-    if sampling.temperature != 1:
-        warpers.append(TemperatureLogitsWarper(sampling.temperature))
-    if sampling.top_k:
-        warpers.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        warpers.append(TopPLogitsWarper(sampling.top_p))
+    if params.temperature != 1:
+        warpers.append(TemperatureLogitsWarper(params.temperature))
+    if params.top_k:
+        warpers.append(TopKLogitsWarper(params.top_k))
+    if params.top_p < 1:
+        warpers.append(TopPLogitsWarper(params.top_p))
     return draw(torch.softmax(warpers(None, logits_NV), -1), draws)
 
 

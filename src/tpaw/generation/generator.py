@@ -1,28 +1,38 @@
-"""What a generator is, and one for tests that needs no model."""
+"""What a generator is: prompts as token ids in, responses as token ids out. And a fake for tests.
+
+A generator is opened for a player and closed again, because a backend owns memory or processes:
+
+    with open_generator(player, config.generate) as generator:
+        completions = generator.generate(prompts, params, seed=0, on_done=ignore)
+
+To add a backend, write a file beside this one with a function of the type `OpenGenerator`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Literal, NamedTuple, Protocol
 
+from tpaw.config.schema import GenerateConfig
 from tpaw.data.token_ids import TokenIds, token_ids
+from tpaw.runtime.progress import OnDone
+from tpaw.team import Player
 
 FinishReason = Literal["stop", "length"]
-OnDone = Callable[[int], None]
 
 
 class SamplingParams(NamedTuple):
-    """How to sample; complete, so that nothing comes from a model's own generation config.
+    """How to sample. It is complete: nothing comes from a model's own generation config.
 
     Attributes:
-        temperature: 0 is greedy.
-        top_p: 1 is off.
-        top_k: 0 is off.
-        max_new_tokens: longest response, end-of-sequence included.
-        max_length: longest prompt plus response; a long prompt gets a shorter response.
+        temperature: 0 is greedy decoding.
+        top_p: 1 switches nucleus sampling off.
+        top_k: 0 switches it off.
+        max_new_tokens: longest response in tokens, end-of-sequence included.
+        max_length: longest prompt plus response in tokens; a long prompt gets a shorter response.
         stop_token_ids: any of them ends a response and is its last token.
-        tokens_per_batch: of the prompts answered at a time and of their longest possible answers;
-            for backends that have batches.
     """
 
     temperature: float
@@ -31,7 +41,24 @@ class SamplingParams(NamedTuple):
     max_new_tokens: int
     max_length: int
     stop_token_ids: tuple[int, ...]
-    tokens_per_batch: int
+
+    @classmethod
+    def of(
+        cls, config: GenerateConfig, max_length: int, stop_token_ids: tuple[int, ...]
+    ) -> SamplingParams:
+        """The sampling settings of a run."""
+        return cls(
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            max_new_tokens=config.max_new_tokens,
+            max_length=max_length,
+            stop_token_ids=stop_token_ids,
+        )
+
+    def greedy(self, max_new_tokens: int | None = None) -> SamplingParams:
+        """The same, but always the likeliest token; None keeps the longest response."""
+        return self._replace(temperature=0.0, max_new_tokens=max_new_tokens or self.max_new_tokens)
 
     def limit(self, prompt_ids: TokenIds) -> int:
         """Longest response to this prompt, in tokens."""
@@ -39,11 +66,11 @@ class SamplingParams(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """An answer as the generator emitted it.
+    """A response as the generator emitted it.
 
     Attributes:
-        token_ids: int32; ends with a stop token where the model emitted one, never otherwise.
-        finish_reason: "stop", or "length" for a truncated one.
+        token_ids: int32; ends with a stop token if the model emitted one, never otherwise.
+        finish_reason: "stop", or "length" if the response was truncated.
     """
 
     token_ids: TokenIds
@@ -54,37 +81,62 @@ class Generator(Protocol):
     """Anything that answers prompts given as token ids."""
 
     def generate(
-        self, prompts: Sequence[TokenIds], sampling: SamplingParams, seed: int, on_done: OnDone
+        self, prompts: Sequence[TokenIds], params: SamplingParams, seed: int, on_done: OnDone
     ) -> list[Completion]:
-        """One completion a prompt, in order; the same seed gives the same completions.
+        """One completion for each prompt, in order.
 
-        `on_done` is called with the number of prompts finished since its last call. It may raise
-        to stop the work.
+        The Hugging Face backend gives the same completions for the same seed. A server need not.
+
+        Args:
+            on_done: called from this thread with the number of prompts finished since its last
+                call. It may raise to stop the work.
         """
         ...
 
 
-def finish(emitted: Sequence[int], sampling: SamplingParams, limit: int) -> Completion:
+class OpenGenerator(Protocol):
+    """Opens a generator for a player. The context closes it and frees what it owns."""
+
+    def __call__(self, player: Player, config: GenerateConfig) -> AbstractContextManager[Generator]:
+        """Load or start whatever answers as `player`."""
+        ...
+
+
+def finish(emitted: Sequence[int], params: SamplingParams, limit: int) -> Completion:
     """Cut what a model emitted at its first stop token or at the limit, whichever comes first."""
     for position, token in enumerate(emitted[:limit]):
-        if token in sampling.stop_token_ids:
+        if token in params.stop_token_ids:
             return Completion(token_ids(emitted[: position + 1]), "stop")
     return Completion(token_ids(emitted[:limit]), "length")
 
 
 class FakeGenerator:
-    """Answers by a function of the prompt's ids and the seed: for tests of whatever generates."""
+    """Answers by a function of the prompt's ids and the seed. For tests of what uses a generator.
+
+    Attributes:
+        is_open: whether the context that `opener` gave is still open.
+    """
 
     def __init__(self, answer: Callable[[TokenIds, int], Sequence[int]]) -> None:
         self.answer = answer
+        self.is_open = False
+
+    @contextlib.contextmanager
+    def opener(self, player: Player, config: GenerateConfig) -> Iterator[Generator]:
+        """An `OpenGenerator` that gives this generator, whoever the player is."""
+        self.is_open = True
+        try:
+            yield self
+        finally:
+            self.is_open = False
 
     def generate(
-        self, prompts: Sequence[TokenIds], sampling: SamplingParams, seed: int, on_done: OnDone
+        self, prompts: Sequence[TokenIds], params: SamplingParams, seed: int, on_done: OnDone
     ) -> list[Completion]:
         """See `Generator.generate`."""
         completions = []
         for prompt in prompts:
             emitted = self.answer(prompt, seed)
-            completions.append(finish(emitted, sampling, sampling.limit(prompt)))
+            completions.append(finish(emitted, params, params.limit(prompt)))
             on_done(1)
         return completions

@@ -1,54 +1,83 @@
-"""Generation with the Hugging Face model that is loaded."""
+"""Generation with a Hugging Face model that is loaded in this process."""
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from tpaw.config.schema import GenerateConfig
 from tpaw.data.token_ids import TokenIds
-from tpaw.generation.continuous_batching import answer, why_unsupported
-from tpaw.generation.generator import Completion, OnDone, SamplingParams, finish
-from tpaw.logprobs.packing import PromptGroup, batch
+from tpaw.generation.continuous_batching import generate_continuously, why_unsupported
+from tpaw.generation.generator import Completion, Generator, OpenGenerator, SamplingParams, finish
+from tpaw.logprobs.packing import PromptGroup, assign_padded
+from tpaw.runtime.progress import OnDone
+from tpaw.team import Player
+
+
+def hf_opener(load: Callable[[Player], PreTrainedModel]) -> OpenGenerator:
+    """An `OpenGenerator` over models that `load` keeps; closing it frees nothing.
+
+    Args:
+        load: gives the player's model; it may keep the model for whoever needs it next.
+    """
+
+    @contextlib.contextmanager
+    def open_generator(player: Player, config: GenerateConfig) -> Iterator[Generator]:
+        yield HFGenerator(load(player), config.tokens_per_batch)
+
+    return open_generator
 
 
 class HFGenerator:
-    """A `Generator` over a loaded model. Its generation config is cleared, for good.
+    """A `Generator` over a loaded model. It clears the model's generation config for good.
 
-    `generate` fills whatever a call leaves open from `model.generation_config`; Qwen2.5-Instruct's,
-    for one, would bring top_k 20 and a repetition penalty of 1.1 into every sample.
+    `generate` of transformers fills whatever a call leaves open from `model.generation_config`.
+    That of Qwen2.5-Instruct, for example, would bring top_k 20 and a repetition penalty of 1.1.
 
     Args:
-        is_enough: asked every few tokens, with all that a row has emitted, whether it may end; it
-            is then "length" that ends it. For those who cut a text at a string: it saves time,
-            and does not say where to cut. The slower way of answering does not ask.
+        tokens_per_batch: tokens for which memory is kept: prompts plus longest responses of all
+            sequences that are generated at a time.
+        is_enough: called every few tokens with all that a sequence has emitted; true ends the
+            sequence, with finish reason "length". It saves time for callers who cut the text at a
+            string themselves. The slower way of generating does not call it.
     """
 
     def __init__(
-        self, model: PreTrainedModel, is_enough: Callable[[Sequence[int]], bool] | None = None
+        self,
+        model: PreTrainedModel,
+        tokens_per_batch: int,
+        is_enough: Callable[[Sequence[int]], bool] | None = None,
     ) -> None:
         self.model = model
+        self.tokens_per_batch = tokens_per_batch
         self.is_enough = is_enough
         model.generation_config = GenerationConfig()
         self.why_unsupported = why_unsupported(model)
         if self.why_unsupported:
             warnings.warn(
-                f"answered by transformers' own generate, which is slower: {self.why_unsupported}",
+                "continuous batching is disabled for this model, so generation is slower: "
+                f"{self.why_unsupported}",
                 stacklevel=2,
             )
 
     def generate(
-        self, prompts: Sequence[TokenIds], sampling: SamplingParams, seed: int, on_done: OnDone
+        self, prompts: Sequence[TokenIds], params: SamplingParams, seed: int, on_done: OnDone
     ) -> list[Completion]:
         """See `Generator.generate`."""
         if self.why_unsupported is None:
-            emitted = answer(self.model, prompts, sampling, seed, on_done, self.is_enough)
+            emitted = generate_continuously(
+                self.model, prompts, params, self.tokens_per_batch, seed, on_done, self.is_enough
+            )
         else:
-            emitted = generate_with_transformers(self.model, prompts, sampling, seed, on_done)
+            emitted = generate_with_transformers(
+                self.model, prompts, params, self.tokens_per_batch, seed, on_done
+            )
         return [
-            finish(tokens, sampling, sampling.limit(prompt))
+            finish(tokens, params, params.limit(prompt))
             for prompt, tokens in zip(prompts, emitted, strict=True)
         ]
 
@@ -56,44 +85,47 @@ class HFGenerator:
 def generate_with_transformers(
     model: PreTrainedModel,
     prompts: Sequence[TokenIds],
-    sampling: SamplingParams,
+    params: SamplingParams,
+    tokens_per_batch: int,
     seed: int,
     on_done: OnDone,
 ) -> list[list[int]]:
-    """What any model emits after each prompt, in their order; some emit more than they should.
+    """What a model of any kind emits after each prompt, in order; some emit more than they should.
 
-    Rows are batched by length, longest first, and a batch lasts as long as its longest answer.
+    Prompts are batched by length, longest first. A batch lasts as long as its longest response.
     """
-    lengths = [len(prompt) + sampling.limit(prompt) for prompt in prompts]
+    lengths = [len(prompt) + params.limit(prompt) for prompt in prompts]
     emitted: dict[int, list[int]] = {}
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        for rows in batch([PromptGroup.single(n) for n in lengths], sampling.tokens_per_batch):
-            answers = _emit(model, [prompts[i] for i in rows], sampling)
-            emitted.update(zip(rows, answers, strict=True))
-            on_done(len(rows))
+        for batch in assign_padded([PromptGroup.single(n) for n in lengths], tokens_per_batch):
+            responses = _emit(model, [prompts[i] for i in batch], params)
+            emitted.update(zip(batch, responses, strict=True))
+            on_done(len(batch))
     return [emitted[i] for i in range(len(prompts))]
 
 
 def _emit(
-    model: PreTrainedModel, prompts: Sequence[TokenIds], sampling: SamplingParams
+    model: PreTrainedModel, prompts: Sequence[TokenIds], params: SamplingParams
 ) -> list[list[int]]:
     longest = max(map(len, prompts))
     input_ids = torch.zeros((len(prompts), longest), dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):  # padded on the left: all end where answers begin
+    for row, prompt in enumerate(
+        prompts
+    ):  # padded on the left, so that all end where responses begin
         input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         attention_mask[row, longest - len(prompt) :] = 1
-    is_greedy = sampling.temperature == 0
+    is_greedy = params.temperature == 0
     config = GenerationConfig(
         do_sample=not is_greedy,
-        temperature=None if is_greedy else sampling.temperature,
-        top_p=None if is_greedy else sampling.top_p,
-        top_k=None if is_greedy else sampling.top_k,
-        max_new_tokens=max(sampling.limit(prompt) for prompt in prompts),
-        eos_token_id=list(sampling.stop_token_ids),
-        pad_token_id=0,  # emitted after a stop token only, where answers are cut
+        temperature=None if is_greedy else params.temperature,
+        top_p=None if is_greedy else params.top_p,
+        top_k=None if is_greedy else params.top_k,
+        max_new_tokens=max(params.limit(prompt) for prompt in prompts),
+        eos_token_id=list(params.stop_token_ids),
+        pad_token_id=0,  # emitted after a stop token only, and cut off there
     )
     with torch.inference_mode():
         output = model.generate(

@@ -1,7 +1,8 @@
-"""D_t on disk: one response per prompt and checkpoint, kept for good, never sampled again."""
+"""D_t on disk: one response for each prompt and checkpoint, never sampled again."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,15 +10,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tpaw.config.schema import GenerateConfig
 from tpaw.data.examples import Example
 from tpaw.data.token_ids import TokenIds, read_table, write_table
-from tpaw.generation.generator import FinishReason, Generator, OnDone, SamplingParams
+from tpaw.generation.generator import (
+    Completion,
+    FinishReason,
+    Generator,
+    OpenGenerator,
+    SamplingParams,
+)
+from tpaw.runtime.progress import OnDone
 from tpaw.storage.artifacts import ShardedArtifact, read_manifest
 from tpaw.team import Player
 
 
 class Response(NamedTuple):
-    """What a player answered to an example's prompt."""
+    """A player's response to the prompt of an example."""
 
     example_id: str
     token_ids: TokenIds
@@ -29,62 +38,78 @@ def generate_responses(
     folder: Path,
     player: Player,
     examples: Sequence[Example],
-    load_generator: Callable[[], Generator],
+    open_generator: OpenGenerator,
+    config: GenerateConfig,
     decode: Callable[[TokenIds], str],
-    sampling: SamplingParams,
+    params: SamplingParams,
     *,
-    shard_size: int,
     seed: int,
     on_done: OnDone,
 ) -> None:
-    """Answer every prompt once, publishing shard by shard; goes on after those already there.
+    """Answer every prompt once and publish shard by shard; published shards are skipped.
 
     Args:
-        load_generator: called only if a shard is missing.
-        seed: of the run; each shard has its own, so a shard does not depend on those before it.
+        open_generator: called only if a shard is missing.
+        config: its `shard_size` is the number of prompts in a shard.
+        seed: of the run. Each shard derives its own from it, so that a shard does not depend on
+            the shards before it.
         on_done: called with the number of prompts finished. It may raise to stop the work.
     """
     artifact = ShardedArtifact(folder)
-    generator: Generator | None = None
-    for number, begin in enumerate(range(0, len(examples), shard_size)):
-        name = f"shard-{number:05d}.parquet"
-        rows = examples[begin : begin + shard_size]
-        if name in artifact.names:
-            on_done(len(rows))
-            continue
-        generator = generator or load_generator()
-        started = time.monotonic()
-        completions = generator.generate(
-            [example.prompt_ids for example in rows],
-            sampling,
-            _shard_seed(seed, player.index, number),
-            on_done,
-        )
-        columns: dict[str, list[Any]] = {
-            "example_id": [example.id for example in rows],
-            "token_ids": [completion.token_ids for completion in completions],
-            "text": [decode(completion.token_ids) for completion in completions],
-            "finish_reason": [completion.finish_reason for completion in completions],
-        }
-        identical = sum(
-            np.array_equal(example.target_ids, completion.token_ids)
-            for example, completion in zip(rows, completions, strict=True)
-        )
-        artifact.publish(
-            name,
-            lambda path, columns=columns: write_table(path, columns),  # type: ignore[misc]
-            rows=len(rows),
-            identical=identical,
-            truncated=sum(c.finish_reason == "length" for c in completions),
-            tokens=sum(len(completion.token_ids) for completion in completions),
-            seconds=round(time.monotonic() - started, 3),
-        )
+    size = config.shard_size
+    with contextlib.ExitStack() as stack:
+        generator: Generator | None = None
+        for number, begin in enumerate(range(0, len(examples), size)):
+            name = f"shard-{number:05d}.parquet"
+            shard = examples[begin : begin + size]
+            if name in artifact.names:
+                on_done(len(shard))
+                continue
+            generator = generator or stack.enter_context(open_generator(player, config))
+            started = time.monotonic()
+            completions = generator.generate(
+                [example.prompt_ids for example in shard],
+                params,
+                _shard_seed(seed, player.index, number),
+                on_done,
+            )
+            seconds = round(time.monotonic() - started, 3)
+            _publish(artifact, name, shard, completions, decode, seconds)
     totals = {
         key: round(sum(entry[key] for entry in artifact.entries), 3)
         for key in ("rows", "identical", "truncated", "tokens", "seconds")
     }
     artifact.complete(
-        {"player": player.index, "fingerprint": player.fingerprint, **sampling._asdict(), **totals}
+        {"player": player.index, "fingerprint": player.fingerprint, **params._asdict(), **totals}
+    )
+
+
+def _publish(
+    artifact: ShardedArtifact,
+    name: str,
+    examples: Sequence[Example],
+    completions: Sequence[Completion],
+    decode: Callable[[TokenIds], str],
+    seconds: float,
+) -> None:
+    columns: dict[str, list[Any]] = {
+        "example_id": [example.id for example in examples],
+        "token_ids": [completion.token_ids for completion in completions],
+        "text": [decode(completion.token_ids) for completion in completions],
+        "finish_reason": [completion.finish_reason for completion in completions],
+    }
+    identical = sum(
+        np.array_equal(example.target_ids, completion.token_ids)
+        for example, completion in zip(examples, completions, strict=True)
+    )
+    artifact.publish(
+        name,
+        lambda path: write_table(path, columns),
+        rows=len(examples),
+        identical=identical,
+        truncated=sum(c.finish_reason == "length" for c in completions),
+        tokens=sum(len(completion.token_ids) for completion in completions),
+        seconds=seconds,
     )
 
 

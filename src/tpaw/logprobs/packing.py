@@ -1,17 +1,17 @@
-"""Sequences to rows of tokens: packed with shared prompts, or one sequence a row.
+"""Token sequences become the tensors of one forward pass: packed with shared prompts, or padded.
 
-Shape suffixes: B rows, L tokens in a row, R tokens that are read (one for each response token),
-U distinct sequences, S sequences as given.
+Shape suffixes: B rows, L tokens in a row, R tokens whose next token is a label (one for each
+response token), U distinct sequences, S sequences as given.
 
-Packed, everything is one row, and equal prompts and equal sequences stand in it once:
-[prompt | y | g1 | g2 | prompt' | y' | …]. Positions go on after the prompt for each response, and a
-response sees its prompt and itself (`packed_attention`). The last token of a response predicts
-nothing that is asked for, and is left out.
+Packed: one row holds everything, each distinct prompt and each distinct sequence once:
+[prompt | y | g1 | g2 | prompt' | y' | …]. The positions of each response continue after its prompt,
+and a response attends to its prompt and to itself (`attention.py`). The last token of a response
+is left out, because nothing that it predicts is needed.
 
-One sequence a row serves models whose attention cannot do that. PackedBatch are padded on the right and go
-to the model without an attention mask: in a causal model no real token ever sees what stands to its
-right, so the padding cannot change a log-prob, whatever the attention (sliding window, ALiBi,
-state-space). RoPE that looks at the longest row of a batch is refused by `model.check_model`.
+Padded: one row for each sequence, for models whose attention cannot do that. Rows are padded on the
+right and have no attention mask: in a causal model no real token attends to what stands on its
+right, so padding cannot change a log-prob, whatever the attention is (sliding window, ALiBi,
+state-space). RoPE that depends on the longest row of a batch is refused (`models/checks.py`).
 """
 
 from __future__ import annotations
@@ -26,24 +26,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tpaw.data.token_ids import TokenIds
+from tpaw.data.token_ids import TokenIds, TokenSequence
 from tpaw.logprobs.attention import Span, Spans
-
-TokenSequence = tuple[TokenIds, TokenIds]
 
 
 class PackedBatch(TypedDict):
-    """PackedBatch for one forward pass, and where in them the log-probs of the sequences are.
+    """The tensors of one forward pass, and where in them the log-probs of the sequences are.
 
     Attributes:
         input_ids_BL: int64 token ids.
-        read_R: int64 places, in the flattened rows, of the tokens that predict a response token.
-        labels_R: int64, the response tokens that they predict.
-        sequence_R: int64, the distinct sequence that each belongs to.
-        distinct: how many sequences differ from each other.
+        read_R: int64 positions, in the flattened rows, of the tokens that predict a label.
+        labels_R: int64, the response token that each of them predicts.
+        sequence_R: int64, the distinct sequence that each label belongs to.
+        distinct: U.
         distinct_S: int64, for each sequence as given, its place among the distinct ones.
-        position_ids_BL: int64, of packed rows.
-        spans: who sees whom, in packed rows.
+        position_ids_BL: int64; packed rows only.
+        spans: which tokens attend to which; packed rows only.
     """
 
     input_ids_BL: Tensor
@@ -57,7 +55,7 @@ class PackedBatch(TypedDict):
 
 
 def packed_batch(sequences: Sequence[TokenSequence]) -> PackedBatch:
-    """All sequences in one row without padding.
+    """All sequences in one row, without padding.
 
     Raises:
         ValueError: a prompt without tokens.
@@ -104,9 +102,9 @@ def packed_batch(sequences: Sequence[TokenSequence]) -> PackedBatch:
 
 
 def padded_batch(sequences: Sequence[TokenSequence]) -> PackedBatch:
-    """One row a distinct sequence, padded to the longest with an id that every vocabulary has."""
+    """One row for each distinct sequence, padded on the right with token id 0."""
     groups, distinct_S = _share(sequences)
-    sequences = [(prompt, response) for prompt, responses in groups for response in responses]
+    sequences = [TokenSequence(prompt, y) for prompt, responses in groups for y in responses]
     L = max(len(prompt) + len(response) for prompt, response in sequences)
     input_ids_BL = np.zeros((len(sequences), L), dtype=np.int64)
     read: list[NDArray[np.int64]] = []
@@ -127,12 +125,12 @@ def padded_batch(sequences: Sequence[TokenSequence]) -> PackedBatch:
 
 
 class PromptGroup(NamedTuple):
-    """What stays together in a row, because it shares a prompt.
+    """The size of some sequences that share a prompt, and therefore stay in one row.
 
     Attributes:
-        tokens: in a packed row, the prompt once.
-        sequences: how many rows it is without packing.
-        longest: tokens of the longest of these.
+        tokens: in a packed row, the prompt counted once.
+        sequences: how many there are; each is a row of its own when padded.
+        longest: tokens of the longest prompt plus response.
     """
 
     tokens: int
@@ -141,12 +139,12 @@ class PromptGroup(NamedTuple):
 
     @classmethod
     def single(cls, length: int) -> PromptGroup:
-        """The unit of one sequence."""
+        """The group of one sequence."""
         return cls(length, 1, length)
 
     @classmethod
     def of(cls, prompt_length: int, response_lengths: Sequence[int]) -> PromptGroup:
-        """The unit of one prompt and its responses, by their numbers of tokens."""
+        """The group of one prompt and its responses, by their numbers of tokens."""
         return cls(
             prompt_length + sum(max(0, length - 1) for length in response_lengths),
             len(response_lengths),
@@ -154,65 +152,74 @@ class PromptGroup(NamedTuple):
         )
 
 
-def pack(
-    units: Sequence[PromptGroup], tokens_per_row: int, multiple_of: int = 1
-) -> list[list[int]]:
-    """Share units out to as few packed rows as the budget allows, and these about equally full.
+def group_by_prompt(sequences: Sequence[TokenSequence]) -> list[list[int]]:
+    """Indices of the sequences of each prompt, prompts in the order of their first sequence."""
+    by_prompt: dict[bytes, list[int]] = {}
+    for i, (prompt, _) in enumerate(sequences):
+        by_prompt.setdefault(prompt.tobytes(), []).append(i)
+    return list(by_prompt.values())
 
-    Longest first, each to the emptiest row. A unit that is longer than the budget gets a row of its
-    own. Where there are fewer units than rows, rows are empty.
+
+def assign_packed(
+    groups: Sequence[PromptGroup], tokens_per_row: int, multiple_of: int = 1
+) -> list[list[int]]:
+    """Assign prompt groups to as few packed rows as the token budget allows, about equally full.
+
+    The longest group comes first, each goes to the emptiest row. A group that is longer than the
+    budget gets a row of its own. Where there are fewer groups than rows, some rows are empty.
 
     Args:
-        multiple_of: the number of rows is a multiple of it, so that every process has as many.
+        multiple_of: the number of rows becomes a multiple of it, so that every process has as
+            many rows.
 
     Returns:
-        The indices of each row's units.
+        For each row, the indices of its groups.
     """
-    order = sorted(range(len(units)), key=lambda i: -units[i].tokens)
-    needed = math.ceil(sum(unit.tokens for unit in units) / tokens_per_row)
-    low = math.ceil(min(len(units), needed) / multiple_of)
-    high = math.ceil(len(units) / multiple_of)
+    order = sorted(range(len(groups)), key=lambda i: -groups[i].tokens)
+    needed = math.ceil(sum(group.tokens for group in groups) / tokens_per_row)
+    low = math.ceil(min(len(groups), needed) / multiple_of)
+    high = math.ceil(len(groups) / multiple_of)
     found = None
     while low < high:
         middle = (low + high) // 2
-        rows = _share_out(units, order, middle * multiple_of, tokens_per_row)
+        rows = _share_out(groups, order, middle * multiple_of, tokens_per_row)
         low, high = (middle + 1, high) if rows is None else (low, middle)
         found = rows or found
     if found is None or len(found) != high * multiple_of:
-        found = _share_out(units, order, high * multiple_of, tokens_per_row)
+        found = _share_out(groups, order, high * multiple_of, tokens_per_row)
     return found or []
 
 
 def _share_out(
-    units: Sequence[PromptGroup], order: Sequence[int], count: int, tokens_per_row: int
+    groups: Sequence[PromptGroup], order: Sequence[int], count: int, tokens_per_row: int
 ) -> list[list[int]] | None:
-    """Each unit, in order, to the emptiest of so many rows; None where one would be too full."""
+    """Give each group, in order, to the emptiest of `count` rows; None if a row overflows."""
     rows: list[list[int]] = [[] for _ in range(count)]
     emptiest = [(0, row) for row in range(count)]
     for i in order:
         tokens, row = heapq.heappop(emptiest)
-        if rows[row] and tokens + units[i].tokens > tokens_per_row:
+        if rows[row] and tokens + groups[i].tokens > tokens_per_row:
             return None
         rows[row].append(i)
-        heapq.heappush(emptiest, (tokens + units[i].tokens, row))
+        heapq.heappush(emptiest, (tokens + groups[i].tokens, row))
     return rows
 
 
-def batch(
-    units: Sequence[PromptGroup], tokens_per_batch: int, multiple_of: int = 1
+def assign_padded(
+    groups: Sequence[PromptGroup], tokens_per_batch: int, multiple_of: int = 1
 ) -> list[list[int]]:
-    """Cut units, longest first, into batches of padded rows whose size fits the budget.
+    """Assign prompt groups, longest first, to batches of padded rows that fit the token budget.
 
-    Arguments and result are those of `pack`.
+    Arguments and result are those of `assign_packed`.
     """
     batches: list[list[int]] = []
     rows = longest = 0
-    for i in sorted(range(len(units)), key=lambda i: -units[i].longest):
-        if not batches or (rows + units[i].sequences) * longest > tokens_per_batch:
+    for i in sorted(range(len(groups)), key=lambda i: -groups[i].longest):
+        if not batches or (rows + groups[i].sequences) * longest > tokens_per_batch:
             batches.append([])
-            rows, longest = 0, units[i].longest
+            rows, longest = 0, groups[i].longest
         batches[-1].append(i)
-        rows += units[i].sequences
+        rows += groups[i].sequences
     while len(batches) % multiple_of:
         fullest = max(batches, key=len)
         half = len(fullest) // 2
@@ -222,21 +229,21 @@ def batch(
 
 
 class Layout(NamedTuple):
-    """How sequences lie in rows: `PACKED_LAYOUT` or `PADDED_LAYOUT`.
+    """How sequences lie in the tensors of a forward pass: `PACKED_LAYOUT` or `PADDED_LAYOUT`.
 
     Attributes:
-        size: tokens of a unit that lies alone in a forward pass.
-        cut: shares units out to forward passes, within a budget of tokens.
-        rows: makes the input of one forward pass.
+        size: tokens of a prompt group that is alone in a forward pass.
+        assign: `assign_packed` or `assign_padded`: prompt groups to forward passes.
+        collate: `packed_batch` or `padded_batch`: sequences to tensors.
     """
 
     size: Callable[[PromptGroup], int]
-    cut: Callable[[Sequence[PromptGroup], int, int], list[list[int]]]
-    rows: Callable[[Sequence[TokenSequence]], PackedBatch]
+    assign: Callable[[Sequence[PromptGroup], int, int], list[list[int]]]
+    collate: Callable[[Sequence[TokenSequence]], PackedBatch]
 
 
-PACKED_LAYOUT = Layout(lambda unit: unit.tokens, pack, packed_batch)
-PADDED_LAYOUT = Layout(lambda unit: unit.sequences * unit.longest, batch, padded_batch)
+PACKED_LAYOUT = Layout(lambda group: group.tokens, assign_packed, packed_batch)
+PADDED_LAYOUT = Layout(lambda group: group.sequences * group.longest, assign_padded, padded_batch)
 
 
 def _share(
@@ -246,7 +253,9 @@ def _share(
     groups: dict[bytes, dict[bytes, list[int]]] = {}
     for i, (prompt, response) in enumerate(sequences):
         if len(prompt) == 0:
-            raise ValueError("a prompt has no tokens: nothing predicts its response's first one")
+            raise ValueError(
+                "a prompt has no tokens, so nothing predicts the first token of its response"
+            )
         by_response = groups.setdefault(prompt.tobytes(), {})
         by_response.setdefault(response.tobytes(), []).append(i)
     shared: list[tuple[TokenIds, list[TokenIds]]] = []

@@ -1,8 +1,8 @@
-"""Makes a model fit for `logprobs`: which layout its attention can take, and a head that answers.
+"""Prepares a loaded model for `response_logps`: attaches the head and chooses the layout.
 
-What a model says of itself is also tried on a few tokens, where its weights are all there, so that
-one that is different from what it seems falls back to the slower way and not to wrong numbers. A
-head whose answer a model changes is noticed in every call.
+The model's own configuration is checked first. Then a few tokens are computed the plain way and the
+fast way, if all weights are on this device. A model that fails the trial uses the slower way, and a
+note says why; it never gives wrong numbers.
 """
 
 from __future__ import annotations
@@ -16,23 +16,28 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
-from tpaw.data.token_ids import token_ids
+from tpaw.data.token_ids import TokenSequence, token_ids
 from tpaw.logprobs.attention import PACKED
 from tpaw.logprobs.packing import PACKED_LAYOUT, PADDED_LAYOUT, Layout
-from tpaw.logprobs.response import answer_with_logits, answer_with_logps, response_logps
+from tpaw.logprobs.response import HeadChangedError, LogprobHead, response_logps
 
-# Relative, and nats. Two ways to compute a log-prob in fp32 part by some 1e-6 of it, more in deep
-# models with large activations. What is wrong in a trained model is off by 1e-2 and more; wrong
-# positions in a random one of two layers by 8e-4.
-_TOLERANCE = (2e-5, 1e-4)
+# Relative, and absolute in nats. Two correct ways to compute a log-prob in fp32 differ by about
+# 1e-6 of it, more in deep models with large activations. A wrong one is off by 1e-2 and more in a
+# trained model; wrong positions in a random model of two layers by 8e-4.
+RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE = 2e-5, 1e-4
+# For the kernel that computes in bf16 alone. It checks for gross errors only.
+BF16_RELATIVE_TOLERANCE, BF16_ABSOLUTE_TOLERANCE = 0.02, 0.2
+
+PACKING_DISABLED = "Sequence packing is disabled for this model: {}. Training is about 2x slower."
+LOGITS_HELD = "All logits are held in memory: {}. Lower tokens_per_row if memory runs out."
 
 
 class Preparation(NamedTuple):
-    """What `prepare` found.
+    """What `prepare_for_logprobs` decided.
 
     Attributes:
-        layout: the rows to make for the model.
-        notes: what has to be done the slow way, and why; empty for most models.
+        layout: the layout to use for this model.
+        notes: what must be done the slower way, and why; empty for most models.
     """
 
     layout: Layout
@@ -40,79 +45,83 @@ class Preparation(NamedTuple):
 
 
 def prepare_for_logprobs(model: Any, longest: int) -> Preparation:
-    """Make a model answer with log-probs, from packed rows if it can.
+    """Attach a `LogprobHead` to a model and choose the layout of its sequences.
 
-    To be called before the model is wrapped (DDP, FSDP, DeepSpeed). For everything but
-    `response_logps` the model stays what it was.
+    Call it once after loading and before the model is wrapped (DDP, FSDP, DeepSpeed). For
+    everything but `response_logps` the model behaves as before.
 
     Args:
-        model: a causal language model of transformers, also one that PEFT has wrapped.
-        longest: tokens of the longest prompt and response.
+        model: a causal language model of transformers, or one that PEFT has wrapped.
+        longest: tokens of the longest prompt plus response.
     """
+    module = getattr(model, "get_output_embeddings", lambda: None)()
+    # An earlier preparation, around which LoRA may have been put since.
+    if (earlier := LogprobHead.attached_to(model)) is not None:
+        earlier.detach()
+    if module is None:
+        return Preparation(
+            PADDED_LAYOUT, (LOGITS_HELD.format("the model has no output head that is known"),)
+        )
     notes = []
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is None:
-        return Preparation(PADDED_LAYOUT, ("all logits are held: no output head is to be found",))
-    for module in model.modules():  # an earlier head, around which LoRA has been put since
-        if module is not head and "logits_of" in vars(module):
-            answer_with_logits(module)
-    plain = _Trial(model, PADDED_LAYOUT)
-    answer_with_logps(head)
-    if not plain.agrees_with(PADDED_LAYOUT):
-        answer_with_logits(head)
-        notes.append("all logits are held: the model changes what its output head gives")
+    trial = _Trial(model)
+    head = LogprobHead(module)
+    head.attach()
+    if (error := trial.error_of(PADDED_LAYOUT)) is not None:
+        head.detach()
+        notes.append(LOGITS_HELD.format(f"the model changes the output of its head ({error})"))
     reason = _why_not_packed(model, longest)
     if reason is None:
         before = model.config._attn_implementation
         model.set_attn_implementation(PACKED)
-        if not plain.agrees_with(PACKED_LAYOUT):
+        if (error := trial.error_of(PACKED_LAYOUT)) is not None:
             model.set_attn_implementation(before)
-            reason = "its attention gives other results from packed rows"
+            reason = f"its attention gives other results from packed sequences ({error})"
     if reason is not None:
-        notes.append(f"one sequence a row, prompts not shared: {reason}")
+        notes.append(PACKING_DISABLED.format(reason))
     return Preparation(PADDED_LAYOUT if reason else PACKED_LAYOUT, tuple(notes))
 
 
 class _Trial:
-    """A few tokens whose log-probs a model gave while it was still untouched."""
+    """A few tokens, and their log-probs under the untouched model."""
 
-    def __init__(self, model: Any, layout: Layout) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
         vocabulary = model.get_input_embeddings().num_embeddings
         rng = np.random.default_rng(0)
         prompts = [token_ids(rng.integers(0, vocabulary, length)) for length in (1, 5)]
         self.sequences = [
-            (prompt, token_ids(rng.integers(0, vocabulary, length)))
+            TokenSequence(prompt, token_ids(rng.integers(0, vocabulary, length)))
             for prompt in prompts
             for length in (4, 1, 3)
         ]
-        # A sharded model can be entered only once it is wrapped; there, what it says must do.
+        # A sharded model runs only once it is wrapped; its configuration alone must do.
         self.is_possible = not any(
             p.is_meta or isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()
         )
-        self.expected = self._logps(layout)
+        self.expected_S = self._logps(PADDED_LAYOUT)
 
-    def agrees_with(self, layout: Layout) -> bool:
-        """Whether the model, as it is now, gives the same log-probs from a layout."""
+    def error_of(self, layout: Layout) -> str | None:
+        """How the model, as it is now, fails to give the same log-probs; None if it gives them."""
         if not self.is_possible:
-            return True
+            return None
         try:
-            found = self._logps(layout)
-            if next(self.model.parameters()).device.type == "cuda":
-                # A kernel for bf16 alone takes part too; what it rounds is no reason against it.
-                rounded = self._logps(layout, in_bf16=True)
-                if not torch.allclose(rounded, self.expected, rtol=0.02, atol=0.2):
-                    return False
-        except (TypeError, ValueError, RuntimeError):
-            return False
-        relative, absolute = _TOLERANCE
-        return torch.allclose(found, self.expected, rtol=relative, atol=absolute)
+            error = _difference(
+                self._logps(layout), self.expected_S, RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE
+            )
+            if error is None and next(self.model.parameters()).device.type == "cuda":
+                # Packed rows use a kernel for bf16 alone there.
+                rounded_S = self._logps(layout, in_bf16=True)
+                tolerances = BF16_RELATIVE_TOLERANCE, BF16_ABSOLUTE_TOLERANCE
+                error = _difference(rounded_S, self.expected_S, *tolerances)
+        except (TypeError, ValueError, RuntimeError, HeadChangedError) as problem:
+            return f"{type(problem).__name__}: {str(problem).partition(chr(10))[0][:200]}"
+        return error
 
     def _logps(self, layout: Layout, in_bf16: bool = False) -> Tensor:
         if not self.is_possible:
             return torch.empty(0)
         device = next(self.model.parameters()).device
-        # In fp32, whatever the weights are: bf16 would hide a difference in its rounding.
+        # In fp32, whatever the weights are: rounding to bf16 would hide a difference.
         wide = {
             name: parameter.float()
             for name, parameter in self.model.named_parameters()
@@ -122,8 +131,21 @@ class _Trial:
         def entered(**inputs: Any) -> Any:
             return functional_call(self.model, wide, (), inputs)
 
+        head = LogprobHead.attached_to(self.model)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=in_bf16):
-            return response_logps(entered, send_to_device(layout.rows(self.sequences), device))
+            batch = send_to_device(layout.collate(self.sequences), device)
+            logps_S = response_logps(entered, batch, head)
+        if head is not None:
+            head.raise_if_changed()
+        return logps_S
+
+
+def _difference(
+    found_S: Tensor, expected_S: Tensor, relative: float, absolute: float
+) -> str | None:
+    if torch.allclose(found_S, expected_S, rtol=relative, atol=absolute):
+        return None
+    return f"off by {float((found_S - expected_S).abs().max()):.1g} nats on a few tokens"
 
 
 def _why_not_packed(model: Any, longest: int) -> str | None:
@@ -139,5 +161,5 @@ def _why_not_packed(model: Any, longest: int) -> str | None:
     window = getattr(config, "sliding_window", None)
     is_sliding = "sliding_attention" in kinds or not kinds
     if window is not None and is_sliding and window < longest:
-        return f"its window of {window} tokens is shorter than {longest}"
+        return f"its attention window of {window} tokens is shorter than {longest} tokens"
     return None

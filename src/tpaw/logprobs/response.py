@@ -1,17 +1,13 @@
-"""The one place that computes log π(y|x). Scoring and training both call it.
+"""The one place that computes log π(y|x). Scoring and training both call `response_logps`.
 
-Shape suffixes: R tokens that are read, U distinct sequences, S sequences, V vocabulary.
-
-The model is entered by its own forward, so that DDP, FSDP and DeepSpeed see the call. What its
-output head is asked for travels beside that call: once `answer_with_logps` has changed the head, it
-gives log-probs of the labels in place of logits while a question is open.
+Shape suffixes: R tokens whose next token is a label, U distinct sequences, S sequences,
+V vocabulary, H hidden size, X either V or H.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextvars import ContextVar
-from types import MethodType
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,115 +18,174 @@ from torch.utils.checkpoint import checkpoint
 from tpaw.logprobs.fused_head import token_logps
 from tpaw.logprobs.packing import PackedBatch
 
-# Of a head that is no plain matrix.
+# Tokens in a chunk, for a head that is not a plain matrix.
 TOKENS_IN_A_CHUNK = 1024
 
 
 class HeadChangedError(RuntimeError):
-    """A model does something to what its output head gives, which log-probs would not survive."""
+    """The model changes the output of its head, by a soft cap or a scale for example."""
 
 
 class LabelRequest:
-    """Which tokens are read, what they should predict, and the head's answer."""
+    """Which tokens the head must evaluate, their labels, and the log-probs once it has.
 
-    def __init__(self, rows: PackedBatch) -> None:
-        self.shape = rows["input_ids_BL"].shape
-        self.read_R = rows["read_R"]
-        self.labels_R = rows["labels_R"]
+    Attributes:
+        labels_R: int64, the token that each selected position must predict.
+        logps_R: log-prob of each label; None until the head has run.
+    """
+
+    def __init__(self, batch: PackedBatch) -> None:
+        self.labels_R = batch["labels_R"]
         self.logps_R: Tensor | None = None
+        self._shape = batch["input_ids_BL"].shape
+        self._read_R = batch["read_R"]
 
-    def read(self, states_BLX: Tensor) -> Tensor:
-        """The hidden states, or logits, of the tokens that are read; (R, X)."""
-        if states_BLX.shape[:2] != self.shape:
+    def select(self, states_BLX: Tensor) -> Tensor:
+        """Hidden states, or logits, of the tokens that predict a label; (R, X).
+
+        Raises:
+            ValueError: the model has other positions than tokens.
+        """
+        if states_BLX.shape[:2] != self._shape:
             raise ValueError(
-                f"the model has positions {tuple(states_BLX.shape[:2])} for tokens "
-                f"{tuple(self.shape)}; virtual tokens (prompt tuning) cannot be played with"
+                f"the model returned positions {tuple(states_BLX.shape[:2])} for tokens "
+                f"{tuple(self._shape)}; prompt tuning and other virtual tokens are not supported"
             )
-        return states_BLX.flatten(0, 1)[self.read_R]
+        return states_BLX.flatten(0, 1)[self._read_R]
 
 
-_QUESTION: ContextVar[LabelRequest | None] = ContextVar("question", default=None)
+class LogprobHead:
+    """Makes an output head return log-probs of labels in place of logits, on request.
+
+    `attach` replaces the `forward` of this one module; no class and no weight changes, so a
+    checkpoint keeps its names. A wrapper module would rename the weights, and calling the head
+    apart from the model would bypass the hooks of DDP, FSDP and DeepSpeed.
+
+    Attributes:
+        has_changed: bool tensor on the device, true once the model changed a log-prob after the
+            head had returned it; None if no output ever had to be compared.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.has_changed: Tensor | None = None
+        self._logits_of = module.forward
+        # Decided now: a wrapper may change the class of the module later.
+        self._is_plain_matrix = type(module) is nn.Linear
+        self._request: LabelRequest | None = None
+
+    @classmethod
+    def attached_to(cls, model: Any) -> LogprobHead | None:
+        """The head that is attached anywhere in a model, wrapped or not."""
+        for module in model.modules() if isinstance(model, nn.Module) else ():
+            owner = getattr(vars(module).get("forward"), "__self__", None)
+            if isinstance(owner, cls):
+                return owner
+        return None
+
+    def attach(self) -> None:
+        """Replace the module's forward."""
+        # A bound method, so that a deep copy of the model is bound to a copy of this head.
+        self.module.forward = self._forward
+
+    def detach(self) -> None:
+        """Give the module its own forward back."""
+        del self.module.forward
+        if self.module.forward != self._logits_of:  # it was an instance attribute before
+            self.module.forward = self._logits_of
+
+    @contextlib.contextmanager
+    def answering(self, request: LabelRequest) -> Iterator[None]:
+        """Return the request's log-probs instead of logits while in this context."""
+        self._request = request
+        try:
+            yield
+        finally:
+            self._request = None
+
+    def keep_if_unchanged(self, output: Tensor, logps_R: Tensor) -> Tensor:
+        """The log-probs; NaN where the model returned other numbers than the head did.
+
+        Nothing is read back from the device. `raise_if_changed` does that.
+        """
+        if output is logps_R:
+            return logps_R
+        if output.shape != logps_R.shape:
+            raise HeadChangedError(_CHANGED)
+        found, answered = output.detach(), logps_R.detach().to(output.dtype)
+        changed = ~((found == answered) | answered.isnan()).all()
+        self.has_changed = changed if self.has_changed is None else self.has_changed | changed
+        # FSDP2 rounds what a wrapped model returns; its hooks need that output in the graph.
+        kept_R = output if output.dtype == logps_R.dtype else logps_R + 0 * output
+        return torch.where(changed, torch.nan, kept_R)
+
+    def raise_if_changed(self) -> None:
+        """Raise HeadChangedError if the model ever changed the output. Waits for the device."""
+        if self.has_changed is not None and bool(self.has_changed):
+            raise HeadChangedError(_CHANGED)
+
+    def _forward(self, hidden: Tensor) -> Tensor:
+        request = self._request
+        if request is None:
+            return self._logits_of(hidden)  # type: ignore[no-any-return]
+        hidden_RH = request.select(hidden)
+        if self._is_plain_matrix:
+            # Read in the call: FSDP and DeepSpeed gather the whole weights for it.
+            weight, bias = self.module.weight, self.module.bias
+            request.logps_R = token_logps(hidden_RH, weight, bias, request.labels_R)  # type: ignore[arg-type]
+        else:
+            request.logps_R = _logps_by_logits(self._logits_of, hidden_RH, request.labels_R)
+        return request.logps_R
 
 
-def response_logps(model: Callable[..., Any], rows: PackedBatch) -> Tensor:
+_CHANGED = "the model changes the output of its head (a soft cap or a scale, for example)"
+
+
+def response_logps(
+    model: Callable[..., Any], batch: PackedBatch, head: LogprobHead | None = None
+) -> Tensor:
     """log π(y|x): the sum over response tokens, end-of-sequence included where there is one.
 
     Args:
-        model: a causal language model of transformers, wrapped or not. Packed rows need one that
-            `logprob_model.prepare` gave that layout.
-        rows: as `layout` makes them.
+        model: a causal language model of transformers, wrapped or not. A packed batch needs a model
+            for which `prepare_for_logprobs` chose that layout.
+        batch: made by one of the layouts of `packing`.
+        head: default: the head that is attached to `model`. Without any, all logits are held.
 
     Returns:
-        float64 of shape (S,), natural logs in the order in which the sequences were given;
-        differentiable. A sequence without response tokens is 0.
+        float64 of shape (S,), in nats, in the order in which the sequences were given;
+        differentiable. A sequence without response tokens is 0. NaN where the model changed the
+        output of its head; see `LogprobHead.raise_if_changed`.
 
     Raises:
-        HeadChangedError: the model gives other numbers than its output head answered.
+        HeadChangedError: the model changed the shape of its head's output.
         ValueError: the model has other positions than tokens.
     """
-    inputs: dict[str, Any] = {"input_ids": rows["input_ids_BL"]}
-    if "spans" in rows:
-        inputs["position_ids"] = rows["position_ids_BL"]
-        inputs["tpaw_spans"] = rows["spans"]
-        # Nobody looks at it; a mask of four dimensions keeps transformers from making one.
-        inputs["attention_mask"] = rows["input_ids_BL"].new_ones(1, 1, 1, 1, dtype=torch.bool)
-    question = LabelRequest(rows)
-    token = _QUESTION.set(question)
-    try:
+    inputs: dict[str, Any] = {"input_ids": batch["input_ids_BL"]}
+    if "spans" in batch:
+        inputs["position_ids"] = batch["position_ids_BL"]
+        inputs["tpaw_spans"] = batch["spans"]
+        # transformers builds no mask when it gets one of four dimensions. Packed attention
+        # ignores it.
+        inputs["attention_mask"] = batch["input_ids_BL"].new_ones(1, 1, 1, 1, dtype=torch.bool)
+    head = head or LogprobHead.attached_to(model)
+    request = LabelRequest(batch)
+    with head.answering(request) if head else contextlib.nullcontext():
         output = model(**inputs, use_cache=False).logits
-    finally:
-        _QUESTION.reset(token)
-    if question.logps_R is None:
-        logps_R = _label_logps(question.read(output), rows["labels_R"])
-    elif not _same(output, question.logps_R):
-        raise HeadChangedError(
-            "the model changes what its output head gives (a soft cap or scale, say)"
-        )
-    elif output.dtype == question.logps_R.dtype:
-        logps_R = output
+    if head is None or request.logps_R is None:
+        logps_R = _label_logps(request.select(output), batch["labels_R"])
     else:
-        # FSDP2 rounds what a wrapped model returns; its hooks need that output in the graph.
-        logps_R = question.logps_R + 0 * output
+        logps_R = head.keep_if_unchanged(output, request.logps_R)
     # Summed in float64: rewards are small differences of these sums.
-    logps_U = torch.zeros(rows["distinct"], dtype=torch.float64, device=logps_R.device)
-    logps_U = logps_U.index_add(0, rows["sequence_R"], logps_R.double())
-    return logps_U[rows["distinct_S"]]
-
-
-def answer_with_logps(head: nn.Module) -> None:
-    """Make an output head answer `response_logps` with log-probs; nothing else notices."""
-    if not hasattr(head, "logits_of"):
-        head.logits_of = head.forward  # type: ignore[assignment]
-        # Decided now: a wrapper may change the class of a module.
-        head.is_plain_matrix = type(head) is nn.Linear  # type: ignore[assignment]
-        # A method, so that a copy of the model is bound to its own head.
-        head.forward = MethodType(_answer, head)
-
-
-def answer_with_logits(head: nn.Module) -> None:
-    """Undo `answer_with_logps`."""
-    head.forward = head.logits_of  # type: ignore[assignment]
-    del head.logits_of
-
-
-def _answer(head: Any, hidden: Tensor) -> Any:
-    question = _QUESTION.get()
-    if question is None:
-        return head.logits_of(hidden)
-    hidden_RH = question.read(hidden)
-    if head.is_plain_matrix:
-        # Looked up in the call: FSDP and DeepSpeed put whole weights in their place for it.
-        logps_R = token_logps(hidden_RH, head.weight, head.bias, question.labels_R)
-    else:
-        logps_R = _logps_by_logits(head.logits_of, hidden_RH, question.labels_R)
-    question.logps_R = logps_R
-    return logps_R
+    logps_U = torch.zeros(batch["distinct"], dtype=torch.float64, device=logps_R.device)
+    logps_U = logps_U.index_add(0, batch["sequence_R"], logps_R.double())
+    return logps_U[batch["distinct_S"]]
 
 
 def _logps_by_logits(
     logits_of: Callable[[Tensor], Tensor], hidden_RH: Tensor, labels_R: Tensor
 ) -> Tensor:
-    """For heads that are no plain matrix (LoRA, quantised): in chunks, again in backward."""
+    """For a head that is not a plain matrix (LoRA, quantised): chunks, recomputed in backward."""
 
     def logps(hidden_CH: Tensor, labels_C: Tensor) -> Tensor:
         return _label_logps(logits_of(hidden_CH), labels_C)
@@ -138,14 +193,6 @@ def _logps_by_logits(
     chunks = (torch.split(x, TOKENS_IN_A_CHUNK) for x in (hidden_RH, labels_R))
     pieces = zip(*chunks, strict=True)
     return torch.cat([checkpoint(logps, *piece, use_reentrant=False) for piece in pieces])
-
-
-def _same(output: Tensor, logps_R: Tensor) -> bool:
-    """Whether a model gave what its head answered, but for the type."""
-    if output.shape != logps_R.shape:
-        return False
-    found, answered = output.detach(), logps_R.detach().to(output.dtype)
-    return bool(((found == answered) | answered.isnan()).all())
 
 
 def _label_logps(logits_RV: Tensor, labels_R: Tensor) -> Tensor:

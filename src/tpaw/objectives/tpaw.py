@@ -1,5 +1,9 @@
 """The objective of TPAW (arXiv 2605.09922, equations 2 to 8) as a pure function of log-probs.
 
+For triple (x, y, y_gen) and main players j, with P_j(x, ·) = λ (log π_θ(·|x) − log π_j(·|x)):
+
+    loss = Σ_j β_j · log(1 + exp(−(α_j P_j(x, y) − P_j(x, y_gen))))
+
 Shape suffixes: B triples in a batch, K main players.
 
 The paper's symbols: lambda (λ) scales every implicit reward (DPO and TRL call it beta); the target
@@ -10,11 +14,14 @@ of the two weights.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from tpaw.objectives.base import ObjectiveNeeds, ObjectiveOutput, PairLogps
 
 TargetWeight = Literal["adaptive", "one"]
 PlayerWeight = Literal["softmax", "uniform"]
@@ -70,47 +77,125 @@ def team_loss(
         target_weight: "adaptive" is [4], "one" switches it off.
         player_weight: "softmax" is [7], "uniform" switches it off.
 
+    Returns:
+        The loss and every quantity that it is made of, per triple and player.
+
     Raises:
-        ValueError: a setting outside its range, shapes that do not fit, or a NaN log-prob.
+        ValueError: a setting outside its range, shapes that do not fit, or a log-prob that is NaN
+            or infinite.
     """
-    _check_settings(lambda_, eta, gamma, min_player_weight, target_weight, player_weight)
+    objective = TeamObjective(lambda_, eta, gamma, min_player_weight, target_weight, player_weight)
     _check_logps(
         policy_target_logps_B=policy_target_logps_B,
         policy_generated_logps_B=policy_generated_logps_B,
         player_target_logps_BK=player_target_logps_BK,
         player_generated_logps_BK=player_generated_logps_BK,
     )
-    K = player_target_logps_BK.shape[1]
-    if min_player_weight * K > 1:
-        raise ValueError(
-            f"min_player_weight is {min_player_weight}; with {K} players at most 1/{K}"
+    return objective.team_loss(
+        policy_target_logps_B,
+        policy_generated_logps_B,
+        player_target_logps_BK,
+        player_generated_logps_BK,
+    )
+
+
+@dataclass(frozen=True)
+class TeamObjective:
+    """`team_loss` as an `Objective`: the settings are checked once, when it is built.
+
+    Attributes: see the arguments of `team_loss`.
+
+    Raises:
+        ValueError: a setting outside its range.
+    """
+
+    lambda_: float
+    eta: float
+    gamma: float
+    min_player_weight: float = 0.01
+    target_weight: TargetWeight = "adaptive"
+    player_weight: PlayerWeight = "softmax"
+
+    def __post_init__(self) -> None:
+        _check_settings(
+            self.lambda_,
+            self.eta,
+            self.gamma,
+            self.min_player_weight,
+            self.target_weight,
+            self.player_weight,
         )
-    target_reward_BK = implicit_reward(policy_target_logps_B, player_target_logps_BK, lambda_)
-    generated_reward_BK = implicit_reward(
-        policy_generated_logps_B, player_generated_logps_BK, lambda_
-    )
-    margin_BK = (target_reward_BK - generated_reward_BK).detach()  # [6] m_j
 
-    if target_weight == "adaptive":
-        target_weight_BK = adaptive_target_weight(target_reward_BK.detach(), eta)
-    else:
-        target_weight_BK = torch.ones_like(margin_BK)
-    if player_weight == "softmax":
-        player_weight_BK = adaptive_player_weight(margin_BK, gamma, min_player_weight)
-    else:
-        player_weight_BK = torch.full_like(margin_BK, 1.0 / K)
+    @property
+    def needs(self) -> ObjectiveNeeds:
+        """The log-probs of every main player."""
+        return ObjectiveNeeds(references="team")
 
-    logit_BK = target_weight_BK * target_reward_BK - generated_reward_BK
-    player_loss_BK = -F.logsigmoid(logit_BK)  # [5] log(1 + exp(-t)), which never overflows
-    loss_B = (player_weight_BK * player_loss_BK).sum(dim=1)  # [8]
-    return TeamLoss(
-        loss_B=loss_B,
-        target_reward_BK=target_reward_BK.detach(),
-        generated_reward_BK=generated_reward_BK.detach(),
-        margin_BK=margin_BK,
-        target_weight_BK=target_weight_BK,
-        player_weight_BK=player_weight_BK,
-    )
+    def __call__(self, logps: PairLogps) -> ObjectiveOutput:
+        """See `Objective`. Metrics have TRL's names; `…/player_k` is column k of the players."""
+        team = self.team_loss(
+            logps.policy_target_B,
+            logps.policy_generated_B,
+            logps.player_target_BK,
+            logps.player_generated_BK,
+        )
+        metrics: dict[str, Tensor] = {}
+        for name, value_BK in (
+            ("rewards/target", team.target_reward_BK),
+            ("rewards/generated", team.generated_reward_BK),
+            ("rewards/margins", team.margin_BK),
+            ("rewards/accuracies", (team.margin_BK > 0).to(team.margin_BK.dtype)),
+        ):
+            metrics[name] = value_BK.mean(dim=1)
+            for k, value_B in enumerate(value_BK.unbind(dim=1)):
+                metrics[f"{name}/player_{k}"] = value_B
+        is_weighted_BK = (team.target_weight_BK > 1).to(team.margin_BK.dtype)
+        metrics["weights/target"] = is_weighted_BK.mean(dim=1)
+        for k, value_B in enumerate(team.player_weight_BK.unbind(dim=1)):
+            metrics[f"weights/player_{k}"] = value_B
+        return ObjectiveOutput(team.loss_B, metrics)
+
+    def team_loss(
+        self,
+        policy_target_logps_B: Tensor,
+        policy_generated_logps_B: Tensor,
+        player_target_logps_BK: Tensor,
+        player_generated_logps_BK: Tensor,
+    ) -> TeamLoss:
+        """`team_loss` without a check of the log-probs, which would wait for the device."""
+        K = player_target_logps_BK.shape[1]
+        if self.min_player_weight * K > 1:
+            raise ValueError(
+                f"min_player_weight is {self.min_player_weight}; with {K} players at most 1/{K}"
+            )
+        target_reward_BK = implicit_reward(
+            policy_target_logps_B, player_target_logps_BK, self.lambda_
+        )
+        generated_reward_BK = implicit_reward(
+            policy_generated_logps_B, player_generated_logps_BK, self.lambda_
+        )
+        margin_BK = (target_reward_BK - generated_reward_BK).detach()  # [6] m_j
+
+        if self.target_weight == "adaptive":
+            target_weight_BK = adaptive_target_weight(target_reward_BK.detach(), self.eta)
+        else:
+            target_weight_BK = torch.ones_like(margin_BK)
+        if self.player_weight == "softmax":
+            player_weight_BK = adaptive_player_weight(margin_BK, self.gamma, self.min_player_weight)
+        else:
+            player_weight_BK = torch.full_like(margin_BK, 1.0 / K)
+
+        logit_BK = target_weight_BK * target_reward_BK - generated_reward_BK
+        player_loss_BK = -F.logsigmoid(logit_BK)  # [5] log(1 + exp(-t)), which never overflows
+        loss_B = (player_weight_BK * player_loss_BK).sum(dim=1)  # [8]
+        return TeamLoss(
+            loss_B=loss_B,
+            target_reward_BK=target_reward_BK.detach(),
+            generated_reward_BK=generated_reward_BK.detach(),
+            margin_BK=margin_BK,
+            target_weight_BK=target_weight_BK,
+            player_weight_BK=player_weight_BK,
+        )
 
 
 def implicit_reward(policy_logps_B: Tensor, player_logps_BK: Tensor, lambda_: float) -> Tensor:
@@ -168,5 +253,6 @@ def _check_logps(**logps: Tensor) -> None:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {expected}")
         if not tensor.is_floating_point():
             raise ValueError(f"{name} has dtype {tensor.dtype}; log-probs are floating point")
-        if torch.isnan(tensor).any():
-            raise ValueError(f"{name} holds NaN in {int(torch.isnan(tensor).sum())} places")
+        if not tensor.isfinite().all():
+            count = int((~tensor.isfinite()).sum())
+            raise ValueError(f"{name} is NaN or infinite in {count} places")

@@ -1,4 +1,4 @@
-"""The baselines: SFT and DPO, round for round beside Algorithm 1, so that all compare."""
+"""The baselines: SFT and DPO, iteration by iteration beside Algorithm 1, so that all compare."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ if TYPE_CHECKING:
 
 
 def baseline(config: RunConfig, stages: Stages) -> Player:
-    """Train with TRL from the newest checkpoint, as often as there are iterations.
+    """Train from the newest checkpoint by SFT or DPO, as often as there are iterations.
 
-    Each has an optimizer and a schedule of its own and `train.epochs` epochs; checkpoints are
-    evaluated as self-play's are. A stage whose output is published returns at once.
+    Each iteration has its own optimizer, schedule and `train.epochs` epochs. Checkpoints are
+    evaluated as those of self-play are. A stage whose output is published returns at once.
     """
-    from tpaw.pipeline.baseline_stages import train_on_pairs, train_on_targets
-
-    train = train_on_pairs if config.method == "dpo" else train_on_targets
+    train = stages.train_by_dpo if config.method == "dpo" else stages.train_by_sft
     history = [stages.initial_player()]
     stages.evaluate(history[-1])
     for t in range(config.iterations):
-        history.append(train(stages, history[-1], t))
+        history.append(train(history[-1], t))
         stages.evaluate(history[-1])
         stages.report()
     return history[-1]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from pathlib import Path
 
+from tpaw.config.plan import plan_run
 from tpaw.config.schema import RunConfig
 from tpaw.data.examples import Prepared, prepare_examples
 from tpaw.data.inputs import Inputs
@@ -12,12 +13,33 @@ from tpaw.evaluation.exact_match import has_answers
 from tpaw.models.checks import check_model
 from tpaw.models.loading import pick_device
 from tpaw.models.tokenizers import load_tokenizer, stop_token_ids
+from tpaw.runtime.progress import OnDone, ignore
+from tpaw.runtime.watch import Watch
+from tpaw.storage.artifacts import is_published
+from tpaw.storage.run_directory import RunDirectory, check_output
 from tpaw.training.arguments import check_training
 
-OnDone = Callable[[int], None]
+
+def read_and_check(config: RunConfig, output: str | Path, watch: Watch) -> Inputs | None:
+    """Refuse a run that cannot work, before anything is written.
+
+    Returns:
+        The inputs; None if the run directory has published them already.
+
+    Raises:
+        InputError: naming the setting, the file or the record.
+    """
+    check_output(output, config)
+    if is_published(RunDirectory(output).inputs):
+        check_training(config)  # some of its settings may have changed
+        return None
+    with watch.progress("read and tokenize", None, "records") as on_done:
+        inputs = read_inputs(config, on_done)
+    plan_run(config, len(inputs.examples))  # it refuses an iteration without effect
+    return inputs
 
 
-def read_inputs(config: RunConfig, on_done: OnDone = lambda count: None) -> Inputs:
+def read_inputs(config: RunConfig, on_done: OnDone = ignore) -> Inputs:
     """Check the model's kind, then read, template and tokenise the data.
 
     Args:
@@ -36,7 +58,7 @@ def read_inputs(config: RunConfig, on_done: OnDone = lambda count: None) -> Inpu
     def prepare(key: str) -> Prepared:
         data = config.data if key == "data" else config.evaluate.data
         if data is None:
-            return Prepared([], {})
+            return Prepared([], {}, [])
         preferences = config.method == "dpo" and key == "data"
         return prepare_examples(
             data, key, tokenizer, stop_ids, config.max_length, on_done, preferences=preferences

@@ -107,7 +107,7 @@ def _summary_row(entry: dict[str, Any]) -> list[str]:
         accuracy,
         p_value,
         margin,
-        _signed(training, "rewards/target", "rewards/chosen"),  # as TRL says
+        _signed(training, "rewards/target"),
         _signed(training, "rewards/margins"),
         f"{responses['identical_share']:.1%}" if responses else "–",
         f"{responses['truncated_share']:.1%}" if responses else "–",
@@ -123,5 +123,5 @@ def _score_cell(part: dict[str, Any]) -> str:
     return f"{part['score']:.1f}{error}"
 
 
-def _signed(means: dict[str, float], *names: str) -> str:
-    return next((f"{means[name]:+.3f}" for name in names if name in means), "–")
+def _signed(means: dict[str, float], name: str) -> str:
+    return f"{means[name]:+.3f}" if name in means else "–"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -21,7 +22,19 @@ from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 60.0
 
-Advance = Callable[..., None]
+# Called with how much more is done since the last call. It may raise to stop the work.
+OnDone = Callable[[int], None]
+
+
+class Advance(Protocol):
+    """Moves a bar on."""
+
+    def __call__(self, count: int, note: str = "") -> None:
+        """Count what is done since the last call; `note` replaces the text beside the bar."""
+
+
+def ignore(count: int) -> None:
+    """An `OnDone` for work that nobody watches."""
 
 
 class _RateColumn(ProgressColumn):

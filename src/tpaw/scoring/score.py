@@ -1,74 +1,101 @@
-"""Scoring: log π_j(y|x) of the main players, without gradient, each pair once in a whole run."""
+"""Reference log-probs log π_j(y|x), without gradient, each player and sequence once in a run."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from numpy.typing import NDArray
-from torch import nn
 
 from tpaw.config.schema import ScoreConfig
-from tpaw.logprobs.packing import PackedBatch, PromptGroup, TokenSequence
-from tpaw.logprobs.prepare import prepare_for_logprobs
-from tpaw.logprobs.response import response_logps
+from tpaw.data.token_ids import TokenSequence
+from tpaw.logprobs.packing import Layout, PackedBatch, PromptGroup, group_by_prompt
+from tpaw.logprobs.response import LogprobHead, response_logps
+from tpaw.runtime.progress import OnDone, ignore
 from tpaw.scoring.store import Key, LogprobStore
-
-OnDone = Callable[[int], None]
 
 
 class Precision(NamedTuple):
-    """The type of the computation, by autocast; weights are those that training computes with.
+    """The dtype of the computation, by autocast. Weights have the dtype that training uses.
 
-    Scoring and training must round alike, or a policy would differ from the player that it is.
+    Scoring and training must round alike. Otherwise the policy would differ from the player that it
+    starts as.
     """
 
     device_type: str
     use_bf16: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """bfloat16 or float32."""
+        return torch.bfloat16 if self.use_bf16 else torch.float32
 
     def autocast(self) -> torch.autocast:
         """The context in which a model's forward runs."""
         return torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=self.use_bf16)
 
 
+class ScoringModel(NamedTuple):
+    """A loaded player that `prepare_for_logprobs` has prepared.
+
+    Attributes:
+        model: a causal language model of transformers.
+        layout: what `prepare_for_logprobs` chose for it.
+        precision: of the computation.
+    """
+
+    model: Any
+    layout: Layout
+    precision: Precision
+
+
 def score_sequences(
-    model: nn.Module,
+    scorer: ScoringModel,
     sequences: Sequence[TokenSequence],
     *,
     tokens_per_row: int,
-    precision: Precision,
-    on_done: OnDone = lambda count: None,
+    on_done: OnDone = ignore,
 ) -> NDArray[np.float64]:
-    """log π(y|x) of each sequence under one model, float64, in the order given.
+    """log π(y|x) of each sequence under one model.
 
     Args:
+        tokens_per_row: token budget of one forward pass.
         on_done: called with the number of sequences after each forward pass.
+
+    Returns:
+        Natural log-probs (nats), summed over response tokens, in the order of `sequences`.
+
+    Raises:
+        HeadChangedError: the model changes the output of its head.
     """
+    model, layout, precision = scorer
     device = next(model.parameters()).device
-    longest = max((len(prompt) + len(response) for prompt, response in sequences), default=0)
-    layout = prepare_for_logprobs(model, longest).layout
-    units: list[list[int]] = []
-    for unit in _same_prompt(sequences):
-        fits = layout.size(_size(sequences, unit)) <= tokens_per_row
-        units += [unit] if fits else [[i] for i in unit]
-    sizes = [_size(sequences, unit) for unit in units]
-    batches = [[i for u in row for i in units[u]] for row in layout.cut(sizes, tokens_per_row, 1)]
-    rows_of: Iterator[PackedBatch] = (
-        layout.rows([sequences[i] for i in batch]) for batch in batches
+    head = LogprobHead.attached_to(model)
+    groups: list[list[int]] = []
+    for group in group_by_prompt(sequences):
+        fits = layout.size(_size(sequences, group)) <= tokens_per_row
+        groups += [group] if fits else [[i] for i in group]
+    sizes = [_size(sequences, group) for group in groups]
+    assigned = layout.assign(sizes, tokens_per_row, 1)
+    passes = [[i for g in members for i in groups[g]] for members in assigned]
+    batches: Iterator[PackedBatch] = (
+        layout.collate([sequences[i] for i in members]) for members in passes
     )
-    if device.type == "cuda":  # on a CPU a second thread of torch's takes more than it gives
-        rows_of = _prepared_ahead(rows_of)
+    if device.type == "cuda":  # on a CPU the second thread would slow down the first
+        batches = _prepared_ahead(batches)
     logps = np.empty(len(sequences), dtype=np.float64)
-    for batch, rows in zip(batches, rows_of, strict=True):
+    for members, batch in zip(passes, batches, strict=True):
         with torch.inference_mode(), precision.autocast():
-            logps_S = response_logps(model, send_to_device(rows, device))
-        logps[batch] = logps_S.cpu().numpy()
-        on_done(len(batch))
+            logps_S = response_logps(model, send_to_device(batch, device), head)
+        logps[members] = logps_S.cpu().numpy()
+        on_done(len(members))
+    if head is not None:
+        head.raise_if_changed()
     return logps
 
 
@@ -76,38 +103,36 @@ def fill_store(
     store: LogprobStore,
     stage: str,
     wanted: Mapping[Key, TokenSequence],
-    load_model: Callable[[], nn.Module],
+    load: Callable[[], ScoringModel],
     *,
     config: ScoreConfig,
-    precision: Precision,
-    on_done: OnDone = lambda count: None,
+    on_done: OnDone = ignore,
 ) -> None:
-    """Compute what the store lacks of `wanted`, and publish it shard by shard.
+    """Compute the sequences of `wanted` that the store lacks, and publish them shard by shard.
 
     Args:
         stage: names the shards, e.g. "iteration-3".
-        load_model: called only if something is missing.
-        on_done: called with the number of sequences forwarded.
+        load: called only if something is missing.
+        on_done: called with the number of sequences computed.
     """
     todo = store.missing_before(stage, wanted)
     sequences = [wanted[key] for key in todo]
-    # Prompts stay together and lengths similar across the shards too.
-    units = _same_prompt(sequences)
-    units.sort(key=lambda unit: -max(len(sequences[i][1]) for i in unit))
-    todo = [todo[i] for unit in units for i in unit]
-    model: nn.Module | None = None
+    # Sequences of a prompt stay together, and a shard holds sequences of similar length.
+    groups = group_by_prompt(sequences)
+    groups.sort(key=lambda group: -max(len(sequences[i][1]) for i in group))
+    todo = [todo[i] for group in groups for i in group]
+    scorer: ScoringModel | None = None
     for number, begin in enumerate(range(0, len(todo), config.shard_size)):
         name = f"{stage}-{number:05d}.parquet"
         if store.has_shard(name):
             continue
-        model = model or load_model()
+        scorer = scorer or load()
         keys = todo[begin : begin + config.shard_size]
         started = time.monotonic()
         logps = score_sequences(
-            model,
+            scorer,
             [wanted[key] for key in keys],
             tokens_per_row=config.tokens_per_row,
-            precision=precision,
             on_done=on_done,
         )
         token_counts = [len(wanted[key][1]) for key in keys]
@@ -115,21 +140,13 @@ def fill_store(
         store.publish(name, stage, keys, logps, token_counts, seconds)
 
 
-def _same_prompt(sequences: Sequence[TokenSequence]) -> list[list[int]]:
-    """Indices of the sequences of each prompt."""
-    by_prompt: dict[bytes, list[int]] = {}
-    for i, (prompt, _) in enumerate(sequences):
-        by_prompt.setdefault(prompt.tobytes(), []).append(i)
-    return list(by_prompt.values())
-
-
-def _size(sequences: Sequence[TokenSequence], unit: Sequence[int]) -> PromptGroup:
-    prompt, _ = sequences[unit[0]]
-    return PromptGroup.of(len(prompt), [len(sequences[i][1]) for i in unit])
+def _size(sequences: Sequence[TokenSequence], group: Sequence[int]) -> PromptGroup:
+    prompt, _ = sequences[group[0]]
+    return PromptGroup.of(len(prompt), [len(sequences[i][1]) for i in group])
 
 
 def _prepared_ahead(items: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
-    """The same items, each made while the one before is in use."""
+    """The same items; each is made while the one before is in use."""
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(next, items, None)
         while (item := future.result()) is not None:

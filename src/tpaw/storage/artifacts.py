@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tpaw.errors import ArtifactError, InputError
+from tpaw.runtime.progress import OnDone, ignore
 
 MANIFEST = "manifest.json"
 PARTIAL_MANIFEST = "manifest.partial.json"
@@ -133,7 +134,7 @@ def read_files(manifest_path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def verify(manifest_path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> None:
+def verify(manifest_path: Path, on_bytes: OnDone = ignore) -> None:
     """Check every file of an artifact against its manifest.
 
     Args:
@@ -174,7 +175,8 @@ def own_folder(folder: Path, settings: Mapping[str, Any], **facts: Any) -> None:
         if keys:
             differing = "".join(f"\n  {k}: {found.get(k)} → {settings.get(k)}" for k in keys)
             raise InputError(
-                f"--output {folder}: holds other work:{differing}\nGive another --output."
+                f"--output {folder}: already holds results of a different configuration:"
+                f"{differing}\nChoose another --output."
             )
         return
     if folder.exists() and not folder.is_dir():
@@ -182,7 +184,7 @@ def own_folder(folder: Path, settings: Mapping[str, Any], **facts: Any) -> None:
     if folder.is_dir() and any(
         p for p in folder.iterdir() if p.name != TEMPORARY_PREFIX + SETTINGS
     ):
-        raise InputError(f"--output {folder}: not empty, and no {SETTINGS} says that it is ours")
+        raise InputError(f"--output {folder}: the folder is not empty and was not created by tpaw")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, {"settings": dict(settings), **facts})
 

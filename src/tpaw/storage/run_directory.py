@@ -10,8 +10,10 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import socket
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,18 +23,69 @@ from tpaw.config.changes import differences
 from tpaw.config.files import to_yaml
 from tpaw.config.schema import RunConfig
 from tpaw.errors import ArtifactError, InputError, RunLockedError
+from tpaw.runtime.watch import Watch
 from tpaw.storage.artifacts import (
     MANIFEST,
     PARTIAL_MANIFEST,
     is_published,
+    read_files,
     read_json,
     refuse_without_manifest,
     remove_temporaries,
+    verify,
     write_json,
     write_text,
 )
 
 FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """The iteration that trains θ_{t+1} from θ_t: its number and its paths.
+
+    Attributes:
+        run_root: the run directory.
+        t: as in Algorithm 1, from 0.
+    """
+
+    run_root: Path
+    t: int
+
+    @property
+    def number(self) -> int:
+        """As folders and tables count, from 1: iteration 1 makes θ_1."""
+        return self.t + 1
+
+    @property
+    def folder(self) -> Path:
+        """Everything of this iteration."""
+        return self.run_root / "iterations" / str(self.number)
+
+    @property
+    def responses(self) -> Path:
+        """Sharded artifact: D_t, the responses of θ_t."""
+        return self.folder / "responses"
+
+    @property
+    def checkpoint(self) -> Path:
+        """Artifact: θ_{t+1}, loadable by from_pretrained and vLLM."""
+        return self.folder / "checkpoint"
+
+    @property
+    def training(self) -> Path:
+        """Saved steps while the iteration trains; removed when θ_{t+1} is published."""
+        return self.folder / "training"
+
+    @property
+    def training_log(self) -> Path:
+        """One JSON line for each logged step."""
+        return self.folder / "training.jsonl"
+
+    def last_saved_step(self) -> Path | None:
+        """The newest saved step that is whole."""
+        whole = [path for path in self.training.glob("checkpoint-*") if is_published(path)]
+        return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 class RunDirectory:
@@ -66,38 +119,37 @@ class RunDirectory:
         """What `tpaw run` prints at its end, for programs."""
         return self.root / "summary.json"
 
-    def iteration(self, i: int) -> Path:
-        """Folder of the iteration that makes θ_i; 0 holds the evaluation of the SFT model."""
-        return self.root / "iterations" / str(i)
+    def iteration(self, t: int) -> Iteration:
+        """The iteration that trains θ_{t+1} from θ_t."""
+        return Iteration(self.root, t)
 
     def responses(self, i: int) -> Path:
-        """Sharded artifact: D_{i-1}, answered by θ_{i-1}."""
-        return self.iteration(i) / "responses"
+        """Sharded artifact: D_{i-1}, the responses of θ_{i-1}."""
+        return self.iteration(i - 1).responses
 
     def checkpoint(self, i: int) -> Path:
         """Artifact: θ_i, loadable by from_pretrained and vLLM."""
-        return self.iteration(i) / "checkpoint"
+        return self.iteration(i - 1).checkpoint
 
     def training(self, i: int) -> Path:
-        """Saved steps of an iteration under way; removed when θ_i is published."""
-        return self.iteration(i) / "training"
+        """Saved steps of the iteration that makes θ_i."""
+        return self.iteration(i - 1).training
 
     def last_saved_step(self, i: int) -> Path | None:
-        """The newest saved step that is whole."""
-        whole = [path for path in self.training(i).glob("checkpoint-*") if is_published(path)]
-        return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+        """The newest saved step of the iteration that makes θ_i, if it is whole."""
+        return self.iteration(i - 1).last_saved_step()
 
     def training_log(self, i: int) -> Path:
-        """One JSON line a logged step."""
-        return self.iteration(i) / "training.jsonl"
+        """One JSON line for each logged step of the iteration that makes θ_i."""
+        return self.iteration(i - 1).training_log
 
     def evaluation(self, i: int) -> Path:
         """Artifact: results and per-item outcomes of θ_i."""
-        return self.iteration(i) / "evaluation"
+        return self.iteration(i - 1).folder / "evaluation"
 
     def suite(self, i: int, name: str) -> Path:
         """Sharded artifact: results and per-item outcomes of θ_i on a suite of benchmarks."""
-        return self.iteration(i) / "suites" / name
+        return self.iteration(i - 1).folder / "suites" / name
 
     def logprobs(self, fingerprint: str) -> Path:
         """Sharded artifact: log-probs under one player."""
@@ -137,35 +189,42 @@ class RunDirectory:
         return [manifest for manifest in candidates if manifest.is_file()]
 
 
-def check_output(root: str | Path, config: RunConfig) -> None:
-    """Refuse an output that cannot be written, is somebody else's, or holds another run.
+def check_output(root: str | Path, config: RunConfig) -> RunConfig | None:
+    """Refuse an output that cannot be written, holds other files, or holds another run.
+
+    Returns:
+        The configuration of the run that lies there; None if none has begun.
 
     Raises:
         InputError: naming the folder, and for another run the settings that differ.
+        ArtifactError: run.json is damaged.
     """
     run = RunDirectory(root)
     if run.root.exists() and not run.root.is_dir():
-        raise InputError(f"--output {root}: is a file")
+        raise InputError(f"--output {root}: is a file, not a folder")
     nearest = next(p for p in (run.root.absolute(), *run.root.absolute().parents) if p.exists())
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise InputError(f"--output {root}: {nearest} is not writable")
-    if run.has_begun():
-        facts = read_json(run.run_file)
-        if not isinstance(facts, dict):
-            raise ArtifactError(f"{run.run_file}: damaged: it is no mapping")
-        if (found := facts.get("format")) != FORMAT:
-            raise InputError(f"--output {root}: has format {found}; this version reads {FORMAT}")
-        changed = differences(run.load_config(), config, begun=run.iterations_begun())
-        if changed:
+    if not run.has_begun():
+        if run.root.exists() and (foreign := _foreign(run.root)):
             raise InputError(
-                f"--output {root}: holds a run of another configuration:\n  "
-                + "\n  ".join(changed)
-                + "\nGive another --output, or the configuration that the run began with."
+                f"--output {root}: the folder is not empty and was not created by tpaw: it holds "
+                f"{', '.join(foreign[:5])}"
             )
-    elif run.root.exists():
-        foreign = _foreign(run.root)
-        if foreign:
-            raise InputError(f"--output {root}: not a run, and not empty: {', '.join(foreign[:5])}")
+        return None
+    facts = read_json(run.run_file)
+    if not isinstance(facts, dict):
+        raise ArtifactError(f"{run.run_file}: damaged: it is no mapping")
+    if (found := facts.get("format")) != FORMAT:
+        raise InputError(f"--output {root}: has format {found}; this version reads {FORMAT}")
+    kept = run.load_config()
+    if changed := differences(kept, config, begun=run.iterations_begun()):
+        raise InputError(
+            f"--output {root}: holds a run with other settings:\n  "
+            + "\n  ".join(changed)
+            + "\nChoose another --output, or use the settings that the run began with."
+        )
+    return kept
 
 
 @contextlib.contextmanager
@@ -177,17 +236,55 @@ def open_run(root: str | Path, config: RunConfig) -> Iterator[RunDirectory]:
         RunLockedError: another process works on it.
         ArtifactError: run.json is damaged.
     """
-    check_output(root, config)
     run = RunDirectory(root)
+    if not run.has_begun():
+        check_output(root, config)  # before a lock file is written into somebody's folder
     run.root.mkdir(parents=True, exist_ok=True)
     with locked(run.root / "lock"):
-        check_output(root, config)
+        kept = check_output(root, config)
         remove_temporaries(run.root)
-        if not run.has_begun() or run.load_config() != config:
+        if kept != config:
             write_text(run.config_file, to_yaml(config, comments=True))
         if not run.has_begun():
             write_json(run.run_file, {"format": FORMAT, "began": _now(), **environment()})
         yield run
+
+
+def restart_iteration(root: str | Path, number: int) -> None:
+    """Forget the training of an iteration that has not published its checkpoint.
+
+    The responses and log-probs stay. The iteration counts as not begun, so its settings may change.
+
+    Raises:
+        InputError: there is no such iteration under way.
+        RunLockedError: another process works on the run.
+    """
+    run = RunDirectory(root)
+    key = f"--restart-iteration {number}"
+    if not run.has_begun():
+        raise InputError(f"{key}: {root} is not a run directory")
+    iteration = run.iteration(number - 1)
+    if number < 1 or not (iteration.training_log.exists() or iteration.training.exists()):
+        raise InputError(f"{key}: iteration {number} of {root} has not begun to train")
+    if is_published(iteration.checkpoint):
+        raise InputError(f"{key}: θ_{number} is published already in {root}")
+    with locked(run.root / "lock"):
+        shutil.rmtree(iteration.training, ignore_errors=True)
+        iteration.training_log.unlink(missing_ok=True)
+
+
+def verify_run(run: RunDirectory, iterations: int, watch: Watch) -> None:
+    """Check every published file against its manifest.
+
+    Raises:
+        ArtifactError: naming the file that is missing, truncated or altered.
+    """
+    manifests = run.manifests(iterations)
+    if manifests:
+        size = sum(int(f["bytes"]) for m in manifests for f in read_files(m))
+        with watch.progress("verify published files", size, "bytes") as on_done:
+            for manifest in manifests:
+                verify(manifest, on_done)
 
 
 def environment() -> dict[str, Any]:

@@ -24,7 +24,7 @@ from tpaw.config.schema import RunConfig, at_iteration
 from tpaw.errors import InputError
 from tpaw.models.loading import pick_device
 from tpaw.training.split_weights import SplitRMSprop
-from tpaw.training.trl import trl_arguments
+from tpaw.training.trl import sft_arguments
 
 # TrainingArguments that a setting of ours decides: use that setting.
 USE_INSTEAD: Mapping[str, str] = {
@@ -97,8 +97,8 @@ def training_arguments(config: RunConfig, t: int, output: Path) -> TrainingArgum
     train = config.train
     kind: type[TrainingArguments] = TrainingArguments
     own: dict[str, Any] = {}
-    if config.method != "self_play":
-        kind, own = trl_arguments(config, t)
+    if config.method == "sft":
+        kind, own = sft_arguments(config)
     try:
         arguments = kind(
             output_dir=str(output),

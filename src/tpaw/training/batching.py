@@ -1,6 +1,6 @@
-"""Triples to batches: which triples make a step, how they lie in rows, who computes which row.
+"""Triples become micro-batches: which triples make a step, and which process computes which.
 
-Shape suffixes: B triples in a row, K main players.
+Shape suffixes: B triples in a micro-batch, K players.
 """
 
 from __future__ import annotations
@@ -13,73 +13,92 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from tpaw.data.token_ids import token_ids
+from tpaw.data.token_ids import TokenSequence, token_ids
 from tpaw.logprobs.packing import Layout, PackedBatch, PromptGroup
+from tpaw.objectives.base import ObjectiveNeeds
 
-COLUMNS = (
-    "prompt_ids",
-    "target_ids",
-    "generated_ids",
-    "player_target_logps",
-    "player_generated_logps",
-)
+TOKEN_COLUMNS = ("prompt_ids", "target_ids", "generated_ids")
+PLAYER_COLUMNS = ("player_target_logps", "player_generated_logps")
+INITIAL_COLUMN = "initial_ids"
+
+
+def columns_for(needs: ObjectiveNeeds) -> tuple[str, ...]:
+    """The columns that a dataset must have for an objective."""
+    return (
+        *TOKEN_COLUMNS,
+        *((INITIAL_COLUMN,) if needs.initial_responses else ()),
+        *(() if needs.references == "none" else PLAYER_COLUMNS),
+    )
 
 
 class TripleMicroBatch(TypedDict):
     """Triples that go through the model in one forward pass.
 
     Attributes:
-        rows: the sequences, targets first, then the generated responses; see `layout.PackedBatch`.
-        player_target_logps_BK, player_generated_logps_BK: float64, newest player first.
+        packed: all sequences: targets, then generated responses, then initial ones if needed.
+        player_target_logps_BK, player_generated_logps_BK: float64; K is 0 without references.
         target_tokens_B, generated_tokens_B: int64, response tokens.
         is_truncated_B: bool, the generated response was cut at the length limit.
         is_identical_B: bool, the generated response equals the target.
-        counts: false for a row that only keeps a process in step with the others.
+        is_filler: true if it only keeps this process in step with the others; it counts nothing.
     """
 
-    rows: PackedBatch
+    packed: PackedBatch
     player_target_logps_BK: Tensor
     player_generated_logps_BK: Tensor
     target_tokens_B: Tensor
     generated_tokens_B: Tensor
     is_truncated_B: Tensor
     is_identical_B: Tensor
-    counts: bool
+    is_filler: bool
 
 
 class TripleBatch(TypedDict):
     """One process's part of a batch of triples.
 
     Attributes:
-        rows: as many as every other process has.
+        micro_batches: as many as every other process has.
         triples: in the whole batch, over all processes.
     """
 
-    rows: list[TripleMicroBatch]
+    micro_batches: list[TripleMicroBatch]
     triples: int
 
 
 class _Part(NamedTuple):
-    """Indices of the triples of each row, and the size of the whole batch."""
+    """Indices of the triples of each micro-batch of this process, and the size of the batch."""
 
-    rows: list[list[int]]
+    micro_batches: list[list[int]]
     triples: int
 
 
 class TripleSizes:
-    """Lengths of all triples, and which of them share prompt and target."""
+    """Lengths of all triples, and which of them share prompt and target.
 
-    def __init__(self, dataset: Any) -> None:
+    Args:
+        dataset: rows with `TOKEN_COLUMNS`.
+        response_columns: the columns that hold responses, the target first.
+
+    Raises:
+        ValueError: a prompt has no tokens, or a player's log-prob is NaN.
+    """
+
+    def __init__(
+        self, dataset: Any, response_columns: Sequence[str] = ("target_ids", "generated_ids")
+    ) -> None:
         lengths, group_of, groups = [], [], dict[tuple[bytes, bytes], int]()
         for i in range(len(dataset)):
             row = dataset[i]
             prompt, target = token_ids(row["prompt_ids"]), token_ids(row["target_ids"])
             if len(prompt) == 0:
-                raise ValueError(f"train_dataset: row {i}: a prompt without tokens")
-            lengths.append((len(prompt), len(target), len(row["generated_ids"])))
+                raise ValueError(f"train_dataset: row {i}: prompt_ids is empty")
+            for name in PLAYER_COLUMNS:
+                if name in row and np.isnan(np.asarray(row[name], dtype=np.float64)).any():
+                    raise ValueError(f"train_dataset: row {i}: {name} is NaN")
+            lengths.append((len(prompt), *(len(row[name]) for name in response_columns)))
             key = (prompt.tobytes(), target.tobytes())
             group_of.append(groups.setdefault(key, len(groups)))
-        self.lengths = np.array(lengths, dtype=np.int64).reshape(-1, 3)
+        self.lengths = np.array(lengths, dtype=np.int64).reshape(-1, 1 + len(response_columns))
         self.group_of = np.array(group_of, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -87,38 +106,39 @@ class TripleSizes:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt and response."""
+        """Tokens of the longest prompt plus response."""
         return int((self.lengths[:, 0] + self.lengths[:, 1:].max(axis=1)).max())
 
-    def units(self, triples: Sequence[int], layout: Layout, tokens_per_row: int) -> list[list[int]]:
-        """Triples that share prompt and target, as long as they fit into one forward pass."""
-        groups: dict[int, list[int]] = {}
+    def group(self, triples: Sequence[int], layout: Layout, tokens_per_row: int) -> list[list[int]]:
+        """Put triples that share prompt and target together, if they fit into one forward pass."""
+        by_target: dict[int, list[int]] = {}
         for i in triples:
-            groups.setdefault(int(self.group_of[i]), []).append(i)
-        units = []
-        for group in groups.values():
-            if layout.size(self.unit(group)) > tokens_per_row:
-                units += [[i] for i in group]
+            by_target.setdefault(int(self.group_of[i]), []).append(i)
+        groups = []
+        for members in by_target.values():
+            if layout.size(self.size(members)) > tokens_per_row:
+                groups += [[i] for i in members]
             else:
-                units.append(group)
-        return units
+                groups.append(members)
+        return groups
 
-    def unit(self, triples: Sequence[int]) -> PromptGroup:
+    def size(self, triples: Sequence[int]) -> PromptGroup:
         """The size of triples that share prompt and target."""
-        prompt, target, _ = self.lengths[triples[0]]
-        return PromptGroup.of(int(prompt), [int(target), *map(int, self.lengths[triples, 2])])
+        prompt, target, *_ = self.lengths[triples[0]]
+        others = self.lengths[triples, 2:].ravel()
+        return PromptGroup.of(int(prompt), [int(target), *map(int, others)])
 
 
 class TripleBatchSampler(Sampler[Any]):
-    """Shuffles, cuts into batches of a number of triples, and shares each out to rows.
+    """Shuffles, cuts into batches of a number of triples, and divides each into micro-batches.
 
-    Every process computes the same plan and takes its rows of it, so all have as many, whatever
-    the lengths. The order depends on seed and epoch alone.
+    Every process computes the same plan and takes its share of it, so all have as many
+    micro-batches, whatever the lengths. The order depends on seed and epoch alone.
 
     Args:
         triples_per_batch: over all processes; the last batch of an epoch may be smaller.
-        group_by_prompt: shuffle prompts and not triples, so that those of a prompt come together
-            and its target goes through the model once for all of them.
+        group_by_prompt: shuffle prompts instead of triples, so that the triples of a prompt come
+            together and its target goes through the model once for all of them.
     """
 
     def __init__(
@@ -164,20 +184,21 @@ class TripleBatchSampler(Sampler[Any]):
         return [int(i) for i in order]
 
     def _part(self, triples: list[int]) -> _Part:
-        units = self.sizes.units(triples, self.layout, self.tokens_per_row)
-        rows = self.layout.cut(
-            [self.sizes.unit(unit) for unit in units], self.tokens_per_row, self.processes
+        groups = self.sizes.group(triples, self.layout, self.tokens_per_row)
+        assigned = self.layout.assign(
+            [self.sizes.size(group) for group in groups], self.tokens_per_row, self.processes
         )
-        mine = rows[self.process :: self.processes]
-        return _Part([[i for u in row for i in units[u]] for row in mine], len(triples))
+        mine = assigned[self.process :: self.processes]
+        return _Part([[i for g in members for i in groups[g]] for members in mine], len(triples))
 
 
 class BatchedTriples(Dataset[Any]):
     """A dataset of triples that is indexed by what `TripleBatchSampler` yields."""
 
-    def __init__(self, dataset: Any, layout: Layout) -> None:
+    def __init__(self, dataset: Any, layout: Layout, needs: ObjectiveNeeds | None = None) -> None:
         self.dataset = dataset
         self.layout = layout
+        self.needs = needs or ObjectiveNeeds()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -187,35 +208,47 @@ class BatchedTriples(Dataset[Any]):
         return row
 
     def __getitems__(self, part: _Part) -> TripleBatch:
-        rows = []
-        for triples in part.rows:
-            # A process without a triple of its own repeats any, so that collectives line up.
-            chosen = [self.dataset[i] for i in triples or [0]]
-            rows.append(collate_triples(chosen, self.layout) | {"counts": bool(triples)})
-        return {"rows": rows, "triples": part.triples}
+        micro_batches = []
+        for triples in part.micro_batches:
+            # A process without a triple of its own repeats one, so that collectives line up.
+            rows = [self.dataset[i] for i in triples or [0]]
+            micro_batch = collate_triples(rows, self.layout, self.needs)
+            micro_batch["is_filler"] = not triples
+            micro_batches.append(micro_batch)
+        return {"micro_batches": micro_batches, "triples": part.triples}
 
 
-def collate_triples(triples: Sequence[Mapping[str, Any]], layout: Layout) -> TripleMicroBatch:
-    """PackedBatch of a dataset with `COLUMNS` to the input of one forward pass."""
-    ids = {name: [token_ids(t[name]) for t in triples] for name in COLUMNS[:3]}
-    targets = list(zip(ids["prompt_ids"], ids["target_ids"], strict=True))
-    generated = list(zip(ids["prompt_ids"], ids["generated_ids"], strict=True))
+def collate_triples(
+    rows: Sequence[Mapping[str, Any]], layout: Layout, needs: ObjectiveNeeds | None = None
+) -> TripleMicroBatch:
+    """Rows of a dataset become the input of one forward pass."""
+    needs = needs or ObjectiveNeeds()
+    response_columns = ["target_ids", "generated_ids"]
+    if needs.initial_responses:
+        response_columns.append(INITIAL_COLUMN)
+    prompts = [token_ids(row["prompt_ids"]) for row in rows]
+    responses = {name: [token_ids(row[name]) for row in rows] for name in response_columns}
+    sequences = [
+        TokenSequence(prompt, ids)
+        for name in response_columns
+        for prompt, ids in zip(prompts, responses[name], strict=True)
+    ]
 
-    def stacked(name: str) -> Tensor:
-        return torch.tensor([[float(x) for x in t[name]] for t in triples], dtype=torch.float64)
+    def players(name: str) -> Tensor:
+        if needs.references == "none":
+            return torch.empty((len(rows), 0), dtype=torch.float64)
+        return torch.tensor([[float(x) for x in row[name]] for row in rows], dtype=torch.float64)
 
+    targets, generated = responses["target_ids"], responses["generated_ids"]
     return {
-        "rows": layout.rows(targets + generated),
-        "player_target_logps_BK": stacked("player_target_logps"),
-        "player_generated_logps_BK": stacked("player_generated_logps"),
-        "target_tokens_B": torch.tensor([len(y) for y in ids["target_ids"]]),
-        "generated_tokens_B": torch.tensor([len(g) for g in ids["generated_ids"]]),
-        "is_truncated_B": torch.tensor([bool(t.get("is_truncated", False)) for t in triples]),
+        "packed": layout.collate(sequences),
+        "player_target_logps_BK": players("player_target_logps"),
+        "player_generated_logps_BK": players("player_generated_logps"),
+        "target_tokens_B": torch.tensor([len(y) for y in targets]),
+        "generated_tokens_B": torch.tensor([len(g) for g in generated]),
+        "is_truncated_B": torch.tensor([bool(row.get("is_truncated", False)) for row in rows]),
         "is_identical_B": torch.tensor(
-            [
-                np.array_equal(y, g)
-                for y, g in zip(ids["target_ids"], ids["generated_ids"], strict=True)
-            ]
+            [np.array_equal(y, g) for y, g in zip(targets, generated, strict=True)]
         ),
-        "counts": True,
+        "is_filler": False,
     }

@@ -6,34 +6,35 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tpaw.runtime.interrupt import StopSignal
+from tpaw.runtime.progress import Advance
 from tpaw.storage.artifacts import read_manifest, write_manifest
 
 
 def seconds_of(saved_step: Path | None) -> float:
+    """Seconds of training up to a saved step."""
     return float(read_manifest(saved_step)["seconds"]) if saved_step else 0.0
 
 
 class Recorder(TrainerCallback):
-    """Keeps saved steps whole, writes training.jsonl, shows progress, heeds a stop."""
+    """Keeps saved steps whole, writes training.jsonl, shows progress, stops when asked to."""
 
     def __init__(
         self,
         saved_steps: Path,
         log_file: Path,
-        on_step: Callable[[int, str], None],
+        advance: Advance,
         stop: StopSignal,
         seconds_before: float,
     ) -> None:
         self.saved_steps = saved_steps
         self.log_file = log_file
-        self.on_step = on_step
+        self.advance = advance
         self.stop = stop
         self.started = time.monotonic() - seconds_before
 
@@ -45,16 +46,18 @@ class Recorder(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Begin the log anew, from what the saved step knew."""
         # A resumed state brings its old intervals along; those of the configuration hold.
         state.compute_steps(args, state.max_steps)
         # What was logged after the step that is resumed from will be logged again.
         lines = [_json_line(entry) for entry in state.log_history if "loss" in entry]
         self.log_file.write_text("".join(lines), encoding="utf-8")
-        self.on_step(state.global_step, "")
+        self.advance(state.global_step, "")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        """Decide about logging, saving and stopping; move the bar."""
         if state.global_step == state.max_steps:
             control.should_log = True
             control.should_save = False  # θ_t itself is published next
@@ -62,7 +65,7 @@ class Recorder(TrainerCallback):
             control.should_save = control.should_training_stop = True
         # A line at each saved step: what is summed up for the next one does not survive a crash.
         control.should_log = control.should_log or control.should_save
-        self.on_step(1, "")
+        self.advance(1, "")
         return control
 
     def on_log(
@@ -73,19 +76,20 @@ class Recorder(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
+        """Write a line of training.jsonl."""
         if not logs or "loss" not in logs:
             return
         with self.log_file.open("a", encoding="utf-8") as file:
             file.write(_json_line(state.log_history[-1]))
         note = f"loss {logs['loss']:.4f}"
-        for name in ("rewards/target", "rewards/chosen"):  # TRL says chosen
-            if name in logs:
-                note += f"  target reward {logs[name]:+.3f}"
-        self.on_step(0, note)
+        if "rewards/target" in logs:
+            note += f"  target reward {logs['rewards/target']:+.3f}"
+        self.advance(0, note)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Publish the saved step, then remove the older ones."""
         saved = self.saved_steps / f"checkpoint-{state.global_step}"
         write_manifest(saved, {"seconds": self.seconds})
         # The older ones go only now that this one is whole.

@@ -1,4 +1,4 @@
-"""One iteration's training over a run directory: settings, saved steps, resuming, the log."""
+"""One iteration's training over a run directory: build the trainer, resume, save θ_{t+1}."""
 
 from __future__ import annotations
 
@@ -6,117 +6,149 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from transformers import (
-    GenerationConfig,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import GenerationConfig, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from tpaw.config.schema import RunConfig, at_iteration
+from tpaw.config.schema import ObjectiveConfig, RunConfig, at_iteration
 from tpaw.data.inputs import Inputs
 from tpaw.errors import DivergenceError
+from tpaw.objectives.base import Objective
+from tpaw.objectives.tpaw import TeamObjective
 from tpaw.runtime.interrupt import StopSignal
-from tpaw.storage.run_directory import RunDirectory
+from tpaw.runtime.progress import Advance
+from tpaw.storage.run_directory import Iteration
 from tpaw.training.arguments import split_optimizer, training_arguments
 from tpaw.training.callbacks import Recorder, seconds_of
 from tpaw.training.split_weights import restore_fp32
-from tpaw.training.trainer import ADVICE, FIRST_STEP_TOLERANCE, TeamTrainer
+from tpaw.training.trainer import TeamTrainer
 from tpaw.training.triples import TripleDataset
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
+
+# Makes the trainer of one iteration from the policy and its arguments.
+BuildTrainer = Callable[["PreTrainedModel", TrainingArguments], Trainer]
 
 
-# (policy, tokenizer, rows, config, t, arguments): the trainer of the iteration that makes θ_{t+1}.
-BuildTrainer = Callable[..., Trainer]
+def team_objective(config: ObjectiveConfig, t: int) -> TeamObjective:
+    """The objective of the iteration that trains θ_{t+1}."""
+    return TeamObjective(
+        lambda_=at_iteration(config.lambda_, t), **config.model_dump(exclude={"lambda_"})
+    )
+
+
+def dpo_objective(config: ObjectiveConfig, t: int) -> TeamObjective:
+    """DPO's loss, −log σ(β(Δ − Γ)): one reference, no weights, and λ is β.
+
+    With K = 1 and both weights switched off, equation 8 is DPO's loss. A test compares it with
+    TRL's.
+    """
+    return TeamObjective(
+        lambda_=at_iteration(config.lambda_, t),
+        eta=1.0,
+        gamma=0.0,
+        target_weight="one",
+        player_weight="uniform",
+    )
 
 
 def team_trainer(
     policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: TripleDataset,
-    config: RunConfig,
-    t: int,
     arguments: TrainingArguments,
+    dataset: TripleDataset,
+    inputs: Inputs,
+    config: RunConfig,
+    objective: Objective,
+    start_column: int | None,
 ) -> TeamTrainer:
-    """The trainer of self-play."""
+    """The trainer of self-play, and of DPO."""
     return TeamTrainer(
         model=policy,
         args=arguments,
-        train_dataset=rows,
-        processing_class=tokenizer,
-        objective={
-            "lambda_": at_iteration(config.objective.lambda_, t),
-            **config.objective.model_dump(exclude={"lambda_"}),
-        },
+        train_dataset=dataset,
+        processing_class=inputs.tokenizer,
+        objective=objective,
+        start_column=start_column,
         tokens_per_row=config.train.tokens_per_row,
         group_by_prompt=config.train.group_by_prompt,
-        first_step_tolerance=FIRST_STEP_TOLERANCE[config.precision],
         optimizer_cls_and_kwargs=split_optimizer(config, arguments),
     )
 
 
 def train_iteration(
     policy: PreTrainedModel,
+    build: BuildTrainer,
     inputs: Inputs,
-    rows: Any,
     config: RunConfig,
-    run: RunDirectory,
-    t: int,
+    iteration: Iteration,
     *,
     publish_to: Path,
-    on_step: Callable[[int, str], None],
+    advance: Advance,
     stop: StopSignal,
-    build: BuildTrainer = team_trainer,
 ) -> float:
     """Train θ_{t+1} from `policy`, which is θ_t in fp32, and save it into `publish_to` in fp32.
 
-    Goes on from the last saved step, if there is one.
+    Resumes from the last saved step, if there is one.
 
     Args:
-        rows: what the trainer that `build` makes is to train on.
+        build: makes the trainer.
+        advance: called with 1 after each step, and with a note for each line of the log.
 
     Returns:
         Seconds of training, those before an interruption included.
 
     Raises:
         Interrupted: a stop was asked for; the step is saved.
-        DivergenceError: the policy's log-probs or weights are no longer numbers.
+        DivergenceError: the policy's log-probs or weights are NaN or infinite.
     """
-    resume_from = run.last_saved_step(t + 1)
+    resume_from = iteration.last_saved_step()
     recorder = Recorder(
-        run.training(t + 1), run.training_log(t + 1), on_step, stop, seconds_of(resume_from)
+        iteration.training, iteration.training_log, advance, stop, seconds_of(resume_from)
     )
-    # The answers of θ_{t+1} end where those of the self-play did. SamplingParams defaults of θ_0 are not
-    # handed on: they were not used, and some that are published cannot be saved.
+    # The responses of θ_{t+1} end where those of self-play did. The sampling defaults of θ_0 are
+    # dropped: they were not used, and transformers refuses to save some that are published.
     policy.generation_config = GenerationConfig(
         eos_token_id=list(inputs.stop_ids),
         pad_token_id=inputs.tokenizer.pad_token_id,
         bos_token_id=inputs.tokenizer.bos_token_id,
     )
-    arguments = training_arguments(config, t, run.training(t + 1))
-    with _tensorboard_in(run.iteration(t + 1) / "tensorboard"):
-        trainer = build(policy, inputs.tokenizer, rows, config, t, arguments)
+    arguments = training_arguments(config, iteration.t, iteration.training)
+    with _tensorboard_in(iteration.folder / "tensorboard"), _with_advice(iteration):
+        trainer = build(policy, arguments)
         trainer.add_callback(recorder)
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    if trainer.state.global_step < trainer.state.max_steps:
-        stop.check()
-    if config.train.weights == "split":
-        restore_fp32(trainer.optimizer)
-    if not all(bool(p.isfinite().all()) for p in policy.parameters()):
-        raise DivergenceError(f"θ_{t + 1} has weights that are not numbers; {ADVICE}")
+        if trainer.state.global_step < trainer.state.max_steps:
+            stop.check()
+            raise RuntimeError(
+                f"training stopped at step {trainer.state.global_step} of "
+                f"{trainer.state.max_steps}, and nobody asked for it"
+            )
+        if config.train.weights == "split":
+            restore_fp32(trainer.optimizer)
+        if not all(bool(p.isfinite().all()) for p in policy.parameters()):
+            raise DivergenceError(f"the weights of θ_{iteration.number} are NaN or infinite")
     trainer.save_model(str(publish_to))
     (publish_to / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
     return recorder.seconds
 
 
 @contextlib.contextmanager
+def _with_advice(iteration: Iteration) -> Iterator[None]:
+    try:
+        yield
+    except DivergenceError as error:
+        raise DivergenceError(
+            f"Training of θ_{iteration.number} diverged: {error}. Lower train.learning_rate and "
+            f"run `tpaw run {iteration.run_root} --restart-iteration {iteration.number}`."
+        ) from None
+
+
+@contextlib.contextmanager
 def _tensorboard_in(folder: Path) -> Iterator[None]:
-    """Keep event files from among the saved steps, which are removed; a user's choice stays."""
+    """Keep event files apart from the saved steps, which are removed; a user's choice stays."""
     name = "TENSORBOARD_LOGGING_DIR"
     chosen = os.environ.get(name)
     os.environ[name] = chosen or str(folder)

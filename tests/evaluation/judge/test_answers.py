@@ -151,11 +151,13 @@ def test_unfinished_answers_are_not_judged(tpaw_, model_folder, heldout_file, tm
 
 def test_a_folder_holds_one_piece_of_work(model_folder, heldout_file, data_file, tmp_path):
     answer(model_folder, heldout_file, tmp_path / "o")
-    with pytest.raises(InputError, match=r"holds other work:\n  seed: 0 → 1\nGive another"):
+    with pytest.raises(
+        InputError, match=r"different configuration:\n  seed: 0 → 1\nChoose another"
+    ):
         answer(model_folder, heldout_file, tmp_path / "o", "seed=1")
     with pytest.raises(InputError, match="rows_sha256"):
         answer(model_folder, data_file, tmp_path / "o")
-    with pytest.raises(InputError, match="not empty, and no settings.json"):
+    with pytest.raises(InputError, match="not empty and was not created by tpaw"):
         answer(model_folder, heldout_file, tmp_path)
 
 
@@ -181,7 +183,7 @@ def test_rows_that_are_skipped_shift_nothing(model_folder, tmp_path):
 @pytest.mark.parametrize(
     ("data", "more", "message"),
     [
-        (None, (), "--data: a model alone has no held-out rows; name a file"),
+        (None, (), "--data: missing; a model has no held-out records of its own"),
         ("missing.jsonl", (), "evaluate.data.path: missing.jsonl: no such file"),
         ("rows.jsonl", ("max_length=4096",), "max_length: 4096 is beyond the 256 positions"),
         ("rows.jsonl", ("generate.temprature=1",), "did you mean generate.temperature"),

@@ -87,7 +87,7 @@ def test_nothing_is_asked_twice(tpaw_, serve, six, tmp_path):
     assert len(server.requests) == 12
     code, _, err = ask(tpaw_, server, changed, b, "-o", "judgements/a-vs-b")
     assert code == 2
-    assert "holds other work" in err
+    assert "results of a different configuration" in err
     assert len(server.requests) == 12
     code, _, _ = ask(tpaw_, server, a, b, "--max-tokens", 9, "-o", "nine")
     assert code == 0
@@ -134,7 +134,7 @@ def test_answers_that_cannot_be_compared(tpaw_, serve, six, change, message):
         (["--key-env", "NO_SUCH_KEY"], "--key-env NO_SUCH_KEY: no such environment variable"),
         (["--prompt", "missing.txt"], "--prompt missing.txt: cannot be read"),
         (["--prompt", "bad.txt"], "lacks {{answer_b}}; has {{anser_b}}, which nothing fills"),
-        (["-o", "full"], "--output full: not empty"),
+        (["-o", "full"], "--output full: the folder is not empty"),
     ],
     ids=["endpoint", "key", "no-prompt", "prompt", "output"],
 )

@@ -27,6 +27,7 @@ from tpaw.evaluation.benchmarks.suite import Suite, SuiteTask
 from tpaw.evaluation.items import Item
 from tpaw.generation.generator import SamplingParams
 from tpaw.generation.hf import HFGenerator
+from tpaw.runtime.progress import OnDone, ignore
 
 try:
     from lm_eval.evaluator import evaluate
@@ -69,9 +70,7 @@ def harness_version() -> str:
     return version("lm_eval")
 
 
-def load_tasks(
-    suite: Suite, on_done: Callable[[int], None] = lambda count: None
-) -> list[LoadedTask]:
+def load_tasks(suite: Suite, on_done: OnDone = ignore) -> list[LoadedTask]:
     """Every task of a suite with its data, downloaded if need be; groups become their subtasks.
 
     Args:
@@ -232,11 +231,12 @@ class HarnessModel(HFLM):
             max_new_tokens=limit,
             max_length=self.max_length,
             stop_token_ids=tuple(dict.fromkeys((*self.stop_ids, *special))),
-            tokens_per_batch=self.tokens_per_batch,
         )
         # In a text decoded without special tokens they are not to be found.
         strings = [text for text in until if text and self._special_id(text) is None]
-        generator = HFGenerator(self.model, self._ends_with_any(strings) if strings else None)
+        generator = HFGenerator(
+            self.model, self.tokens_per_batch, self._ends_with_any(strings) if strings else None
+        )
         completions = generator.generate(prompts, sampling, 0, on_done)
         return [
             postprocess_generated_text(

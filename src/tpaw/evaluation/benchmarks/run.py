@@ -22,6 +22,7 @@ from tpaw.models.references import Checkpoint, find_checkpoints
 from tpaw.models.tokenizers import load_tokenizer, stop_token_ids
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.progress import progress
+from tpaw.runtime.watch import Watch
 from tpaw.storage.artifacts import (
     MANIFEST,
     PARTIAL_MANIFEST,
@@ -206,23 +207,13 @@ def _load(checkpoint: Checkpoint, stop: StopSignal) -> HarnessModel:
     )
     tokenizer = load_tokenizer(checkpoint.model, checkpoint.tokenizer_folder)
 
-    @contextlib.contextmanager
-    def bar(description: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-        with progress(description, total, unit) as advance:
-
-            def on_done(count: int) -> None:
-                advance(count)
-                stop.check()
-
-            yield on_done
-
     return HarnessModel(
         model,
         tokenizer,
         stop_ids=stop_token_ids(checkpoint.model, tokenizer),
         tokens_per_row=score.tokens_per_row,
         tokens_per_batch=generate.tokens_per_batch,
-        bar=bar,
+        bar=Watch(stop).progress,
         name=checkpoint.name,
     )
 

@@ -1,7 +1,7 @@
-"""A checkpoint's answers to the prompts of a file, in the format that alpaca_eval reads.
+"""A checkpoint's responses to the prompts of a file, in the format that alpaca_eval reads.
 
-They are made as a run makes its responses: the same templates, tokens, sampling and shards, so a
-kill costs at most one shard.
+They are made as a run makes its responses: the same templates, tokens, sampling and shards. A kill
+costs at most one shard.
 """
 
 from __future__ import annotations
@@ -10,27 +10,29 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from tpaw.config.schema import DataConfig, RunConfig
-from tpaw.data.examples import Example, prepare_examples
-from tpaw.data.formats import Message, shape_of
-from tpaw.data.readers import read_records
+from tpaw.data.examples import Example, Prepared, prepare_examples
 from tpaw.errors import InputError
 from tpaw.evaluation.judge.outputs import OUTPUTS
 from tpaw.generation.generator import SamplingParams
-from tpaw.generation.hf import HFGenerator
-from tpaw.generation.responses import generate_responses, read_responses
+from tpaw.generation.hf import hf_opener
+from tpaw.generation.responses import Response, generate_responses, read_responses
 from tpaw.models.checks import check_model
 from tpaw.models.loading import load_model, pick_device
 from tpaw.models.references import Checkpoint, find_checkpoint
 from tpaw.models.tokenizers import load_tokenizer, stop_token_ids
 from tpaw.runtime.interrupt import StopSignal
-from tpaw.runtime.progress import note, progress
+from tpaw.runtime.isolation import isolated
+from tpaw.runtime.progress import note
+from tpaw.runtime.watch import Watch
+from tpaw.scoring.score import Precision
 from tpaw.storage.artifacts import is_published, own_folder, read_manifest, write_json
 from tpaw.storage.run_directory import environment
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 KEY = "evaluate.data"
 
@@ -44,11 +46,11 @@ def answer_rows(
     overrides: Sequence[str],
     stop: StopSignal,
 ) -> Path:
-    """Answer every prompt once, or go on with it; then write outputs.json.
+    """Answer every prompt once, or resume; then write outputs.json.
 
     Args:
-        reference: see `checkpoints`.
-        data: where rows are; default: the held-out rows of the run.
+        reference: RUN, RUN@3 or MODEL; see `models.references`.
+        data: a file of records; default: the held-out records of the run.
         output: default answers/NAME.
         overrides: section.key=value over the run's configuration, or over the defaults.
 
@@ -57,78 +59,26 @@ def answer_rows(
 
     Raises:
         InputError: before a model is loaded.
+        Interrupted: a stop was asked for; finished shards are published.
     """
+    watch = Watch(stop)
     checkpoint = find_checkpoint(reference)
-    config, rows = _configured(checkpoint, data, overrides)
-    device = pick_device(config.device)
-    check_model(config)
-    tokenizer = load_tokenizer(config.model, checkpoint.tokenizer_folder)
-    if checkpoint.run is None:
-        stop_ids = stop_token_ids(config.model, tokenizer)
-    else:
-        stop_ids = tuple(read_manifest(checkpoint.run.inputs)["stop_ids"])
-    tokenizer.eos_token_id = stop_ids[0]
-    with progress("reading and tokenising", None, "rows") as advance:
-        prepared = prepare_examples(rows, KEY, tokenizer, stop_ids, config.max_length, advance)
-    examples = prepared.examples
-    note(f"{len(examples):,} prompts; skipped: {prepared.skipped or 'none'}")
-    instructions = _instructions(rows, examples)  # while the file is what it was
-    sampling = SamplingParams(
-        temperature=0.0 if greedy else config.generate.temperature,
-        top_p=config.generate.top_p,
-        top_k=config.generate.top_k,
-        max_new_tokens=config.generate.max_new_tokens,
-        max_length=config.max_length,
-        stop_token_ids=stop_ids,
-        tokens_per_batch=config.generate.tokens_per_batch,
-    )
+    config, source = _configured(checkpoint, data, overrides)
+    tokenizer, stop_ids = _tokenizer(checkpoint, config)
+    with watch.progress("read and tokenize", None, "records") as on_done:
+        prepared = prepare_examples(source, KEY, tokenizer, stop_ids, config.max_length, on_done)
+    note(f"{len(prepared.examples):,} prompts; skipped: {prepared.skipped or 'none'}")
+    params = SamplingParams.of(config.generate, config.max_length, stop_ids)
+    if greedy:
+        params = params.greedy()
     folder = output or Path("answers") / checkpoint.name
-    settings = {
-        "name": checkpoint.name,
-        "player": checkpoint.player.index if checkpoint.run else None,
-        "fingerprint": checkpoint.player.fingerprint,
-        "rows_sha256": hashlib.sha256("\n".join(e.id for e in examples).encode()).hexdigest(),
-        "sampling": sampling._asdict() | {"stop_token_ids": list(stop_ids)},
-        "seed": config.seed,
-        "precision": config.precision,
-        "shard_size": config.generate.shard_size,
-    }
-    own_folder(folder, settings, data=rows.path, skipped=prepared.skipped, **environment())
+    settings = _settings(checkpoint, config, prepared.examples, params)
+    own_folder(folder, settings, data=source.path, skipped=prepared.skipped, **environment())
     responses = folder / "responses"
     if not is_published(responses):
-        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        with progress(f"{checkpoint.name} answers", len(examples), "prompts") as advance:
-
-            def on_done(count: int) -> None:
-                advance(count)
-                stop.check()
-
-            generate_responses(
-                responses,
-                checkpoint.player,
-                examples,
-                lambda: HFGenerator(
-                    load_model(checkpoint.player, config.model, dtype=dtype, device=device)
-                ),
-                lambda ids: str(tokenizer.decode(ids.tolist(), skip_special_tokens=True)),
-                sampling,
-                shard_size=config.generate.shard_size,
-                seed=config.seed,
-                on_done=on_done,
-            )
-    answered = zip(examples, instructions, read_responses(responses), strict=True)
-    outputs = [
-        {
-            "instruction": instruction,
-            "output": response.text,
-            "generator": checkpoint.name,
-            "dataset": Path(rows.path).stem,
-            "id": example.id,
-            "prompt": example.prompt,
-            "finish_reason": response.finish_reason,
-        }
-        for example, instruction, response in answered
-    ]
+        with isolated():
+            _generate(responses, checkpoint, config, tokenizer, prepared.examples, params, watch)
+    outputs = _outputs(prepared, read_responses(responses), checkpoint.name, source.path)
     write_json(folder / OUTPUTS, outputs)
     return folder
 
@@ -136,12 +86,12 @@ def answer_rows(
 def _configured(
     checkpoint: Checkpoint, data: str | None, overrides: Sequence[str]
 ) -> tuple[RunConfig, DataConfig]:
-    """The configuration to answer with, its model being the checkpoint; and the rows to answer."""
+    """The configuration to answer with, whose model is the checkpoint; and the data to answer."""
     given: dict[str, Any] = {}
     sources: list[str] = []
     if checkpoint.run is None:
         if data is None:
-            raise InputError("--data: a model alone has no held-out rows; name a file")
+            raise InputError("--data: missing; a model has no held-out records of its own")
         given = {"model.path": checkpoint.player.path, "data.path": data, f"{KEY}.path": data}
     else:
         sources = [str(checkpoint.run.config_file)]
@@ -153,20 +103,83 @@ def _configured(
     first = [f"{key}={json.dumps(value)}" for key, value in given.items()]
     config = RunConfig.load(*sources, overrides=[*first, *overrides])
     if config.evaluate.data is None:
-        raise InputError(f"--data: {checkpoint.name} has no held-out rows ({KEY}); name a file")
+        raise InputError(f"--data: missing; {checkpoint.name} has no held-out records ({KEY})")
     model = config.model.model_copy(update={"path": checkpoint.player.path, "revision": None})
-    return config.model_copy(update={"model": model}), config.evaluate.data
+    config = config.model_copy(update={"model": model})
+    pick_device(config.device)
+    check_model(config)
+    assert config.evaluate.data is not None
+    return config, config.evaluate.data
 
 
-def _instructions(rows: DataConfig, examples: Sequence[Example]) -> list[str]:
-    """What each prompt was before it was templated: the user's text, or all turns of a chat."""
-    source = read_records(rows, KEY)
-    convert = shape_of(source, rows, KEY)
-    prompts = (convert(source[int(example.id.partition("-")[0])]).prompt for example in examples)
-    return [prompt if isinstance(prompt, str) else _as_text(prompt) for prompt in prompts]
+def _tokenizer(
+    checkpoint: Checkpoint, config: RunConfig
+) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
+    """The tokenizer, and the tokens that end a response: the run's own, if it is one."""
+    tokenizer = load_tokenizer(config.model, checkpoint.tokenizer_folder)
+    if checkpoint.run is None:
+        stop_ids = stop_token_ids(config.model, tokenizer)
+    else:
+        stop_ids = tuple(read_manifest(checkpoint.run.inputs)["stop_ids"])
+    tokenizer.eos_token_id = stop_ids[0]
+    return tokenizer, stop_ids
 
 
-def _as_text(messages: Sequence[Message]) -> str:
-    if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+def _settings(
+    checkpoint: Checkpoint, config: RunConfig, examples: Sequence[Example], params: SamplingParams
+) -> dict[str, Any]:
+    """Everything that decides the responses."""
+    return {
+        "name": checkpoint.name,
+        "player": checkpoint.player.index if checkpoint.run else None,
+        "fingerprint": checkpoint.player.fingerprint,
+        "rows_sha256": hashlib.sha256("\n".join(e.id for e in examples).encode()).hexdigest(),
+        "sampling": params._asdict() | {"stop_token_ids": list(params.stop_token_ids)},
+        "seed": config.seed,
+        "precision": config.precision,
+        "shard_size": config.generate.shard_size,
+    }
+
+
+def _generate(
+    folder: Path,
+    checkpoint: Checkpoint,
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    params: SamplingParams,
+    watch: Watch,
+) -> None:
+    device = pick_device(config.device)
+    dtype = Precision(device.type, config.precision == "bf16").dtype
+    title = f"generate with {checkpoint.name}"
+    with watch.progress(title, len(examples), "prompts") as on_done:
+        generate_responses(
+            folder,
+            checkpoint.player,
+            examples,
+            hf_opener(lambda player: load_model(player, config.model, dtype=dtype, device=device)),
+            config.generate,
+            lambda ids: str(tokenizer.decode(ids.tolist(), skip_special_tokens=True)),
+            params,
+            seed=config.seed,
+            on_done=on_done,
+        )
+
+
+def _outputs(
+    prepared: Prepared, responses: Sequence[Response], generator: str, data: str
+) -> list[dict[str, Any]]:
+    answered = zip(prepared.examples, prepared.instructions, responses, strict=True)
+    return [
+        {
+            "instruction": instruction,
+            "output": response.text,
+            "generator": generator,
+            "dataset": Path(data).stem,
+            "id": example.id,
+            "prompt": example.prompt_text,
+            "finish_reason": response.finish_reason,
+        }
+        for example, instruction, response in answered
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, Literal, NamedTuple
@@ -13,9 +13,9 @@ from tpaw.evaluation.judge.endpoint import Endpoint, RefusedError, Reply
 from tpaw.evaluation.judge.outputs import Pair
 from tpaw.evaluation.judge.prompt import JudgePrompt, Verdict, parse_verdict
 from tpaw.evaluation.judge.replies import Replies, request_key
+from tpaw.runtime.progress import OnDone
 
 Outcome = Literal["win", "loss", "tie", "invalid"]
-OnDone = Callable[[int], None]
 
 # Sent with every request: greedy, and where a server samples all the same, the same each time.
 SAMPLING = {"temperature": 0, "seed": 0}

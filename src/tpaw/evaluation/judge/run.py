@@ -15,7 +15,7 @@ from tpaw.evaluation.judge.outputs import Pair, label, pair_up, read_outputs
 from tpaw.evaluation.judge.replies import Replies
 from tpaw.evaluation.judge.win_rate import win_rate
 from tpaw.runtime.interrupt import StopSignal
-from tpaw.runtime.progress import progress
+from tpaw.runtime.watch import Watch
 from tpaw.storage.artifacts import own_folder, write_json, write_text
 from tpaw.storage.run_directory import environment
 
@@ -70,12 +70,8 @@ def judge_outputs(
     own_folder(folder, settings, prompt=judge.prompt.text)
     match = Match(pairs, judge, Replies(cache))
     if match.missing:
-        with progress("the judge reads", len(match.missing), "requests") as advance:
-
-            def on_done(count: int) -> None:
-                advance(count)
-                stop.check()
-
+        watch = Watch(stop)
+        with watch.progress("ask the judge", len(match.missing), "requests") as on_done:
             match.ask(client, parallel, on_done)
     judged = match.judged()
     results = {

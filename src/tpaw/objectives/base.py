@@ -1,0 +1,93 @@
+"""What an objective is: a pure function of log-probs. To add one, write a file beside this one.
+
+Shape suffixes: B triples, K players.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+References = Literal["none", "newest", "team"]
+
+
+class ObjectiveNeeds(NamedTuple):
+    """Which log-probs an objective reads beside those of the policy on target and response.
+
+    Attributes:
+        references: "none", no player is scored; "newest", exactly one player; "team", one or more.
+        initial_responses: whether it reads the policy's log-prob of θ_0's response too.
+    """
+
+    references: References = "team"
+    initial_responses: bool = False
+
+
+class PairLogps(NamedTuple):
+    """Log-probs of B pairs of a target and a generated response: natural, summed over tokens.
+
+    Attributes:
+        policy_target_B, policy_generated_B: log π_θ(y|x) and log π_θ(y_gen|x), with gradient.
+        player_target_BK, player_generated_BK: the same under each player; K = 0 without references.
+        target_tokens_B, generated_tokens_B: int64, response tokens.
+        policy_initial_B: log π_θ of θ_0's response, with gradient; None unless it is needed.
+    """
+
+    policy_target_B: Tensor
+    policy_generated_B: Tensor
+    player_target_BK: Tensor
+    player_generated_BK: Tensor
+    target_tokens_B: Tensor
+    generated_tokens_B: Tensor
+    policy_initial_B: Tensor | None = None
+
+
+class ObjectiveOutput(NamedTuple):
+    """What an objective returns.
+
+    Attributes:
+        loss_B: the loss of each triple, with gradient. Training minimises its mean over the batch.
+        metrics: by name, a value for each triple (B,), without gradient; their means are logged.
+    """
+
+    loss_B: Tensor
+    metrics: Mapping[str, Tensor]
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A loss of each triple as a function of log-probs.
+
+    It checks its settings when it is built. It must not wait for the device (`.item()`, `bool()` of
+    a tensor): the trainer checks for NaN once for each batch.
+    """
+
+    @property
+    def needs(self) -> ObjectiveNeeds:
+        """Which log-probs it reads."""
+        ...
+
+    def __call__(self, logps: PairLogps) -> ObjectiveOutput:
+        """Losses and metrics of B pairs."""
+        ...
+
+
+class FakeObjective:
+    """Raises the log-prob of targets and reports one metric. For tests of whatever trains."""
+
+    def __init__(self, needs: ObjectiveNeeds | None = None) -> None:
+        self.needs = needs or ObjectiveNeeds(references="none")
+
+    def __call__(self, logps: PairLogps) -> ObjectiveOutput:
+        """See `Objective`."""
+        return ObjectiveOutput(
+            loss_B=-logps.policy_target_B,
+            metrics={
+                "fake/players": torch.full_like(
+                    logps.policy_target_B.detach(), logps.player_target_BK.shape[1]
+                )
+            },
+        )

@@ -1,0 +1,78 @@
+"""Players in memory: one at a time, for generation, scoring or training."""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING
+
+import torch
+
+from tpaw.config.schema import RunConfig
+from tpaw.generation.generator import OpenGenerator
+from tpaw.generation.hf import hf_opener
+from tpaw.logprobs.prepare import prepare_for_logprobs
+from tpaw.models.loading import load_model, pick_device
+from tpaw.runtime.progress import note
+from tpaw.scoring.score import Precision, ScoringModel
+from tpaw.team import Player
+from tpaw.training.split_weights import round_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class LoadedPlayers:
+    """Loads players and keeps the last one, for as long as the next stage needs the same.
+
+    Generation and scoring use the same weights where both compute in fp32. In bf16, generation
+    loads weights rounded to bf16, and scoring computes with fp32 weights under autocast, as
+    training does.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.device = pick_device(config.device)
+        self.precision = Precision(self.device.type, config.precision == "bf16")
+        self._kept: tuple[str, torch.dtype, PreTrainedModel] | None = None
+        self._scorer: ScoringModel | None = None  # of the model that is kept
+        self._notes: set[str] = set()
+
+    @property
+    def open_generator(self) -> OpenGenerator:
+        """Generation with the Hugging Face model in this process."""
+        return hf_opener(lambda player: self._load(player, self.precision.dtype))
+
+    def for_scoring(self, player: Player) -> ScoringModel:
+        """A player whose log-probs agree with those that training computes."""
+        model = self._load(player, torch.float32)
+        if self._scorer is None:
+            layout, notes = prepare_for_logprobs(model, self.config.max_length)
+            for text in notes:
+                self._say_once(text)
+            self._scorer = ScoringModel(model, layout, self.precision)
+        return self._scorer
+
+    def for_training(self, player: Player) -> PreTrainedModel:
+        """A policy that nobody else holds, in fp32."""
+        self.release()
+        return load_model(player, self.config.model, dtype=torch.float32, device=self.device)
+
+    def release(self) -> None:
+        """Free the memory of the player that is kept."""
+        self._kept = self._scorer = None
+        gc.collect()  # a trainer and its policy refer to each other
+        torch.cuda.empty_cache()
+
+    def _load(self, player: Player, dtype: torch.dtype) -> PreTrainedModel:
+        if self._kept is None or self._kept[:2] != (player.fingerprint, dtype):
+            self._kept = self._scorer = None
+            model = load_model(player, self.config.model, dtype=dtype, device=self.device)
+            if dtype == torch.float32 and self.config.train.weights == "split":
+                round_weights(model)  # scored with the weights that it trains with
+            self._kept = player.fingerprint, dtype, model
+        return self._kept[2]
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._notes:
+            self._notes.add(text)
+            note(text)
