@@ -92,10 +92,12 @@ def make_prompts(count: int, scale: float, seed: int = 0) -> list[TokenIds]:
 
 def ours(model: Qwen2ForCausalLM, longest: int, tokens_per_batch: int) -> Contender:
     """`HFGenerator`, which knows the longest possible answer and no more."""
-    sampling = SamplingParams(1.0, 1.0, 0, longest, 2 * longest, (STOP,), tokens_per_batch)
+    sampling = SamplingParams(1.0, 1.0, 0, longest, 2 * longest, (STOP,))
 
     def answer(prompts: Sequence[TokenIds], seed: int) -> list[list[int]]:
-        found = HFGenerator(model).generate(prompts, sampling, seed, lambda count: None)
+        found = HFGenerator(model, tokens_per_batch).generate(
+            prompts, sampling, seed, lambda count: None
+        )
         return [completion.token_ids.tolist() for completion in found]
 
     return answer

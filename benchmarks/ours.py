@@ -17,8 +17,10 @@ from transformers.trainer_callback import PrinterCallback
 from workload import LogpsPair, Triple
 
 from tpaw.config.schema import ScoreConfig
-from tpaw.logprobs.packing import TokenSequence
-from tpaw.scoring.score import Precision, fill_store, score_sequences
+from tpaw.data.token_ids import TokenSequence
+from tpaw.logprobs.prepare import prepare_for_logprobs
+from tpaw.objectives.tpaw import TeamObjective
+from tpaw.scoring.score import Precision, ScoringModel, fill_store, score_sequences
 from tpaw.scoring.store import LogprobStore, sequence_key
 from tpaw.training.split_weights import SplitRMSprop
 from tpaw.training.trainer import TeamTrainer
@@ -49,7 +51,7 @@ def trained_rows(triples: Sequence[Triple]) -> list[Row]:
 
 def sequences_of(triples: Sequence[Triple]) -> list[TokenSequence]:
     """The distinct sequences of the triples, in order."""
-    pairs = [(t.prompt, response) for t in triples for response in (t.target, t.generated)]
+    pairs = [TokenSequence(t.prompt, y) for t in triples for y in (t.target, t.generated)]
     return list({sequence_key(pair): pair for pair in pairs}.values())
 
 
@@ -61,8 +63,8 @@ def by_triple(
     """Log-probs of distinct sequences, one column a player, laid out by triple."""
     place = {sequence_key(sequence): i for i, sequence in enumerate(sequences)}
     all_SK = np.stack(columns, axis=1)
-    target = [place[sequence_key((t.prompt, t.target))] for t in triples]
-    generated = [place[sequence_key((t.prompt, t.generated))] for t in triples]
+    target = [place[sequence_key(TokenSequence(t.prompt, t.target))] for t in triples]
+    generated = [place[sequence_key(TokenSequence(t.prompt, t.generated))] for t in triples]
     return LogpsPair(all_SK[target], all_SK[generated])
 
 
@@ -74,12 +76,12 @@ def score(
     tokens_per_row: int = DEFAULT_VARIANT["tokens_per_row"],
 ) -> NDArray[np.float64]:
     """log π(y|x) of each sequence, in order."""
-    return score_sequences(
-        model,
-        sequences,
-        tokens_per_row=tokens_per_row,
-        precision=Precision(next(model.parameters()).device.type, bf16),
-    )
+    return score_sequences(_prepared(model, bf16), sequences, tokens_per_row=tokens_per_row)
+
+
+def _prepared(model: PreTrainedModel, bf16: bool) -> ScoringModel:
+    layout, _ = prepare_for_logprobs(model, model.config.max_position_embeddings)
+    return ScoringModel(model, layout, Precision(next(model.parameters()).device.type, bf16))
 
 
 def score_into(
@@ -100,9 +102,8 @@ def score_into(
         store,
         stage,
         {sequence_key(sequence): sequence for sequence in sequences},
-        lambda: model,
+        lambda: _prepared(model, bf16),
         config=ScoreConfig(**DEFAULT_VARIANT),
-        precision=Precision(next(model.parameters()).device.type, bf16),
         on_done=counted.append,
     )
     return sum(counted)
@@ -154,7 +155,7 @@ def train(
             ),
             train_dataset=rows,
             processing_class=None,
-            objective=settings.objective,
+            objective=TeamObjective(**settings.objective),
             tokens_per_row=tokens_per_row,
             callbacks=[clock],
             optimizer_cls_and_kwargs=optimizer,

@@ -26,6 +26,8 @@ from step_table import Timing
 from transformers import PreTrainedModel
 from workload import Shape, Triple, make_model, make_triples, random_logps, shape_named
 
+from tpaw.data.token_ids import TokenSequence
+
 
 @dataclass
 class Point:
@@ -46,9 +48,11 @@ class Point:
             self.prompts, self.team, self.shape.vocab, self.seed, self.length_scale
         )
 
-    def scored(self) -> list[tuple[Any, Any]]:
+    def scored(self) -> list[TokenSequence]:
         """Sequences, one a forward; older players have the newest one's weights here."""
-        from_newest = [(t.prompt, t.generated) for t in self.triples if t.opponent == 0]
+        from_newest = [
+            TokenSequence(t.prompt, t.generated) for t in self.triples if t.opponent == 0
+        ]
         return ours.sequences_of(self.triples) + from_newest * (self.team - 1)
 
     def floor_flops(self) -> float:

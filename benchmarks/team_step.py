@@ -35,6 +35,8 @@ from workload import (
     useful_tokens,
 )
 
+from tpaw.data.token_ids import TokenSequence
+
 PLAYERS = 3
 
 
@@ -56,7 +58,7 @@ def run_ours(
     """Score what the store would lack, then train."""
     logps = logps_of(players, work, settings.bf16)
     policy = copy.deepcopy(players[0])
-    from_newest = [(t.prompt, t.generated) for t in work if t.opponent == 0]
+    from_newest = [TokenSequence(t.prompt, t.generated) for t in work if t.opponent == 0]
     synchronize(policy.device)
     began = time.perf_counter()
     ours.score(players[0], ours.sequences_of(work), bf16=settings.bf16)

@@ -34,6 +34,8 @@ from step_table import Peak, Timing, as_json, best_of_each, print_timings
 from transformers import PreTrainedModel
 from workload import LogpsPair, Shape, Triple, make_model, make_triples, shape_named, useful_tokens
 
+from tpaw.data.token_ids import TokenSequence
+
 AS_PEOPLE_RUN_IT = 8
 SWEPT = (1, 2, 4, AS_PEOPLE_RUN_IT)
 
@@ -62,7 +64,9 @@ def score_ours(
     model: PreTrainedModel, triples: Sequence[Triple], bf16: bool, variant: Mapping[str, int]
 ) -> LogpsPair:
     """The log-probs of both responses under the one player."""
-    sequences = [(t.prompt, response) for t in triples for response in (t.target, t.generated)]
+    sequences = [
+        TokenSequence(t.prompt, response) for t in triples for response in (t.target, t.generated)
+    ]
     logps_N2 = ours.score(model, sequences, bf16=bf16, **variant).reshape(-1, 2)
     return LogpsPair(logps_N2[:, :1], logps_N2[:, 1:])
 

@@ -24,6 +24,7 @@ from contender import PAPER_OBJECTIVE, Settings, synchronize
 from transformers import PreTrainedModel
 from workload import LogpsPair, Triple, make_model, make_triples, shape_named
 
+from tpaw.data.token_ids import TokenSequence
 from tpaw.scoring.store import LogprobStore
 
 EPOCHS = (2, 2, 1, 1)
@@ -84,7 +85,9 @@ def score_anew(
     team: Sequence[PreTrainedModel], triples: Sequence[Triple], bf16: bool
 ) -> tuple[LogpsPair, int]:
     """Every triple's two sequences under every player; the number of sequences computed."""
-    pairs = [(t.prompt, response) for t in triples for response in (t.target, t.generated)]
+    pairs = [
+        TokenSequence(t.prompt, response) for t in triples for response in (t.target, t.generated)
+    ]
     columns = [ours.score(player, pairs, bf16=bf16) for player in team]
     return ours.by_triple(triples, pairs, columns), len(pairs) * len(team)
 
