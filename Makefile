@@ -4,7 +4,7 @@ SHARED ?= ../shared
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: demo test check format lint types starter clean
+.PHONY: demo test lowest check format lint types starter clean
 
 demo: $(READY)  ## The starter: four iterations of self-play, ending with the table.
 	$(BIN)/tpaw run starter --output runs/starter
@@ -15,6 +15,11 @@ test: $(READY)  ## Every test; the repository's own checks too where their files
 	else echo "checks/ not run: they need the folder $(SHARED) (make test SHARED=...)"; fi
 
 check: format lint types test
+
+lowest:  ## Every test with the lowest versions that pyproject.toml allows, in .venv-lowest.
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt '.[dev]'
+	.venv-lowest/bin/python -m pytest tests
 
 format: $(READY)
 	$(BIN)/ruff format --check src tests checks benchmarks
@@ -34,4 +39,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-lowest runs

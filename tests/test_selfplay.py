@@ -301,7 +301,7 @@ def test_a_library_call_leaves_the_callers_process_as_it_was(
     torch.use_deterministic_algorithms(not deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     random.seed(1)
-    np.random.seed(2)
+    np.random.seed(2)  # noqa: NPY002
     torch.manual_seed(3)
 
     def state():
@@ -312,7 +312,7 @@ def test_a_library_call_leaves_the_callers_process_as_it_was(
             torch.get_float32_matmul_precision(),
             torch.get_num_threads(),
             random.getstate(),
-            np.random.get_state()[1].tolist(),
+            np.random.get_state()[1].tolist(),  # noqa: NPY002
             torch.get_rng_state().tolist(),
             os.getcwd(),
             os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
