@@ -1,1 +1,1 @@
-"""What a person may set."""
+"""The configuration of a run: settings, YAML files, error messages and the plan."""

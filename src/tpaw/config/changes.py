@@ -1,4 +1,4 @@
-"""Which settings may change when a run is resumed."""
+"""Which settings may change when a run is resumed: those that `schema.py` marks CHANGEABLE."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ from tpaw.config.schema import RunConfig, at_iteration
 
 
 def differences(old: RunConfig, new: RunConfig, begun: int = 0) -> list[str]:
-    """Lines `key: old → new` of every setting that a run under way may not change.
+    """The changed settings that a resumed run refuses.
 
     Args:
-        begun: iterations that have begun to train. A setting that has a value for each iteration
-            may change for those to come.
+        old: the configuration that the run began with.
+        new: the configuration to resume with.
+        begun: how many iterations have begun to train. A setting with one value for each
+            iteration may still change for later iterations.
+
+    Returns:
+        One line `key: old → new` for each refused change, sorted by key.
     """
     old_values, new_values = (
         dict(_leaves(config.model_dump(by_alias=True)))

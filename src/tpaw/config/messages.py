@@ -1,4 +1,7 @@
-"""A validation problem becomes one line: the key, the value, and what is allowed."""
+"""Messages for invalid settings: one line with the key, the value and what is allowed.
+
+Example: `train.lerning_rate: unknown key; did you mean train.learning_rate?`
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,18 @@ Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def validate_as(kind: type[Kind], tree: Mapping[str, Any], prefix: str = "") -> Kind:
-    """Validate a nested mapping as a configuration of another kind.
+    """Validate a nested mapping as a pydantic model.
+
+    Args:
+        kind: the model's class, for example `RunConfig`.
+        tree: the nested mapping, as a YAML file gives it.
+        prefix: text to put before each line of the error, for example a file name.
+
+    Returns:
+        The validated model.
 
     Raises:
-        InputError: a line a problem, with its key path, after `prefix`.
+        InputError: with one line for each problem.
     """
     try:
         return kind.model_validate(dict(tree))
@@ -28,14 +39,19 @@ def validate_as(kind: type[Kind], tree: Mapping[str, Any], prefix: str = "") -> 
 
 
 def explain_unknown(key: str, names: Iterable[str], known: Sequence[str]) -> None:
-    """Refuse a name that is not among the known ones.
+    """Refuse a name that is not known.
+
+    Args:
+        key: the setting that holds the names.
+        names: the names to check.
+        known: all allowed names.
 
     Raises:
-        InputError: naming the key and the nearest known name.
+        InputError: with the key, the unknown name and the nearest known name.
     """
     for name in names:
         if name not in known:
-            raise InputError(f"{key}: {name!r} is not known{nearest(name, known)}")
+            raise InputError(f"{key}: {name!r}: unknown name{nearest(name, known)}")
 
 
 def _explain_all(problems: Sequence[Any], kind: type[BaseModel]) -> Iterator[str]:
@@ -44,7 +60,8 @@ def _explain_all(problems: Sequence[Any], kind: type[BaseModel]) -> Iterator[str
         key = _explain(problem, kind).partition(":")[0].partition("[")[0]
         by_key.setdefault(key, []).append(problem)
     for alternatives in by_key.values():
-        # A setting that takes one value or a list fails twice; the failed shape is only noise.
+        # A setting that takes one value or a list fails once for each form. The error about the
+        # form that the user did not choose would only confuse.
         telling = [p for p in alternatives if not p["type"].endswith("_type")]
         yield from dict.fromkeys(_explain(p, kind) for p in telling or alternatives[:1])
 
@@ -52,7 +69,8 @@ def _explain_all(problems: Sequence[Any], kind: type[BaseModel]) -> Iterator[str
 def _explain(problem: Any, kind: type[BaseModel]) -> str:
     model: type[BaseModel] = kind
     keys: list[str] = []
-    # pydantic's location also names branches of a union; only real keys and positions are shown.
+    # pydantic's location also names the branches of a union. The user knows only keys and
+    # positions in a list.
     for part in problem["loc"]:
         field = _field_by_key(model, part) if model is not None else None
         if field is not None:
@@ -69,17 +87,27 @@ def _explain(problem: Any, kind: type[BaseModel]) -> str:
         hint = nearest(keys[-1], known, prefix=f"{prefix}." if prefix else "")
         return f"{path}: unknown key{hint}"
     if problem["type"] == "missing":
-        return f"{path}: missing; it must be set"
+        return f"{path}: missing; set it"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if problem["type"] == "value_error":
         return f"{path}: {message}" if path else message
     value = list(problem["input"]) if isinstance(problem["input"], tuple) else problem["input"]
-    return f"{path}: {value!r} is not allowed: {message.replace('a valid tuple', 'a list')}"
+    allowed = message.replace("input should", "must").replace("a valid tuple", "a list")
+    return f"{path}: {value!r}: not allowed; {allowed}"
 
 
 def nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
-    """The end of an error about an unknown name: the nearest known one, or all of them."""
+    """The last part of an error about an unknown name.
+
+    Args:
+        name: the unknown name.
+        known: all known names.
+        prefix: text to put before the suggested name, for example its section.
+
+    Returns:
+        `; did you mean …?` with the most similar known name, or `; known: …` with all of them.
+    """
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {prefix}{close[0]}?"
@@ -97,6 +125,6 @@ def _field_by_key(model: type[BaseModel] | None, key: Any) -> FieldInfo | None:
 
 
 def section_of(field: FieldInfo) -> Any:
-    """The model that a field holds; None for a plain setting."""
+    """The pydantic model that a field holds, or None if the field is a plain setting."""
     candidates = (field.annotation, *getattr(field.annotation, "__args__", ()))
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)

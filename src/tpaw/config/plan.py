@@ -1,4 +1,7 @@
-"""What a run will do, before anything is spent. No torch, no model."""
+"""The plan of a run: who plays in each iteration and what each iteration costs.
+
+It needs the configuration and the number of examples only, no model and no torch.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,23 @@ from tpaw.errors import InputError
 
 
 class IterationPlan(NamedTuple):
-    """The lineage and the cost of one iteration.
+    """The players and the cost of one iteration.
 
     Attributes:
-        iteration: i, which makes θ_i.
-        starts_from: index of the checkpoint that the policy starts as.
-        opponents, main_players: indices of the checkpoints, newest first. A baseline has no
-            opponents, and no main player but the reference model of DPO.
-        triples: size of D_O; of a baseline, of its data.
-        optimizer_steps: over all epochs.
+        iteration: i, the iteration that trains θ_i.
+        starts_from: index of the checkpoint that the policy starts from.
+        opponents: indices of the opponents, newest first. Empty for sft and dpo.
+        main_players: indices of the main players, newest first. Empty for sft. For dpo it holds
+            the reference model.
+        triples: number of triples in D_O. For sft it is the number of examples, for dpo the
+            number of preference pairs.
+        optimizer_steps: optimizer steps over all epochs.
+        learning_rate: peak learning rate.
+        lambda_: λ of the objective.
+        epochs: passes over the triples.
         to_generate: responses to sample.
-        to_score: (player, sequence) pairs to compute, at most; equal sequences count once.
+        to_score: upper bound of the (player, sequence) pairs to score. Equal sequences are
+            scored once, so the true number may be lower.
     """
 
     iteration: int
@@ -37,10 +46,18 @@ class IterationPlan(NamedTuple):
 
 
 def plan_run(config: RunConfig, examples: int) -> list[IterationPlan]:
-    """Plan every iteration for a number of usable examples, N.
+    """Plan every iteration.
+
+    Args:
+        config: the configuration of the run.
+        examples: number of usable examples, N.
+
+    Returns:
+        One plan for each iteration, in order.
 
     Raises:
-        InputError: an iteration that would leave its policy unchanged.
+        InputError: an iteration has a single optimizer step and a warmup, so its learning rate
+            would be 0 and θ would not change.
     """
     plans = []
     scored: set[tuple[int, int]] = set()
@@ -49,12 +66,12 @@ def plan_run(config: RunConfig, examples: int) -> list[IterationPlan]:
         if config.method == "self_play":
             opponents = config.team.opponents.select(history)
             main_players = config.team.main_players.select(history)
-            triples, answered, authors = len(opponents) * examples, examples, (-1, *opponents)
+            triples, responses, authors = len(opponents) * examples, examples, (-1, *opponents)
         else:
             opponents, main_players = (), (t,) if config.method == "dpo" else ()
-            triples, answered, authors = examples, 0, (-1, -2)
-        # Sequences by who made them. -1 stands for the data's targets, which every player scores,
-        # -2 for its rejected answers.
+            triples, responses, authors = examples, 0, (-1, -2)
+        # Identifies sequences by their author: -1 for the targets of the data, -2 for its rejected
+        # responses, t for the responses of θ_t.
         needed = {(j, author) for j in main_players for author in authors}
         plans.append(
             IterationPlan(
@@ -67,7 +84,7 @@ def plan_run(config: RunConfig, examples: int) -> list[IterationPlan]:
                 learning_rate=at_iteration(config.train.learning_rate, t),
                 lambda_=at_iteration(config.objective.lambda_, t),
                 epochs=at_iteration(config.train.epochs, t),
-                to_generate=answered,
+                to_generate=responses,
                 to_score=len(needed - scored) * examples,
             )
         )
@@ -75,12 +92,20 @@ def plan_run(config: RunConfig, examples: int) -> list[IterationPlan]:
         if plans[-1].optimizer_steps == 1 and config.train.warmup > 0:
             raise InputError(
                 f"train.warmup: {config.train.warmup}: iteration {t + 1} has a single step "
-                f"({triples} triples), and warming up spends it at a learning rate of 0; set "
-                "train.warmup to 0, lower train.batch_size, or give more rows or epochs"
+                f"({triples} triples), and the warmup gives this step a learning rate of 0; set "
+                "train.warmup to 0, lower train.batch_size, or use more records or epochs"
             )
     return plans
 
 
 def optimizer_steps(config: RunConfig, triples: int, t: int) -> int:
-    """Optimizer steps over all epochs; the last step of an epoch may hold fewer triples."""
+    """Optimizer steps of an iteration over all epochs.
+
+    The last step of an epoch may hold fewer triples than `train.batch_size`.
+
+    Args:
+        config: the configuration of the run.
+        triples: number of triples in one epoch.
+        t: the iteration that trains θ_{t+1}; counts from 0.
+    """
     return at_iteration(config.train.epochs, t) * math.ceil(triples / config.train.batch_size)

@@ -1,7 +1,8 @@
-"""Every setting of a run, with the paper's symbol and the default beside it.
+"""Every setting of a run: its type, its default and its description.
 
-This file is the reference: `tpaw config show RECIPE` and `tpaw config schema` print what stands
-here. `files.py` reads and writes YAML, `messages.py` words the errors.
+This file is the reference for settings. `tpaw config show CONFIG` prints each description as a
+comment, and `tpaw config schema` prints the JSON schema. `files.py` reads and writes YAML.
+`messages.py` turns validation errors into messages.
 """
 
 from __future__ import annotations
@@ -27,24 +28,25 @@ def _as_strings(value: Any) -> Any:
     return (value,) if isinstance(value, str) else _as_tuple(value)
 
 
-# One value for all iterations, or a list with one value for each.
+# One value for all iterations, or a list with one value for each iteration.
 PerIteration = Annotated[Scalar | tuple[Scalar, ...], BeforeValidator(_as_tuple)]
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_strings)]
 
-# What a baseline has no use for; a value other than the default is refused rather than ignored.
+# Settings that the methods sft and dpo do not use. A value other than the default is refused,
+# because a setting without effect would mislead the user.
 _OF_SELF_PLAY: Mapping[str, tuple[str, ...]] = {
     "team": ("opponents", "main_players"),
     "objective": ("lambda_", "eta", "gamma", "min_player_weight", "target_weight", "player_weight"),
     "train": ("group_by_prompt", "weights"),
 }
 
-# `json_schema_extra` of a setting that may change when a run goes on: it decides how the work is
-# cut up or what is shown, and changes results by no more than rounding.
+# `json_schema_extra` of a setting that may change when a run is resumed. Such a setting controls
+# memory, speed or display. It changes results by rounding at most.
 CHANGEABLE: JsonDict = {"changeable": True}
 
 
 class Section(BaseModel):
-    """A part of the file: strict types, no unknown keys, frozen."""
+    """One section of the configuration: strict types, no unknown keys, immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -58,287 +60,428 @@ _COLUMNS = (
 
 
 class Columns(Section):
-    """Names of the columns to read, one of `_COLUMNS`."""
+    """Names of the columns to read. Only the combinations in `_COLUMNS` are allowed."""
 
-    prompt: str | None = Field(None, description="Column of the prompt's text (or messages).")
-    target: str | None = Field(None, description="Column of the target's text (or messages).")
-    messages: str | None = Field(None, description="Column of a list of role/content messages.")
+    prompt: str | None = Field(
+        None, description="Column that holds the prompt, as text or as a list of messages."
+    )
+    target: str | None = Field(
+        None, description="Column that holds the target, as text or as a list of messages."
+    )
+    messages: str | None = Field(
+        None,
+        description="Column that holds a conversation: a list of messages with role and content.",
+    )
     chosen: str | None = Field(
         None,
-        description="Column of the preferred answer: text, a message, or a conversation, which "
-        "may bring the prompt along. It is the target.",
+        description="Column that holds the chosen response: text, a message, or a conversation. "
+        "A conversation may include the prompt. TPAW uses the chosen response as the target.",
     )
-    rejected: str | None = Field(None, description="Column of the answer that is not preferred.")
+    rejected: str | None = Field(
+        None,
+        description="Column that holds the rejected response, in the same form as chosen. Only "
+        "method dpo trains on it.",
+    )
 
     @model_validator(mode="after")
     def _one_way(self) -> Columns:
-        if {name for name, column in self if column is not None} not in _COLUMNS:
+        given = {name: column for name, column in self if column is not None}
+        if given.keys() not in _COLUMNS:
             raise ValueError(
-                "give prompt and target, or messages alone, or chosen and rejected with or "
-                "without prompt"
+                f"{given}: not a valid combination; give prompt and target, or messages alone, or "
+                "chosen and rejected with or without prompt"
             )
         return self
 
 
 class DataConfig(Section):
-    """Where rows come from and how they become prompt and target."""
+    """Which records to read, and how to turn each record into a prompt and a target."""
 
     path: str = Field(
-        description="A json, jsonl, parquet, csv or arrow file, a folder of datasets' "
-        "save_to_disk, a hub id, or tpaw://starter/train.jsonl."
+        description="Where the records are: a .json, .jsonl, .ndjson, .parquet, .csv or .arrow "
+        "file; a folder that the method save_to_disk of the library datasets wrote; the id of a "
+        "dataset on the Hugging Face Hub; or tpaw://starter/train.jsonl."
     )
-    split: str = Field("train", description="Split of a hub id; slices such as train[:50000] work.")
-    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+    split: str = Field(
+        "train",
+        description="Split of a Hub dataset or of a saved DatasetDict. A Hub dataset also takes a "
+        "slice such as train[:50000]. It has no effect on a single file.",
+    )
+    revision: str | None = Field(
+        None,
+        description="Branch, tag or commit of a Hub dataset. Default: the main branch. It has no "
+        "effect on local files.",
+    )
     columns: Columns | None = Field(
         None,
-        description="Columns to read. Default, the first that fits: chosen/rejected with prompt or "
-        "conversations or alone, prompt/completion, messages, conversations (ShareGPT), "
-        "instruction/input/output (Alpaca), question/answer (GSM8K).",
+        description="Names of the columns to read. Default: TPAW looks for the following columns "
+        "and uses the first set that the records have: chosen and rejected (with prompt or "
+        "conversations, or alone); prompt and completion; messages; conversations (ShareGPT); "
+        "instruction, input and output (Alpaca); question and answer (GSM8K).",
     )
     turn: Literal["first", "last"] = Field(
         "first",
-        description="Of a conversation: the first round (as the paper), or everything up to the "
-        "last assistant turn.",
+        description="Which assistant turn of a conversation is the target. first: the first "
+        "assistant turn, as in the paper. last: the last assistant turn; the prompt is every turn "
+        "before it. It applies to the columns messages and conversations. It has no effect on "
+        "other columns.",
     )
     template: Literal["auto", "chat", "none"] = Field(
         "auto",
-        description="The tokenizer's chat template. auto: for messages always, for a plain "
-        "prompt/completion never (as TRL), for the other shapes where there is one. none: the "
-        "text as it stands.",
+        description="When to apply the tokenizer's chat template. auto: always to conversations; "
+        "never to the columns prompt and completion if they hold text (as TRL does); to all other "
+        "text if the tokenizer has a chat template. chat: always. none: never; the tokenizer "
+        "reads the plain text.",
     )
-    limit: int | None = Field(None, ge=1, description="Read only the first rows. Default: all.")
+    limit: int | None = Field(
+        None, ge=1, description="Read only this many records, from the first on. Default: all."
+    )
     max_skipped: float = Field(
-        0.01, ge=0, le=1, description="Share of rows that may be unusable before it is an error."
+        0.01,
+        ge=0,
+        le=1,
+        description="Largest share of records that TPAW may skip because they are unusable, for "
+        "example longer than max_length. If more records are unusable, the run is refused.",
     )
 
 
 class ModelConfig(Section):
-    """θ_0 and how models are loaded."""
+    """θ_0, and how to load every checkpoint."""
 
     path: str = Field(
-        json_schema_extra=CHANGEABLE,  # the weights are known by their fingerprint
-        description="θ_0, the SFT model: a folder, a hub id, or tpaw://starter/model. "
-        "Any decoder-only model of transformers.",
+        json_schema_extra=CHANGEABLE,  # a resumed run checks the fingerprint of the weights
+        description="θ_0, the SFT model: a folder, a model id on the Hugging Face Hub, or "
+        "tpaw://starter/model. It must be a decoder-only model that transformers can load.",
     )
     revision: str | None = Field(
-        None, json_schema_extra=CHANGEABLE, description="Branch, tag or commit of a hub id."
+        None,
+        json_schema_extra=CHANGEABLE,
+        description="Branch, tag or commit of a Hub model. Default: the main branch. It has no "
+        "effect on a folder.",
     )
     eos_token: str | None = Field(
         None,
-        description="The token that ends a response, where it is not the tokenizer's own "
-        "(e.g. <|im_end|> for a Qwen base model tuned on chats).",
+        description="The token that ends a response, if it differs from the tokenizer's "
+        "end-of-sequence token. Example: <|im_end|> for a Qwen base model that was fine-tuned on "
+        "conversations. Default: the tokenizer's token.",
     )
     attn_implementation: str | None = Field(
         None,
-        description="sdpa, eager, flash_attention_2, …; default: what transformers chooses. With "
-        "sdpa, rows are packed where the model allows it; any other has one sequence a row.",
+        description="Attention implementation of transformers: sdpa, eager, flash_attention_2, … "
+        "Default: transformers chooses. Only sdpa supports sequence packing; any other value "
+        "disables it, which makes training slower.",
     )
     trust_remote_code: bool = Field(
-        False, description="Run code that comes with the model. Only for models you trust."
+        False,
+        description="Run the Python code that comes with the model. Set it to true only for a "
+        "model whose authors you trust.",
     )
 
 
 class TeamConfig(Section):
-    """Who plays, as rules over the history of checkpoints."""
+    """Which checkpoints play. No effect on method sft or dpo, which refuse other values."""
 
     opponents: Newest = Field(
-        Newest(last=3), description="Whose responses are played against: the newest N_max."
+        Newest(last=3),
+        description="Opponents: the checkpoints whose responses the policy learns to reject. "
+        "last: how many of the newest checkpoints play (the paper's N_max). D_O has one triple "
+        "for each prompt and opponent, so more opponents mean more optimizer steps.",
     )
     main_players: Newest = Field(
-        Newest(last=3), description="Who are the reference models: the newest N_max."
+        Newest(last=3),
+        description="Main players: the reference models of the objective. last: how many of the "
+        "newest checkpoints play (the paper's N_max).",
     )
 
 
 class ObjectiveConfig(Section):
-    """Equations 2 to 8."""
+    """Parameters of equations 2 to 8. Method sft uses none of them; method dpo uses lambda only."""
 
     model_config = ConfigDict(populate_by_name=True)
 
     lambda_: PerIteration[Annotated[float, Field(gt=0)]] = Field(
-        0.1, alias="lambda", description="λ > 0: scale of every implicit reward (TRL's beta)."
+        0.1,
+        alias="lambda",
+        description="λ > 0: scale of every implicit reward (TRL calls it beta). One value, or a "
+        "list with one value for each iteration.",
     )
     eta: float = Field(
-        6.0, ge=1, description="η ≥ 1: target weight where the target's reward is not positive."
+        6.0,
+        ge=1,
+        description="η ≥ 1: target weight of a triple whose target reward is not positive. A "
+        "larger value prevents the targets from losing likelihood. It has no effect if "
+        "target_weight is one.",
     )
-    gamma: float = Field(0.5, ge=0, description="γ ≥ 0: sharpness of the player weights.")
+    gamma: float = Field(
+        0.5,
+        ge=0,
+        description="γ ≥ 0: how strongly the player weight depends on the margin; 0 gives uniform "
+        "weights. It has no effect if player_weight is uniform or if there is one main player.",
+    )
     min_player_weight: float = Field(
-        0.01, ge=0, lt=1, description="Player weights below it become 0, the rest sum to 1."
+        0.01,
+        ge=0,
+        lt=1,
+        description="Player weights below this value become 0. The other weights are then scaled "
+        "to sum to 1. It has no effect if player_weight is uniform.",
     )
     target_weight: Literal["adaptive", "one"] = Field(
-        "adaptive", description="α_j: adaptive as equation 4, or always one (w/o TRW)."
+        "adaptive",
+        description="Target weight α_j. adaptive: equation 4. one: always 1 (the paper's ablation "
+        "w/o TRW).",
     )
     player_weight: Literal["softmax", "uniform"] = Field(
-        "softmax", description="β_j: softmax as equation 7, or uniform (w/o MPW)."
+        "softmax",
+        description="Player weight β_j. softmax: equation 7. uniform: 1 divided by the number of "
+        "main players (the paper's ablation w/o MPW).",
     )
 
 
 class GenerateConfig(Section):
-    """How the newest checkpoint answers; SPIN's sampling, as the paper states none."""
+    """How the newest checkpoint generates responses.
 
-    temperature: float = Field(1.0, gt=0, description="SamplingParams temperature.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; 1 is off.")
-    top_k: int = Field(0, ge=0, description="Sample among the k likeliest tokens; 0 is off.")
-    max_new_tokens: int = Field(1024, ge=1, description="Longest response, in tokens.")
+    The paper states no sampling parameters; the defaults are those of SPIN's code.
+    """
+
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        description="Sampling temperature. Values below 1 favour likely tokens. It has no effect "
+        "on exact match, which decodes greedily.",
+    )
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Nucleus sampling: sample from the likeliest tokens whose probabilities sum "
+        "to top_p. 1 disables it.",
+    )
+    top_k: int = Field(
+        0, ge=0, description="Sample from the k likeliest tokens. 0 disables the limit."
+    )
+    max_new_tokens: int = Field(
+        1024,
+        ge=1,
+        description="Longest response in tokens. It must be less than max_length. A response is "
+        "also cut where prompt plus response reach max_length.",
+    )
     tokens_per_batch: int = Field(
         131072,
         ge=1,
-        description="Tokens answered at a time, padding included: of prompts and of their longest "
-        "possible answers, for which memory is kept. Lower it when memory is short.",
+        json_schema_extra=CHANGEABLE,
+        description="Token budget of a generation batch: (prompt + max_new_tokens) × sequences. "
+        "It decides only memory use and speed. Lower it if generation runs out of memory.",
     )
     shard_size: int = Field(
-        1024, ge=1, description="Prompts in a shard; a kill costs at most one shard."
+        1024,
+        ge=1,
+        description="Prompts in one shard of responses. TPAW publishes shard by shard, so a "
+        "killed run loses at most one shard of work.",
     )
 
 
 class ScoreConfig(Section):
-    """How reference log-probs are computed; changes nothing but speed and rounding."""
+    """How to compute the log-probs of the main players. It changes results by rounding at most."""
 
     tokens_per_row: int = Field(
         8192,
         ge=1,
         json_schema_extra=CHANGEABLE,
-        description="Tokens in one forward pass. Lower it when memory is short.",
+        description="Token budget of one forward pass. It decides only memory use and speed. "
+        "Lower it if scoring runs out of memory.",
     )
     shard_size: int = Field(
-        8192, ge=1, description="Sequences in a shard; a kill costs at most one shard."
+        8192,
+        ge=1,
+        description="Sequences in one shard of log-probs. TPAW publishes shard by shard, so a "
+        "killed run loses at most one shard of work.",
     )
 
 
 class TrainConfig(Section):
-    """One iteration's training."""
+    """How one iteration trains its policy."""
 
     learning_rate: PerIteration[Annotated[float, Field(gt=0)]] = Field(
-        1e-6, description="Peak learning rate."
+        1e-6,
+        description="Peak learning rate. One value, or a list with one value for each iteration.",
     )
-    epochs: PerIteration[Annotated[int, Field(ge=1)]] = Field(2, description="Passes over D_O.")
-    batch_size: int = Field(64, ge=1, description="Triples in an optimizer step.")
+    epochs: PerIteration[Annotated[int, Field(ge=1)]] = Field(
+        2,
+        description="Passes over the triples of an iteration (D_O). One value, or a list with one "
+        "value for each iteration.",
+    )
+    batch_size: int = Field(
+        64,
+        ge=1,
+        description="Triples in one optimizer step. TPAW splits a batch into micro-batches, so "
+        "this value does not change memory use.",
+    )
     tokens_per_row: int = Field(
         8192,
         ge=1,
         json_schema_extra=CHANGEABLE,
-        description="Tokens in one forward pass. A batch is shared out to rows of about as many. "
-        "Lower it when memory is short.",
+        description="Token budget of one micro-batch, that is of one forward and backward pass. "
+        "It decides only memory use and speed. Lower it if training runs out of memory.",
     )
     group_by_prompt: bool = Field(
         False,
-        description="Shuffle prompts instead of triples, so that prompt and target go through the "
-        "model once for all opponents. A third to a half faster with three of them; but a batch "
-        "then holds a third as many prompts, which learns less (docs/log.md).",
+        description="Shuffle prompts instead of triples. The model then computes prompt and "
+        "target once for all opponents, which saves a third to a half of the time with three "
+        "opponents. A batch then holds a third as many prompts, and the model learns less "
+        "(docs/log.md). It has no effect on which triples an epoch contains.",
     )
     optimizer: str = Field(
-        "rmsprop", description="Any optimizer of transformers' TrainingArguments.optim."
+        "rmsprop",
+        description="Name of an optimizer, as in TrainingArguments.optim of transformers.",
     )
     weights: Literal["fp32", "split"] = Field(
         "fp32",
-        description="How weights are kept while they train. split: in two halves of 16 bits, with "
-        "gradients and squared gradients in bf16. The update is fp32's at 8 bytes a parameter "
-        "instead of 14, so that 8B parameters fit on one 80 GB card. The model computes with the "
-        "upper half, its bf16 rounding; checkpoints are fp32. Needs precision bf16 and rmsprop.",
+        description="How to store the weights during training. fp32: ordinary fp32 weights, 14 "
+        "bytes a parameter with gradients and optimizer state. split: each fp32 weight is stored "
+        "as two halves of 16 bits, and gradients and squared gradients are bf16; 8 bytes a "
+        "parameter, so that a model of 8B parameters fits on one 80 GB GPU. The optimizer updates "
+        "the full fp32 value. The model computes with the upper half, which is the weight rounded "
+        "to bf16. Checkpoints are fp32. split needs precision bf16 and optimizer rmsprop.",
     )
-    schedule: str = Field("cosine", description="Any of TrainingArguments.lr_scheduler_type.")
-    warmup: float = Field(0.1, ge=0, lt=1, description="Share of the steps that warm up.")
+    schedule: str = Field(
+        "cosine",
+        description="Learning rate schedule, as in TrainingArguments.lr_scheduler_type of "
+        "transformers. Each iteration starts a new schedule.",
+    )
+    warmup: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="Share of an iteration's optimizer steps during which the learning rate rises "
+        "from 0. A schedule without warmup ignores it.",
+    )
     activation_checkpointing: bool = Field(
         False,
         json_schema_extra=CHANGEABLE,
-        description="Recompute activations in the backward pass: less memory, a third more time.",
+        description="Recompute activations in the backward pass instead of storing them. Training "
+        "needs less memory and takes about a third more time. Results do not change.",
     )
     log_every: int = Field(
-        10, ge=1, json_schema_extra=CHANGEABLE, description="Steps between lines of training.jsonl."
+        10,
+        ge=1,
+        json_schema_extra=CHANGEABLE,
+        description="Optimizer steps between two lines of training.jsonl.",
     )
     save_every: int = Field(
         100,
         ge=1,
         json_schema_extra=CHANGEABLE,
-        description="Steps between saved training states; a kill costs at most as many.",
+        description="Optimizer steps between two saved training states. A killed run loses at "
+        "most this many steps.",
     )
     report_to: Strings = Field(
         (),
         json_schema_extra=CHANGEABLE,
-        description="Trackers of transformers: wandb, tensorboard, mlflow, trackio, …",
+        description="Experiment trackers of transformers: wandb, tensorboard, mlflow, trackio, … "
+        "One name or a list of names. Default: none.",
     )
     training_arguments: Mapping[str, Any] = Field(
-        {}, description="Anything else of transformers' TrainingArguments, by its own name."
+        {},
+        description="Further TrainingArguments of transformers, by their own names. An argument "
+        "that another setting decides is refused, and the error names that setting.",
     )
-
-    @model_validator(mode="after")
-    def _fits(self) -> TrainConfig:
-        if self.weights == "split" and self.optimizer != "rmsprop":
-            raise ValueError(
-                f"weights split: optimizer {self.optimizer!r} cannot update them; it must be "
-                "rmsprop, or weights fp32"
-            )
-        return self
 
 
 class EvaluateConfig(Section):
-    """What is measured after each iteration."""
+    """What to measure on θ_0 and after each iteration."""
 
     data: DataConfig | None = Field(
-        None, description="Held-out rows, in any shape that `data` takes. Default: none."
+        None,
+        description="Held-out records, with the same settings as data. Default: none; TPAW then "
+        "evaluates nothing during the run.",
     )
     exact_match: bool | None = Field(
         None,
-        description="Greedy answers compared with the target's `#### answer`. "
-        "Default: where every held-out target has one.",
+        description="Generate greedy responses and compare their `#### number` with that of the "
+        "target. Default: true if every held-out target has one, else false.",
     )
     max_new_tokens: int | None = Field(
-        None, ge=1, description="Longest greedy answer. Default: generate.max_new_tokens."
+        None,
+        ge=1,
+        description="Longest greedy response in tokens. Default: generate.max_new_tokens. It has "
+        "no effect without exact_match.",
     )
 
 
 class RunConfig(Section):
-    """A whole run. `RunConfig.load("file.yaml")` reads one; every field is documented here."""
+    """The complete configuration of a run. `RunConfig.load("file.yaml")` reads one."""
 
     method: Literal["self_play", "sft", "dpo"] = Field(
         "self_play",
-        description="self_play: Algorithm 1. sft, dpo: a baseline trained by TRL, each iteration "
-        "from the newest checkpoint, on the targets or on preference data (λ is TRL's beta).",
+        description="self_play: Algorithm 1. sft: supervised fine-tuning on the targets, by TRL. "
+        "dpo: DPO on preference data; λ is TRL's beta. With sft and dpo, each iteration trains "
+        "from the newest checkpoint.",
     )
     model: ModelConfig
     data: DataConfig
-    iterations: int = Field(4, ge=1, description="T: iterations; iteration i makes θ_i.")
-    max_length: int = Field(2048, ge=2, description="Longest prompt plus response, in tokens.")
+    iterations: int = Field(
+        4, ge=1, description="T, the number of iterations. Iteration i trains θ_i from θ_{i−1}."
+    )
+    max_length: int = Field(
+        2048,
+        ge=2,
+        description="Longest prompt plus response, in tokens. TPAW skips a longer record (see "
+        "data.max_skipped).",
+    )
     team: TeamConfig = TeamConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     generate: GenerateConfig = GenerateConfig()
     score: ScoreConfig = ScoreConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    seed: int = Field(0, ge=0, lt=2**31, description="Seed of sampling and shuffling.")
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**31,
+        description="Seed of sampling and shuffling. Each shard and each iteration derives its "
+        "own seed from it.",
+    )
     precision: Literal["fp32", "bf16"] = Field(
         "bf16",
-        description="Type of the computation. The weights that the optimizer updates have the "
-        "precision of fp32 whatever it is.",
+        description="Type of the model's computation. The optimizer always updates weights of "
+        "fp32 precision.",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if there.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Device of the model. auto: cuda if torch sees a CUDA device, else cpu."
+    )
     deterministic: bool = Field(
         False,
-        description="Refuse kernels whose results vary from run to run. On one CPU process a run "
-        "that was killed and resumed is then byte-identical to one that was not.",
+        description="Use only kernels that give the same result every time. On one CPU process, a "
+        "run that was killed and resumed then produces the same bytes as an uninterrupted run.",
     )
 
     @model_validator(mode="after")
-    def _one_value_per_iteration(self) -> RunConfig:
+    def _settings_fit_together(self) -> RunConfig:
         for key, value in self.per_iteration().items():
             if isinstance(value, tuple) and len(value) != self.iterations:
                 raise ValueError(
-                    f"{key} lists {len(value)} values ({list(value)}); give one, or one for each "
-                    f"of the {self.iterations} iterations"
+                    f"{key}: {list(value)}: lists {len(value)} values; give one value, or one for "
+                    f"each of the {self.iterations} iterations"
                 )
+        if self.train.weights == "split" and self.train.optimizer != "rmsprop":
+            raise ValueError(
+                f"train.weights: split: cannot be used with optimizer {self.train.optimizer!r}; "
+                "set train.optimizer to rmsprop, or train.weights to fp32"
+            )
         if self.train.weights == "split" and self.precision != "bf16":
             raise ValueError(
-                f"train.weights split: the model computes with bf16 weights, so precision must be "
-                f"bf16, not {self.precision}"
+                f"train.weights: split: cannot be used with precision {self.precision}; set "
+                "precision to bf16, or train.weights to fp32"
             )
         if self.generate.max_new_tokens >= self.max_length:
             raise ValueError(
-                f"generate.max_new_tokens {self.generate.max_new_tokens} leaves no room for a "
+                f"generate.max_new_tokens: {self.generate.max_new_tokens}: leaves no room for a "
                 f"prompt; it must be less than max_length {self.max_length}"
             )
         players = min(self.team.main_players.last, self.iterations)
         if self.objective.min_player_weight * players > 1:
             raise ValueError(
-                f"objective.min_player_weight {self.objective.min_player_weight}: with {players} "
+                f"objective.min_player_weight: {self.objective.min_player_weight}: with {players} "
                 f"main players every weight could be below it; it must be at most 1/{players}"
             )
         return self
@@ -349,15 +492,20 @@ class RunConfig(Section):
             section = getattr(self, name)
             for field, info in ((f, type(section).model_fields[f]) for f in fields):
                 is_beta = self.method == "dpo" and field == "lambda_"
-                if not is_beta and getattr(section, field) != info.default:
+                value = getattr(section, field)
+                if not is_beta and value != info.default:
                     raise ValueError(
-                        f"{name}.{info.alias or field}: method {self.method} has no use for it; "
-                        "leave it out"
+                        f"{name}.{info.alias or field}: {_plain(value)}: method {self.method} does "
+                        "not use this setting; remove it"
                     )
         return self
 
     def per_iteration(self) -> dict[str, Any]:
-        """The settings that take one value, or one for each iteration, by key."""
+        """The settings that take one value or one value for each iteration.
+
+        Returns:
+            Key path to value. A tuple holds one value for each iteration.
+        """
         return {
             "train.learning_rate": self.train.learning_rate,
             "train.epochs": self.train.epochs,
@@ -366,18 +514,32 @@ class RunConfig(Section):
 
     @classmethod
     def load(cls, *sources: str | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
-        """Read YAML files or recipes by name. Later sources override earlier ones.
+        """Read a configuration from YAML files, recipes or mappings.
 
         Args:
-            sources: a mapping stands for the content of a file.
-            overrides: texts `section.key=value`; they override every source.
+            sources: paths of YAML files, names of recipes, or mappings with the same content as
+                a file. A later source overrides an earlier one.
+            overrides: texts of the form `section.key=value`. They override every source.
+
+        Returns:
+            The validated configuration.
 
         Raises:
-            InputError: naming the key path, the value and what is allowed.
+            InputError: with one line for each problem: the key path, the value and what is
+                allowed.
         """
         return validate_as(cls, load_tree(sources, overrides))
 
 
 def at_iteration(value: Scalar | tuple[Scalar, ...], t: int) -> Scalar:
-    """The value for the iteration that trains θ_{t+1} from θ_t; t counts from 0."""
+    """The value of a per-iteration setting.
+
+    Args:
+        value: one value for all iterations, or a tuple with one value for each.
+        t: the iteration that trains θ_{t+1} from θ_t; counts from 0.
+    """
     return value[t] if isinstance(value, tuple) else value
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump() if isinstance(value, BaseModel) else value
