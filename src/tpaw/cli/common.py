@@ -1,30 +1,49 @@
-"""What the commands of both command-line modules share."""
+"""Options and helpers that several commands share."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 from tpaw.errors import Interrupted
 from tpaw.runtime.interrupt import StopSignal
 
 Overrides = Annotated[
     list[str],
-    typer.Option("--set", help="section.key=value, over everything else. May be repeated."),
+    typer.Option(
+        "--set", help="A setting as section.key=value. It overrides every CONFIG. Can be repeated."
+    ),
 ]
+
+
+class Command(TyperCommand):
+    """A command whose usage line shows `CONFIG...`, where typer shows `{CONFIG...}...`."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """The parts of the usage line after the command's name."""
+        pieces = super().collect_usage_pieces(ctx)
+        return [re.sub(r"^\{(.*?)(\.\.\.)?\}", r"\1", piece) for piece in pieces]
 
 
 @contextlib.contextmanager
 def stoppable(again: str) -> Iterator[StopSignal]:
-    """Listen for Ctrl-C and SIGTERM; say what goes on with the work, and exit as a shell expects.
+    """Turn Ctrl-C and SIGTERM into a stop at the next safe point.
+
+    On a stop, print the command that resumes the work and exit with 128 plus the signal's number,
+    as a shell does.
 
     Args:
-        again: the command.
+        again: the command that resumes the work.
+
+    Yields:
+        The signal to pass to the work.
     """
     stop = StopSignal()
     with stop.listening():
@@ -32,10 +51,10 @@ def stoppable(again: str) -> Iterator[StopSignal]:
             yield stop
         except (Interrupted, KeyboardInterrupt) as interruption:
             number = getattr(interruption, "signal_number", None) or stop.signal_number or 2
-            print(f"stopped; go on with: {again}", file=sys.stderr)
+            print(f"stopped; to resume, run: {again}", file=sys.stderr)
             raise typer.Exit(128 + number) from None
 
 
 def console_of_stdout() -> Console:
-    """The console for results; wide enough for the tables where the output is a file or a pipe."""
+    """The console for results. It is 140 columns wide if stdout is a file or a pipe."""
     return Console() if sys.stdout.isatty() else Console(width=140)

@@ -1,4 +1,4 @@
-"""The commands that tell whether it works: of the command line, and as thin as the others."""
+"""The commands `compare`, `evaluate`, `answer` and `judge`."""
 
 from __future__ import annotations
 
@@ -7,32 +7,38 @@ from typing import Annotated
 
 import typer
 
-from tpaw.cli.common import Overrides, console_of_stdout, stoppable
+from tpaw.cli.common import Command, Overrides, console_of_stdout, stoppable
 from tpaw.errors import InputError
 from tpaw.evaluation.benchmarks.suite import suite_names
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(cls=Command)
 def compare(
     systems: Annotated[
         list[str],
         typer.Argument(
             metavar="A B...",
-            help="RUN (its newest checkpoint), RUN@i, or the folder of an evaluation.",
+            help="Two or more systems: RUN (its newest checkpoint), RUN@i (its θ_i), or a folder "
+            "that `tpaw evaluate` wrote. A is the baseline.",
         ),
     ],
     suite: Annotated[
-        str | None, typer.Option("--suite", help="A suite's name. Default: the run's own rows.")
+        str | None,
+        typer.Option(
+            "--suite",
+            help="Compare results on this benchmark suite. "
+            "Default: the held-out records of the run.",
+        ),
     ] = None,
     json_: Annotated[
-        Path | None, typer.Option("--json", help="Write every number to this file too.")
+        Path | None, typer.Option("--json", help="Also write all numbers to this JSON file.")
     ] = None,
 ) -> None:
-    """Compare systems with the first of them, on the same items."""
+    """Compare every system with the first one on the same items, with statistical tests."""
     if json_ is not None and (json_.is_dir() or not json_.parent.is_dir()):
-        raise InputError(f"--json {json_}: no file can be written there")
+        raise InputError(f"--json {json_}: cannot be written; give a file in a folder that exists")
     from tpaw.evaluation.compare import compare as compare_evaluations
     from tpaw.evaluation.load import find_evaluation
     from tpaw.report.comparison import comparison_table
@@ -40,8 +46,8 @@ def compare(
     from tpaw.storage.artifacts import write_json
 
     evaluations = [find_evaluation(system, suite) for system in systems]
-    rows = sum(len(evaluation.measures) for evaluation in evaluations)
-    with progress("comparing", rows, "measures") as advance:
+    measures = sum(len(evaluation.measures) for evaluation in evaluations)
+    with progress("compare", measures, "measures") as advance:
         comparison = compare_evaluations(evaluations, advance)
     console = console_of_stdout()
     console.print(comparison_table(comparison))
@@ -51,27 +57,36 @@ def compare(
         write_json(json_, comparison.as_json())
 
 
-@app.command()
+@app.command(cls=Command)
 def evaluate(
     reference: Annotated[
-        str, typer.Argument(metavar="MODEL_OR_RUN", help="A run, RUN@3, or a model.")
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_RUN",
+            help="A run directory, RUN@3 (its θ_3), or a model (folder or Hub id).",
+        ),
     ],
     suite: Annotated[
-        str, typer.Option(help=f"{', '.join(suite_names())}, or a YAML file of your own.")
+        str, typer.Option(help=f"{', '.join(suite_names())}, or the path of a YAML file.")
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="For a model. Default: evaluations/MODEL/SUITE."),
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder for the results of a model. Default: evaluations/MODEL/SUITE. "
+            "Results of a run are always written to its run directory.",
+        ),
     ] = None,
 ) -> None:
-    """Evaluate on benchmarks of lm-evaluation-harness; of a run, every checkpoint.
+    """Run lm-evaluation-harness benchmarks on a model, or on every checkpoint of a run.
 
-    What is evaluated already is not evaluated again.
+    Finished evaluations are skipped.
     """
     from tpaw.evaluation.benchmarks.run import evaluate_suite
     from tpaw.report.tables import suite_table
 
-    with stoppable("the same command") as stop:
+    with stoppable("the same command again") as stop:
         found = evaluate_suite(reference, suite, output, stop)
     console = console_of_stdout()
     console.print(suite_table([one.results for one in found]))
@@ -79,62 +94,98 @@ def evaluate(
         console.print(f"Results: {one.folder}", markup=False, highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(cls=Command)
 def answer(
     checkpoint: Annotated[
-        str, typer.Argument(metavar="MODEL_OR_RUN[@i]", help="A model, a run, or its θ_i.")
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_RUN[@i]",
+            help="A model (folder or Hub id), a run directory (its newest checkpoint), or RUN@i.",
+        ),
     ],
     data: Annotated[
         str | None,
-        typer.Option("--data", help="Rows to answer. Default: the held-out rows of the run."),
+        typer.Option(
+            "--data",
+            help="Records whose prompts to answer, in any format of the setting `data`. Default: "
+            "the held-out records of the run.",
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder. Default: answers/NAME.")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for the responses. Default: answers/NAME."),
     ] = None,
     greedy: Annotated[
-        bool, typer.Option("--greedy", help="The likeliest token each time; nothing is sampled.")
+        bool, typer.Option("--greedy", help="Decode greedily instead of sampling.")
     ] = False,
     set_: Overrides = [],  # noqa: B006
 ) -> None:
-    """Answer the prompts of a file, sampled as in the run, for `tpaw judge` and alpaca_eval."""
+    """Generate responses to the prompts of a file, for `tpaw judge` and alpaca_eval.
+
+    Sampling uses the settings of the run.
+    """
     from tpaw.evaluation.judge.answers import answer_rows
 
-    with stoppable("the same command") as stop:
+    with stoppable("the same command again") as stop:
         folder = answer_rows(checkpoint, data, output, greedy=greedy, overrides=set_, stop=stop)
-    print(f"Answers: {folder}")
+    print(f"Responses: {folder}")
 
 
-@app.command()
+@app.command(cls=Command)
 def judge(
-    a: Annotated[str, typer.Argument(metavar="A", help="A folder of `tpaw answer`, or a file.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Another one, on the same prompts.")],
-    endpoint: Annotated[
-        str, typer.Option("--endpoint", help="URL of an OpenAI-compatible endpoint, …/v1.")
+    a: Annotated[
+        str,
+        typer.Argument(
+            metavar="A",
+            help="A folder that `tpaw answer` wrote, or an alpaca_eval file.",
+        ),
     ],
-    model: Annotated[str, typer.Option("--model", help="The judge's name at the endpoint.")],
+    b: Annotated[
+        str,
+        typer.Argument(
+            metavar="B",
+            help="The same for the other system, on the same prompts.",
+        ),
+    ],
+    endpoint: Annotated[
+        str, typer.Option("--endpoint", help="URL of an OpenAI-compatible endpoint, ending in /v1.")
+    ],
+    model: Annotated[str, typer.Option("--model", help="The judge's model name at the endpoint.")],
     key_env: Annotated[
         str | None,
-        typer.Option("--key-env", help="Environment variable that holds the endpoint's key."),
+        typer.Option("--key-env", help="Name of the environment variable that holds the API key."),
     ] = None,
     prompt: Annotated[
-        Path | None, typer.Option("--prompt", help="Another prompt; see docs/evaluation.md.")
+        Path | None,
+        typer.Option(
+            "--prompt", help="File with a prompt for the judge; see docs/how-to/judge.md."
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder. Default: judgements/A-vs-B.")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for the results. Default: judgements/A-vs-B."),
     ] = None,
     cache: Annotated[
-        Path, typer.Option("--cache", help="Folder of the judge's replies, for all comparisons.")
+        Path,
+        typer.Option("--cache", help="Folder that caches the judge's replies for all comparisons."),
     ] = Path("judgements/replies"),
-    parallel: Annotated[int, typer.Option("--parallel", min=1, help="Requests at a time.")] = 8,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest reply.")] = 1024,
+    parallel: Annotated[
+        int, typer.Option("--parallel", min=1, help="Number of parallel requests.")
+    ] = 8,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, help="Longest reply of the judge, in tokens.")
+    ] = 1024,
 ) -> None:
-    """Pairwise win rate of A against B, asked of a judge in both orders."""
+    """Ask a judge model which responses are better, and report the win rate of A against B.
+
+    The judge sees each pair in both orders.
+    """
     from tpaw.evaluation.judge.match import Judge
     from tpaw.evaluation.judge.prompt import load_prompt
     from tpaw.evaluation.judge.run import judge_outputs, key_from
     from tpaw.report.tables import win_rate_table
 
-    with stoppable("the same command") as stop:
+    with stoppable("the same command again") as stop:
         folder, results = judge_outputs(
             (a, b),
             Judge(model, load_prompt(prompt), max_tokens),

@@ -1,4 +1,4 @@
-"""The command line. Each command is a few calls into the library."""
+"""The command `tpaw`. Each subcommand is a few calls into the library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tpaw.cli.study import app as study_app
 from tpaw.errors import TpawError
 
 app = typer.Typer(
-    help="Self-play fine-tuning of an SFT model with TPAW (arXiv 2605.09922).",
+    help="Fine-tune an SFT model by self-play with TPAW (arXiv 2605.09922).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -27,17 +27,17 @@ app.add_typer(study_app)
 
 @app.callback(invoke_without_command=True)
 def top(
-    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
-    """Self-play fine-tuning of an SFT model with TPAW (arXiv 2605.09922)."""
+    """Fine-tune an SFT model by self-play with TPAW (arXiv 2605.09922)."""
     if version:
         print(f"tpaw {tpaw.__version__}")
         raise typer.Exit
 
 
 def main() -> None:
-    """Run the command line; a `TpawError` becomes its text and its exit code."""
-    # Read when the libraries are imported: their own bars would fight with ours.
+    """Run the command line. For a `TpawError`, print its text and exit with its exit code."""
+    # The libraries read these variables at import. Their progress bars would overwrite ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -1,4 +1,4 @@
-"""The commands that run self-play or a baseline, and that show what a run will do or has done."""
+"""The commands `run`, `sft`, `status`, `plan` and `config`."""
 
 from __future__ import annotations
 
@@ -9,30 +9,38 @@ from typing import Annotated
 
 import typer
 
-from tpaw.cli.common import Overrides, console_of_stdout, stoppable
-from tpaw.config.files import recipe_names, to_yaml
+from tpaw.cli.common import Command, Overrides, console_of_stdout, stoppable
+from tpaw.config.files import recipe_summaries, to_yaml
 from tpaw.config.schema import RunConfig
 from tpaw.errors import InputError
 from tpaw.storage.run_directory import RunDirectory
 from tpaw.storage.run_directory import restart_iteration as forget_training
 
 app = typer.Typer()
-config_app = typer.Typer(help="Show recipes and the schema of a configuration.")
+config_app = typer.Typer(
+    help="List the recipes, print a complete configuration, or print its JSON schema."
+)
 app.add_typer(config_app, name="config", no_args_is_help=True)
 
 Sources = Annotated[
     list[str],
     typer.Argument(
         metavar="CONFIG...",
-        help=f"A YAML file or a recipe ({', '.join(recipe_names())}); later ones go over earlier.",
+        help="A YAML file, a recipe (see `tpaw config list`) or a run directory. Later ones "
+        "override earlier ones.",
     ),
 ]
 Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Run directory. Default: runs/CONFIG.")
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help="Run directory. Default: runs/CONFIG, or CONFIG itself if it is a run directory.",
+    ),
 ]
 
 
-@app.command()
+@app.command(cls=Command)
 def run(
     config: Sources,
     output: Output = None,
@@ -41,14 +49,16 @@ def run(
         typer.Option(
             min=1,
             metavar="N",
-            help="Train iteration N again from its start. Its responses and log-probs are kept.",
+            help="Discard the unfinished training of iteration N and train it from the start. "
+            "Its responses and log-probs are kept.",
         ),
     ] = None,
     set_: Overrides = [],  # noqa: B006
 ) -> None:
-    """Run self-play or a baseline. The same command resumes a run that was stopped.
+    """Run self-play or a baseline.
 
-    CONFIG may be a run directory; then that run is resumed.
+    Run the same command again to resume a run that was stopped. If CONFIG is a run directory, that
+    run is resumed.
     """
     output = output or _default_output(config)
     if restart_iteration is not None:
@@ -56,17 +66,19 @@ def run(
     _run(_load(config, set_), output)
 
 
-@app.command()
+@app.command(cls=Command)
 def sft(config: Sources, output: Output = None, set_: Overrides = []) -> None:  # noqa: B006
-    """Make the starting model: supervised fine-tuning by TRL, with the paper's settings.
+    """Train a starting model by supervised fine-tuning (TRL) with the paper's settings.
 
-    The same as `tpaw run sft CONFIG...`; what CONFIG says goes over the recipe sft. The model is
-    in iterations/1/checkpoint.
+    This command equals `tpaw run sft CONFIG...`: CONFIG overrides the recipe sft. It writes the
+    model to iterations/1/checkpoint in the run directory.
     """
     output = output or _default_output(["sft", *config] if not _is_run(config) else config)
     settings = _load(["sft", *config], set_)
     if settings.method != "sft":
-        raise InputError(f"method: {settings.method}; `tpaw sft` trains by sft, `tpaw run` by any")
+        raise InputError(
+            f"method: {settings.method}: `tpaw sft` supports only method sft; use `tpaw run`"
+        )
     _run(settings, output)
 
 
@@ -78,33 +90,35 @@ def _run(settings: RunConfig, output: Path) -> None:
     _print_summary(RunDirectory(output), settings)
 
 
-@app.command()
-def status(directory: Path) -> None:
-    """Say what is done in a run directory, and what is next."""
+@app.command(cls=Command)
+def status(
+    directory: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+) -> None:
+    """Show which stages of a run are done and which stage is next."""
     run = RunDirectory(directory)
     if not run.has_begun():
-        raise InputError(f"{directory}: not a run directory (no run.json)")
+        raise InputError(f"{directory}: not a run directory; it has no run.json")
     settings = run.load_config()
     from tpaw.report.status import done_and_next
 
     done, upcoming = done_and_next(run, settings)
     for stage in done:
         print(f"done  {stage}")
-    print(f"next  {upcoming}" if upcoming else "all done")
+    print(f"next  {upcoming}" if upcoming else "finished")
     if done:
         _print_summary(run, settings)
 
 
-@app.command()
+@app.command(cls=Command)
 def plan(config: Sources, set_: Overrides = []) -> None:  # noqa: B006
-    """Show lineage and cost of every iteration, before anything is spent."""
+    """Show the players and the cost of every iteration. Nothing is trained or written."""
     settings = _load(config, set_)
     from tpaw.config.plan import plan_run
     from tpaw.pipeline.preflight import read_inputs
     from tpaw.report.tables import plan_table
     from tpaw.runtime.progress import progress
 
-    with progress("reading and tokenising", None, "rows") as advance:
+    with progress("read and tokenize", None, "records") as advance:
         inputs = read_inputs(settings, advance)
     console = console_of_stdout()
     console.print(plan_table(plan_run(settings, len(inputs.examples))))
@@ -112,10 +126,19 @@ def plan(config: Sources, set_: Overrides = []) -> None:  # noqa: B006
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-@config_app.command("show")
+@config_app.command("show", cls=Command)
 def config_show(config: Sources, set_: Overrides = []) -> None:  # noqa: B006
-    """Print the complete configuration, with a comment on every setting."""
+    """Print the complete configuration with the description of every setting."""
     print(to_yaml(_load(config, set_), comments=True), end="")
+
+
+@config_app.command("list")
+def config_list() -> None:
+    """List the recipes that come with the package."""
+    summaries = recipe_summaries()
+    width = max(map(len, summaries))
+    for name, summary in summaries.items():
+        print(f"{name:{width}}  {summary}")
 
 
 @config_app.command("schema")

@@ -1,4 +1,4 @@
-"""`tpaw study`, and the hidden command that its processes share work by."""
+"""The command `study`, and the hidden command `prepare` that a study runs in its own process."""
 
 from __future__ import annotations
 
@@ -8,27 +8,33 @@ from typing import Annotated
 
 import typer
 
-from tpaw.cli.common import console_of_stdout, stoppable
+from tpaw.cli.common import Command, console_of_stdout, stoppable
 from tpaw.study.config import read_study, study_names
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(cls=Command)
 def study(
     source: Annotated[
         str,
         typer.Argument(
             metavar="STUDY",
-            help=f"A YAML file, or one that comes along ({', '.join(study_names())}).",
+            help=f"A YAML file, or a study of the package ({', '.join(study_names())}).",
         ),
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder. Default: studies/STUDY.")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for runs and report. Default: studies/STUDY."),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the cores.")] = 1,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Number of parallel runs. They share the CPU cores.")
+    ] = 1,
 ) -> None:
-    """Run methods × settings × seeds, or go on with them; then compare, with statistics."""
+    """Run methods × settings × seeds, then compare them with statistical tests.
+
+    Run the same command again to resume a study that was stopped.
+    """
     from tpaw.report.study import sentences, study_tables
     from tpaw.study.publish import publish_study
     from tpaw.study.runner import run_study, runs_of
@@ -50,7 +56,7 @@ def study(
 
 @app.command(hidden=True)
 def prepare(directory: Path) -> None:
-    """Do all of a run that comes before its first training; `tpaw study` shares it."""
+    """Compute the stages before the first training, which the runs of a study share."""
     from tpaw.study.sharing import prepare_shared
 
     with stoppable(f"tpaw prepare {shlex.quote(str(directory))}") as stop:

@@ -1,6 +1,7 @@
-"""YAML files in and out: recipes that extend one another, `--set`, comments.
+"""Read and write configurations as YAML: files, recipes, `extends` and `--set`.
 
-Nothing here knows the settings themselves; a configuration is a nested mapping or a pydantic model.
+This module does not know the settings. It treats a configuration as a nested mapping or as any
+pydantic model.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -20,7 +22,10 @@ from tpaw.errors import InputError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers: 1e-6 is a float. PyYAML's YAML 1.1 would read it as text."""
+    """Reads numbers as YAML 1.2 does: 1e-6 is a float. PyYAML follows YAML 1.1: 1e-6 is text.
+
+    It also refuses a key that occurs twice in a mapping.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -28,14 +33,14 @@ class _Loader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=deep)
             if key in seen:
                 raise yaml.MarkedYAMLError(
-                    problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark
+                    problem=f"the key {key!r} occurs twice", problem_mark=key_node.start_mark
                 )
             seen.add(key)
         return dict(super().construct_mapping(node, deep=deep))
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes whatever `_Loader` would not read as text."""
+    """Quotes every text that `_Loader` would read as a number."""
 
 
 _FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
@@ -44,22 +49,41 @@ for _side in (_Loader, _Dumper):
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes and variants that come with the package."""
+    """Names of all recipes that come with the package, sorted."""
     folder = files("tpaw") / "config" / "recipes"
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name[-5:] == ".yaml")
+
+
+def recipe_summaries() -> dict[str, str]:
+    """What each recipe is for.
+
+    Returns:
+        Name of the recipe to the first sentence of the comment at the top of its file.
+    """
+    summaries = {}
+    for name in recipe_names():
+        lines = _recipe_path(name).read_text(encoding="utf-8").splitlines()
+        comment = (line[1:].strip() for line in takewhile(lambda line: line[:1] == "#", lines))
+        summaries[name] = re.split(r"(?<=\.)\s", " ".join(comment), maxsplit=1)[0]
+    return summaries
 
 
 def load_tree(
     sources: Sequence[str | Mapping[str, Any]], overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Read YAML files or recipes by name and merge them; later sources override earlier ones.
+    """Read and merge YAML files, recipes and mappings. The result is not validated.
 
     Args:
-        sources: a mapping stands for the content of a file.
-        overrides: texts `section.key=value`; they override every source.
+        sources: paths of YAML files, names of recipes, or mappings with the same content as a
+            file. A later source overrides an earlier one.
+        overrides: texts of the form `section.key=value`. They override every source.
+
+    Returns:
+        The merged nested mapping.
 
     Raises:
-        InputError: a file or recipe that does not exist, is not YAML, or extends itself.
+        InputError: a file or recipe does not exist, is not valid YAML, or extends itself; or an
+            override is malformed.
     """
     tree: dict[str, Any] = {}
     for source in sources:
@@ -70,46 +94,61 @@ def load_tree(
 
 
 def read_mapping(path: Path, source: str) -> dict[str, Any]:
-    """Read a YAML file that is a mapping of keys; `source` is its name in errors.
+    """Read a YAML file that holds a mapping.
+
+    Args:
+        path: the file.
+        source: the name of the file in error messages.
 
     Raises:
-        InputError: it is not.
+        InputError: the file is not valid YAML or does not hold a mapping.
     """
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{source}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise InputError(f"{source}: a configuration is a mapping of keys, not {tree!r:.60}")
+        raise InputError(f"{source}: {tree!r:.60}: a configuration is a mapping of keys to values")
     return tree
 
 
 def to_yaml(config: BaseModel, *, comments: bool) -> str:
-    """The complete configuration as YAML, with each field's text as a comment where asked."""
+    """Write a configuration as YAML, with every setting.
+
+    Args:
+        config: the configuration.
+        comments: whether to put each setting's description above it as a comment.
+    """
     return "\n".join(_yaml_lines(config, comments, indent=0)) + "\n"
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
-    """The mapping in which `section.key` has the value."""
+    """Turn a key path and a value into a nested mapping: `a.b`, 1 gives {"a": {"b": 1}}."""
     first, *rest = key.split(".")
     for part in reversed(rest):
         value = {part: value}
     return {first: value}
 
 
+def _recipe_path(name: str) -> Path:
+    return Path(str(files("tpaw") / "config" / "recipes" / f"{name}.yaml"))
+
+
 def _read_source(source: str, ancestors: tuple[str, ...]) -> dict[str, Any]:
     path = Path(source)
     if not path.is_file():
-        path = Path(str(files("tpaw") / "config" / "recipes" / f"{source}.yaml"))
+        path = _recipe_path(source)
     if not path.is_file():
         raise InputError(f"{source}: no such file or recipe{nearest(source, recipe_names())}")
     if source in ancestors:
-        raise InputError(f"{source}: extends itself by way of {' → '.join(ancestors)}")
+        raise InputError(
+            f"{source}: extends itself: {' → '.join((*ancestors, source))}; remove one `extends`"
+        )
     tree = read_mapping(path, source)
     parents = tree.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(name, str) for name in parents):
-        raise InputError(f"{source}: extends: {parents!r}; it must be a name or a list of names")
+        raise InputError(f"{source}: extends: {parents!r}; must be a name or a list of names")
     merged: dict[str, Any] = {}
     for parent in parents:
         beside = path.parent / parent
@@ -129,7 +168,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def _parse_override(override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
-        raise InputError(f"--set {override}: write it as section.key=value")
+        raise InputError(f"--set {override}: not an assignment; write it as section.key=value")
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError:

@@ -240,7 +240,8 @@ class ObjectiveConfig(Section):
 class GenerateConfig(Section):
     """How the newest checkpoint generates responses.
 
-    The paper states no sampling parameters; the defaults are those of SPIN's code.
+    The paper states no sampling parameters; the defaults are those of SPIN's code. Methods sft and
+    dpo generate responses only to evaluate held-out records.
     """
 
     temperature: float = Field(
