@@ -1,7 +1,9 @@
 """TPAW: team-based self-play with dual adaptive weighting (arXiv 2605.09922).
 
-from tpaw import RunConfig, self_play
-self_play(RunConfig.load("starter"), "runs/starter")
+Example:
+    from tpaw import RunConfig, self_play
+
+    self_play(RunConfig.load("starter"), "runs/starter")
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    # Looked up on first use, so that the command line does not wait for torch.
+    # Importing torch takes seconds. Most commands do not need it, so import on first use.
     if name not in _HOME:
         raise AttributeError(f"module 'tpaw' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

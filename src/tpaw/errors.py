@@ -1,44 +1,47 @@
-"""The errors a user can act on. The command line prints their text alone, without a traceback."""
+"""Errors that a user can fix. The command line prints their message without a traceback.
+
+An error about a setting reads `<key>: <value>: <what is wrong>; <what to do>`.
+"""
 
 from __future__ import annotations
 
 
 class TpawError(Exception):
-    """Something the user can put right; the message says what and how."""
+    """Base class of all errors that a user can fix. `exit_code` is that of the command line."""
 
     exit_code = 1
 
 
 class InputError(TpawError):
-    """A setting, a file or a row that cannot be used; raised before anything expensive starts."""
+    """A setting, a file or a record is invalid. It is raised before any expensive work starts."""
 
     exit_code = 2
 
 
 class ArtifactError(TpawError):
-    """A published file that is not what its manifest says. It is never used and never redone."""
+    """A published file differs from its manifest. TPAW neither uses nor overwrites such a file."""
 
 
 class RunLockedError(TpawError):
-    """Another process works on the run directory."""
+    """Another process holds the lock of the run directory."""
 
 
 class PolicyMismatchError(TpawError):
-    """The policy at the first step of an iteration is not its newest player."""
+    """At the first step of an iteration, the policy's log-probs differ from its newest player's."""
 
 
 class DivergenceError(TpawError):
-    """Training left the numbers. What came before it is kept."""
+    """Training diverged: a log-prob of the policy is NaN or infinite. Earlier work is kept."""
 
 
 class JudgeError(TpawError):
-    """The judge's endpoint cannot be reached, or refuses. What it answered before is kept."""
+    """The judge's endpoint cannot be reached or refuses requests. Earlier replies are kept."""
 
     exit_code = 3
 
 
 class Interrupted(TpawError):
-    """A stop was asked for and a safe point was reached."""
+    """The work stopped at a safe point because the user asked for it."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__("stopped at a safe point")
@@ -46,11 +49,19 @@ class Interrupted(TpawError):
 
     @property
     def exit_code(self) -> int:  # type: ignore[override]
-        """128 + the signal's number, as a shell reports it: 130 for Ctrl-C, 143 for SIGTERM."""
+        """128 plus the signal's number, as in a shell: 130 for Ctrl-C, 143 for SIGTERM."""
         return 128 + self.signal_number
 
 
 def printable(text: str, width: int = 200) -> str:
-    """Text that others wrote, safe for a terminal: no control characters, one line, cut."""
+    """Make text from outside safe for a terminal.
+
+    Args:
+        text: any text.
+        width: longest result, in characters. Longer text is cut and ends with `…`.
+
+    Returns:
+        One line without control characters.
+    """
     shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     return shown if len(shown) <= width else shown[: width - 1] + "…"

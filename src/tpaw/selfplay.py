@@ -1,4 +1,7 @@
-"""Algorithm 1."""
+"""Algorithm 1 of the paper (arXiv 2605.09922), and the function that runs it.
+
+The loop calls one stage after the other. `pipeline.stages` implements the stages.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,17 @@ if TYPE_CHECKING:
 
 
 def algorithm_1(config: RunConfig, stages: Stages) -> Player:
-    """Algorithm 1. A stage whose output is published returns at once, so running again resumes."""
+    """Run Algorithm 1 of the paper.
+
+    A stage that has already published its output returns at once. A second run therefore resumes.
+
+    Args:
+        config: the configuration of the run.
+        stages: the stages, opened on a run directory.
+
+    Returns:
+        The last checkpoint, θ_T.
+    """
     examples = stages.load_examples()  # D_SFT
     history = [stages.initial_player()]  # θ_0, the SFT model
     stages.evaluate(history[-1])
@@ -26,7 +39,7 @@ def algorithm_1(config: RunConfig, stages: Stages) -> Player:
             main_players=config.team.main_players.select(history),
         )
         triples = stages.build_triples(examples, team.opponents)  # D_O
-        stages.score(triples, team.main_players, t)  # no gradient, each pair once ever
+        stages.score(triples, team.main_players, t)  # each log-prob only once in the run
         history.append(stages.train(history[-1], triples, team, t))  # θ_{t+1}
         stages.evaluate(history[-1])
         stages.report()
@@ -34,13 +47,21 @@ def algorithm_1(config: RunConfig, stages: Stages) -> Player:
 
 
 def self_play(config: RunConfig, output: str | Path, stop: StopSignal | None = None) -> Player:
-    """Run what `method` says into a folder, or go on with the run there; returns θ_T.
+    """Run self-play or the baseline that `config.method` names, or resume the run in `output`.
 
     Args:
-        stop: where a caller that handles signals asks for a stop at the next safe point.
+        config: the configuration of the run.
+        output: the run directory. It is created if it does not exist.
+        stop: pass a signal to be able to stop the run at the next safe point. Default: the run
+            cannot be stopped this way.
+
+    Returns:
+        The last checkpoint, θ_T.
 
     Raises:
-        TpawError: see `tpaw.errors`; an InputError comes before anything is written.
+        InputError: the configuration, the data, the model or the run directory is invalid.
+            Nothing has been written then.
+        TpawError: any other error of `tpaw.errors`.
     """
     from tpaw.pipeline.stages import opened_stages
 

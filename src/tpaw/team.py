@@ -1,4 +1,4 @@
-"""Who plays: players, the team of an iteration, and the rules that pick it from the history."""
+"""Players, the team of an iteration, and the rule that selects the team."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ PlayerOrIndex = TypeVar("PlayerOrIndex")
 
 @dataclass(frozen=True)
 class Player:
-    """A checkpoint that plays: θ_0, the SFT model, or a θ_t made by the run.
+    """A checkpoint that takes part in self-play: θ_0 (the SFT model) or a θ_t that the run made.
 
     Attributes:
         index: t of θ_t.
-        path: the model's folder.
-        fingerprint: hash of the weights' content, so that a moved or copied model is the same
-            player and an edited one is not.
+        path: folder of the model.
+        fingerprint: hash of the weights. It identifies a player: a moved or copied model is the
+            same player, a model with other weights is a different one.
     """
 
     index: int
@@ -29,9 +29,12 @@ class Player:
 
 @dataclass(frozen=True)
 class Team:
-    """Opponents (whose responses are played against) and main players (the references).
+    """The players of one iteration.
 
-    Both newest first, as the paper's j ∈ {t, t-1, t-2}.
+    Attributes:
+        opponents: the players whose responses the policy learns to reject; newest first.
+        main_players: the reference models of the objective; newest first, as in the paper's
+            j ∈ {t, t-1, t-2}.
     """
 
     opponents: tuple[Player, ...]
@@ -39,12 +42,23 @@ class Team:
 
 
 class Newest(BaseModel):
-    """The rule `last: n`: the newest n checkpoints, or all there are while they are fewer."""
+    """The rule `last: n`: select the newest n checkpoints, or all if there are fewer than n."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    last: int = Field(ge=1, description="How many of the newest checkpoints (the paper's N_max).")
+    last: int = Field(
+        ge=1,
+        description="How many of the newest checkpoints play (the paper's N_max). Earlier "
+        "iterations, which have fewer checkpoints, use all of them.",
+    )
 
     def select(self, history: Sequence[PlayerOrIndex]) -> tuple[PlayerOrIndex, ...]:
-        """Pick from the history (oldest first); the result is newest first."""
+        """Select players.
+
+        Args:
+            history: all checkpoints so far, oldest first.
+
+        Returns:
+            The selected checkpoints, newest first.
+        """
         return tuple(reversed(history[-self.last :]))

@@ -57,8 +57,8 @@ def run(
 ) -> None:
     """Run self-play or a baseline.
 
-    Run the same command again to resume a run that was stopped. If CONFIG is a run directory, that
-    run is resumed.
+    Run the same command again to resume a run that was stopped.
+    If CONFIG is a run directory, that run is resumed.
     """
     output = output or _default_output(config)
     if restart_iteration is not None:
@@ -70,8 +70,8 @@ def run(
 def sft(config: Sources, output: Output = None, set_: Overrides = []) -> None:  # noqa: B006
     """Train a starting model by supervised fine-tuning (TRL) with the paper's settings.
 
-    This command equals `tpaw run sft CONFIG...`: CONFIG overrides the recipe sft. It writes the
-    model to iterations/1/checkpoint in the run directory.
+    Equal to `tpaw run sft CONFIG...`: CONFIG overrides the recipe sft.
+    The model is written to iterations/1/checkpoint in the run directory.
     """
     output = output or _default_output(["sft", *config] if not _is_run(config) else config)
     settings = _load(["sft", *config], set_)

@@ -1,1 +1,1 @@
-"""How work is carried out: progress and interruption."""
+"""Progress bars, stop signals, and isolation of process-wide settings."""

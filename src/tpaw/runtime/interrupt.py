@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask for a stop; the work looks at safe points whether one was asked for."""
+"""Stop on Ctrl-C and SIGTERM: the signal is stored, and the work stops at its next safe point."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ from tpaw.errors import Interrupted
 
 
 class StopSignal:
-    """Remembers the first signal. A second one stops at once and loses no more than a kill."""
+    """Stores the first signal. A second signal raises KeyboardInterrupt at once.
+
+    An immediate stop loses no more work than a killed process does.
+    """
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
 
     def check(self) -> None:
-        """Call at a safe point.
+        """Stop if a signal has arrived. Call it at every safe point.
 
         Raises:
-            Interrupted: a stop was asked for.
+            Interrupted: a signal has arrived.
         """
         if self.signal_number is not None:
             raise Interrupted(self.signal_number)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopSignal]:
-        """Take over SIGINT and SIGTERM for the time being."""
+        """Handle SIGINT and SIGTERM inside the context, and restore the old handlers after it."""
         previous = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield self
@@ -41,4 +44,7 @@ class StopSignal:
             raise KeyboardInterrupt
         self.signal_number = number
         name = signal.Signals(number).name
-        print(f"\n{name}: stopping at the next safe point (again: at once)", file=sys.stderr)
+        print(
+            f"\n{name}: stopping at the next safe point; send it again to stop at once",
+            file=sys.stderr,
+        )

@@ -1,4 +1,4 @@
-"""Process-wide settings of torch and Python that a run changes, and gives back."""
+"""Restore the process-wide settings of torch and Python that a run changes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def isolated(*, deterministic: bool = False) -> Iterator[None]:
-    """Leave the caller's torch flags, random states and working directory as they were.
+    """Restore torch flags, random states and the working directory when the context ends.
 
     Args:
-        deterministic: refuse kernels whose results vary from run to run, while in this context.
-            The caller's own choice stays in force otherwise.
+        deterministic: inside the context, use only kernels that give the same result every time.
+            If false, the caller's choice stays in force.
     """
     import numpy as np
     import torch
@@ -31,11 +31,11 @@ def isolated(*, deterministic: bool = False) -> Iterator[None]:
     workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     try:
         if deterministic:
-            # Without it torch refuses matrix products on CUDA.
+            # Without this variable, deterministic torch refuses matrix products on CUDA.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        # Nothing reads memory that it has not written. Filling it took half of the time in which
-        # TRL trains the starter.
+        # Deterministic torch fills new memory to hide reads of uninitialized memory. TPAW has no
+        # such reads, and the filling took half of the training time of SFT on the starter.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with rate and time left in a terminal, a line a minute elsewhere."""
+"""Progress of long work: a bar in a terminal, one line a minute if stderr is a file or a pipe."""
 
 from __future__ import annotations
 
@@ -22,19 +22,24 @@ from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 60.0
 
-# Called with how much more is done since the last call. It may raise to stop the work.
+# Called with the amount of work done since the last call. It may raise to stop the work.
 OnDone = Callable[[int], None]
 
 
 class Advance(Protocol):
-    """Moves a bar on."""
+    """Advances a progress bar."""
 
     def __call__(self, count: int, note: str = "") -> None:
-        """Count what is done since the last call; `note` replaces the text beside the bar."""
+        """Report progress.
+
+        Args:
+            count: work done since the last call.
+            note: new text to show beside the bar. Empty text keeps the old one.
+        """
 
 
 def ignore(count: int) -> None:
-    """An `OnDone` for work that nobody watches."""
+    """An `OnDone` that does nothing."""
 
 
 class _RateColumn(ProgressColumn):
@@ -48,11 +53,16 @@ class _RateColumn(ProgressColumn):
 def progress(
     description: str, total: int | None, unit: str, console: Console | None = None
 ) -> Iterator[Advance]:
-    """Show progress; the work calls what it is given with a count and, optionally, a note.
+    """Show the progress of a piece of work.
 
     Args:
-        total: None where it is not known beforehand.
-        unit: what is counted, e.g. "rows".
+        description: title of the bar, for example "[1/4] generate with θ_0".
+        total: total amount of work, or None if it is not known.
+        unit: what is counted, for example "prompts".
+        console: where to print. Default: stderr.
+
+    Yields:
+        A function that advances the bar.
     """
     console = console or Console(stderr=True)
     started = time.monotonic()
@@ -96,7 +106,7 @@ def progress(
 
 
 def note(text: str) -> None:
-    """One line for the person who watches."""
+    """Print one line to stderr."""
     _line(Console(stderr=True), text)
 
 

@@ -1,4 +1,4 @@
-"""What long work is given: a place to report progress, which also stops it at a safe point."""
+"""Progress and stop signal together: reporting progress is also a safe point to stop."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from tpaw.runtime.progress import OnDone, progress
 
 
 class Watch:
-    """Shows progress and heeds a stop.
+    """Shows the progress of work and stops the work when a signal arrives.
 
     Args:
-        stop: where a caller that handles signals asks for a stop.
+        stop: the signal to check. Default: a signal that never arrives.
     """
 
     def __init__(self, stop: StopSignal | None = None) -> None:
@@ -21,10 +21,18 @@ class Watch:
 
     @contextlib.contextmanager
     def progress(self, description: str, total: int | None, unit: str) -> Iterator[OnDone]:
-        """Show a bar; the work calls `on_done` with how much more is done.
+        """Show a progress bar.
+
+        Args:
+            description: title of the bar.
+            total: total amount of work, or None if it is not known.
+            unit: what is counted, for example "prompts".
+
+        Yields:
+            A function to call with the amount of work done since its last call.
 
         Raises:
-            Interrupted: a stop was asked for. `on_done` raises it too.
+            Interrupted: a signal has arrived. The yielded function raises it too.
         """
         self.stop.check()
         with progress(description, total, unit) as advance:

@@ -1,1 +1,1 @@
-"""Files that are whole or absent."""
+"""Files on disk: artifacts, the run directory and package paths."""

@@ -1,8 +1,10 @@
-"""Published files: whole or absent at every moment, and never trusted without a look.
+"""Artifacts: folders that are published atomically and checked against a manifest.
 
-An artifact is a folder with a `manifest.json`, which is written last. A `ShardedArtifact` grows a
-file at a time and rewrites its manifest after each. Everything is written to a temporary sibling,
-flushed to the disk and renamed, so that a crash at any moment leaves the old state or the new.
+An artifact is a folder with a `manifest.json`, which lists every file with its size and sha256. A
+`ShardedArtifact` publishes one file at a time and rewrites its manifest after each file.
+
+Every file and folder is written under a temporary name in the same folder, flushed to disk and
+renamed. A crash therefore leaves either the old state or the new state, never a mixture.
 """
 
 from __future__ import annotations
@@ -26,7 +28,12 @@ TEMPORARY_PREFIX = ".tmp-"
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file by way of a temporary sibling, so that `path` is never half written."""
+    """Write a file atomically: `path` never holds a partial file.
+
+    Args:
+        path: the file to write or replace.
+        write: writes the content to the path that it receives.
+    """
     temporary = path.with_name(TEMPORARY_PREFIX + path.name)
     write(temporary)
     _flush(temporary)
@@ -35,12 +42,16 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON with `write_file`. NaN is refused: no reader of ours should meet it."""
+    """Write JSON atomically.
+
+    Raises:
+        ValueError: `value` contains NaN or infinity, which JSON does not allow.
+    """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text with `write_file`."""
+    """Write UTF-8 text atomically."""
 
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
@@ -49,25 +60,32 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON of ours.
+    """Read a JSON file that TPAW wrote.
 
     Raises:
-        ArtifactError: the file is damaged.
+        ArtifactError: the file cannot be read or is not valid JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: damaged or unreadable: {error}") from None
+        raise ArtifactError(
+            f"{path}: damaged or unreadable ({error}); restore it from a backup"
+        ) from None
 
 
 @contextlib.contextmanager
 def publishing(folder: Path, meta: dict[str, Any]) -> Iterator[Path]:
-    """Give a temporary folder to fill; on success publish it as `folder` with a manifest.
+    """Publish a folder as an artifact when the context ends without an error.
 
-    `meta` is stored in the manifest; it may be filled while the folder is.
+    Args:
+        folder: the artifact to publish.
+        meta: values to store in the manifest. The caller may add values inside the context.
+
+    Yields:
+        A temporary folder. Write the files of the artifact into it.
 
     Raises:
-        ArtifactError: the folder is there already, so its manifest was lost.
+        ArtifactError: `folder` has files but no manifest.
     """
     refuse_without_manifest(folder)
     temporary = folder.with_name(TEMPORARY_PREFIX + folder.name)
@@ -80,7 +98,12 @@ def publishing(folder: Path, meta: dict[str, Any]) -> Iterator[Path]:
 
 
 def write_manifest(folder: Path, meta: Mapping[str, Any]) -> None:
-    """Describe every file in `folder` (relative path, bytes, sha256) and flush it to the disk."""
+    """Flush every file in `folder` to disk and write the manifest.
+
+    Args:
+        folder: the folder to describe, with its subfolders.
+        meta: values to store in the manifest beside the list of files.
+    """
     entries = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         _flush(path)
@@ -89,7 +112,7 @@ def write_manifest(folder: Path, meta: Mapping[str, Any]) -> None:
 
 
 def describe_file(folder: Path, path: Path) -> dict[str, Any]:
-    """The manifest's line on one file."""
+    """The manifest entry of one file: path relative to `folder`, size in bytes, sha256."""
     return {
         "path": path.relative_to(folder).as_posix(),
         "bytes": path.stat().st_size,
@@ -98,28 +121,31 @@ def describe_file(folder: Path, path: Path) -> dict[str, Any]:
 
 
 def refuse_without_manifest(folder: Path) -> None:
-    """Refuse a folder that was published once and has lost its manifest.
+    """Refuse a folder that has files but no manifest. Somebody deleted the manifest.
 
     Raises:
         ArtifactError: naming the folder.
     """
     manifests = (folder / MANIFEST, folder / PARTIAL_MANIFEST)
     if folder.exists() and any(folder.iterdir()) and not any(m.exists() for m in manifests):
-        raise ArtifactError(f"{folder}: its {MANIFEST} is missing; nothing is redone over it")
+        raise ArtifactError(f"{folder}: its {MANIFEST} is missing; restore it from a backup")
 
 
 def is_published(folder: Path) -> bool:
-    """Whether the artifact exists."""
+    """Whether `folder` is a complete artifact."""
     return (folder / MANIFEST).exists()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What the manifest says, unchecked; see `verify`."""
+    """Read the manifest of an artifact. The files are not checked; `verify` checks them."""
     return dict(read_json(folder / MANIFEST))
 
 
 def read_files(manifest_path: Path) -> list[dict[str, Any]]:
-    """The lines of a manifest, each with path, bytes and sha256.
+    """Read the entries of a manifest.
+
+    Returns:
+        One mapping for each file, with `path`, `bytes` and `sha256`.
 
     Raises:
         ArtifactError: the manifest is damaged.
@@ -130,7 +156,9 @@ def read_files(manifest_path: Path) -> list[dict[str, Any]]:
     except (KeyError, TypeError, ValueError):
         known = False
     if not known:
-        raise ArtifactError(f"{manifest_path}: damaged: it lists no files")
+        raise ArtifactError(
+            f"{manifest_path}: damaged: it has no valid list of files; restore it from a backup"
+        )
     return entries
 
 
@@ -138,7 +166,8 @@ def verify(manifest_path: Path, on_bytes: OnDone = ignore) -> None:
     """Check every file of an artifact against its manifest.
 
     Args:
-        on_bytes: called with the size of each file once it is checked.
+        manifest_path: the manifest of the artifact.
+        on_bytes: called after each file with the file's size in bytes.
 
     Raises:
         ArtifactError: naming the file that is missing, truncated or altered.
@@ -147,30 +176,43 @@ def verify(manifest_path: Path, on_bytes: OnDone = ignore) -> None:
         name, size, sha256 = entry["path"], entry["bytes"], entry["sha256"]
         path = manifest_path.parent / name
         if not path.is_file():
-            raise ArtifactError(f"{path}: missing, though {manifest_path.name} lists it")
+            raise ArtifactError(
+                f"{path}: missing, but {manifest_path.name} lists it; restore it from a backup"
+            )
         if path.stat().st_size != size:
-            raise ArtifactError(f"{path}: {path.stat().st_size} bytes; published with {size}")
+            raise ArtifactError(
+                f"{path}: damaged: {path.stat().st_size} bytes, but published with {size}; restore "
+                "it from a backup"
+            )
         if _sha256(path) != sha256:
-            raise ArtifactError(f"{path}: damaged: its content differs from what was published")
+            raise ArtifactError(
+                f"{path}: damaged: its content differs from the published one; restore it from a "
+                "backup"
+            )
         on_bytes(size)
 
 
 def own_folder(folder: Path, settings: Mapping[str, Any], **facts: Any) -> None:
-    """Make a folder the place of one piece of work: settings.json says which, once for all.
+    """Reserve an output folder for results with the given settings.
+
+    The first call creates the folder and writes `settings.json`. A later call with the same
+    settings succeeds, so that the work can be resumed.
 
     Args:
-        settings: everything that decides what the folder will hold; JSON values.
-        facts: kept beside them, and free to differ when the work goes on.
+        folder: the output folder.
+        settings: every setting that decides the results, as JSON values.
+        facts: further values to store in settings.json. They may differ in a later call.
 
     Raises:
-        InputError: the folder holds other work; the settings that differ are named.
+        InputError: the folder holds results with other settings (the message names them), or
+            files that tpaw did not write.
         ArtifactError: settings.json is damaged.
     """
     path = folder / SETTINGS
     if path.is_file():
         kept = read_json(path)
         if not isinstance(kept, dict) or not isinstance(found := kept.get("settings"), dict):
-            raise ArtifactError(f"{path}: damaged: it holds no settings")
+            raise ArtifactError(f"{path}: damaged: it has no settings; restore it from a backup")
         keys = [key for key in {**settings, **found} if settings.get(key) != found.get(key)]
         if keys:
             differing = "".join(f"\n  {k}: {found.get(k)} → {settings.get(k)}" for k in keys)
@@ -180,21 +222,29 @@ def own_folder(folder: Path, settings: Mapping[str, Any], **facts: Any) -> None:
             )
         return
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output {folder}: is a file")
+        raise InputError(f"--output {folder}: is a file; give a folder")
     if folder.is_dir() and any(
         p for p in folder.iterdir() if p.name != TEMPORARY_PREFIX + SETTINGS
     ):
-        raise InputError(f"--output {folder}: the folder is not empty and was not created by tpaw")
+        raise InputError(
+            f"--output {folder}: the folder is not empty and was not created by tpaw; "
+            "choose another --output"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, {"settings": dict(settings), **facts})
 
 
 class ShardedArtifact:
-    """A folder of files that are published one at a time.
+    """An artifact whose files are published one at a time.
 
-    With `always_growing` it exists from its first file on; otherwise the manifest is called
-    manifest.partial.json until `complete()`. A file that the manifest does not list, because a
-    crash came between the two, is written again by whoever knows its content.
+    A crash can leave a file that the manifest does not list. The file does not count as published
+    and is written again.
+
+    Args:
+        folder: the folder of the artifact.
+        always_growing: the artifact never becomes complete, and its manifest is `manifest.json`
+            from the first file on. Otherwise the manifest is `manifest.partial.json` until
+            `complete` is called.
     """
 
     def __init__(self, folder: Path, *, always_growing: bool = False) -> None:
@@ -208,16 +258,22 @@ class ShardedArtifact:
 
     @property
     def entries(self) -> list[dict[str, Any]]:
-        """The manifest's lines, in the order of publication."""
+        """The manifest entries, in the order of publication."""
         return list(self._manifest["files"])
 
     @property
     def names(self) -> set[str]:
-        """Names of the files that are published."""
+        """Names of the published files."""
         return {entry["path"] for entry in self._manifest["files"]}
 
     def publish(self, name: str, write: Callable[[Path], None], **facts: Any) -> None:
-        """Write one file and list it with `facts` beside its size and hash."""
+        """Publish one file.
+
+        Args:
+            name: name of the file inside the folder.
+            write: writes the content to the path that it receives.
+            facts: values to store in the manifest entry beside size and hash.
+        """
         if not self._path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self._path, self._manifest)
@@ -227,7 +283,11 @@ class ShardedArtifact:
         write_json(self._path, self._manifest)
 
     def complete(self, meta: Mapping[str, Any]) -> None:
-        """Publish the whole: from now on the artifact exists."""
+        """Mark the artifact as complete.
+
+        Args:
+            meta: values to store in the manifest.
+        """
         self._manifest |= meta
         write_json(self._path, self._manifest)
         os.replace(self._path, self.folder / MANIFEST)
@@ -237,7 +297,10 @@ class ShardedArtifact:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what a crash left half written. Call it only while holding the run's lock."""
+    """Remove temporary files and folders that a crash left.
+
+    Hold the lock of the run, because another process may be writing such a file.
+    """
     for path in sorted(folder.rglob(TEMPORARY_PREFIX + "*")):
         if path.is_dir():
             shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""Paths that a configuration may name: files of the package, and the user's home."""
+"""Resolve the paths of a configuration: `tpaw://…` and `~`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ PACKAGE_SCHEME = "tpaw://"
 
 
 def resolve_path(path: str) -> str:
-    """Turn tpaw://starter/model into the file that comes with the package, ~ into the home."""
+    """Resolve a path of the configuration.
+
+    Args:
+        path: `tpaw://starter/model` names a file of the package; `~` names the home folder. Any
+            other text, such as a Hub id, is returned unchanged.
+    """
     if not path.startswith(PACKAGE_SCHEME):
         return str(Path(path).expanduser()) if path.startswith("~") else path
     return str(files("tpaw").joinpath(path.removeprefix(PACKAGE_SCHEME)))

@@ -1,6 +1,6 @@
-"""The run directory: what lies where, whose it is, and that only one process works on it.
+"""The run directory: paths, lock, and the checks before a run begins or resumes.
 
-Everything in it is relative, so it can be moved. `tpaw run` on it goes on where it stopped.
+All paths inside a run directory are relative, so it can be moved. `tpaw run RUN` resumes the run.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Iteration:
 
     Attributes:
         run_root: the run directory.
-        t: as in Algorithm 1, from 0.
+        t: t of Algorithm 1; counts from 0.
     """
 
     run_root: Path
@@ -54,12 +54,12 @@ class Iteration:
 
     @property
     def number(self) -> int:
-        """As folders and tables count, from 1: iteration 1 makes θ_1."""
+        """The number in folders and tables, t + 1: iteration 1 trains θ_1."""
         return self.t + 1
 
     @property
     def folder(self) -> Path:
-        """Everything of this iteration."""
+        """Folder that holds all files of this iteration."""
         return self.run_root / "iterations" / str(self.number)
 
     @property
@@ -69,54 +69,60 @@ class Iteration:
 
     @property
     def checkpoint(self) -> Path:
-        """Artifact: θ_{t+1}, loadable by from_pretrained and vLLM."""
+        """Artifact: θ_{t+1}, which transformers and vLLM can load."""
         return self.folder / "checkpoint"
 
     @property
     def training(self) -> Path:
-        """Saved steps while the iteration trains; removed when θ_{t+1} is published."""
+        """Folder of the saved steps during training. It is removed when θ_{t+1} is published."""
         return self.folder / "training"
 
     @property
     def training_log(self) -> Path:
-        """One JSON line for each logged step."""
+        """JSON lines file: one line for each logged optimizer step."""
         return self.folder / "training.jsonl"
 
     def last_saved_step(self) -> Path | None:
-        """The newest saved step that is whole."""
-        whole = [path for path in self.training.glob("checkpoint-*") if is_published(path)]
-        return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+        """Folder of the newest complete saved step, or None."""
+        complete = [path for path in self.training.glob("checkpoint-*") if is_published(path)]
+        return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 class RunDirectory:
-    """Paths of one run. Iteration numbers are the paper's: iteration i makes θ_i."""
+    """The paths of one run.
+
+    Args:
+        root: the run directory. It need not exist.
+
+    The methods that take i mean the iteration that trains θ_i.
+    """
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
 
     @property
     def run_file(self) -> Path:
-        """Written once, when the run begins: format, versions, time."""
+        """JSON file: format, package versions and start time. Written once, when the run begins."""
         return self.root / "run.json"
 
     @property
     def config_file(self) -> Path:
-        """The complete configuration."""
+        """YAML file: the complete configuration."""
         return self.root / "config.yaml"
 
     @property
     def initial_player_file(self) -> Path:
-        """θ_0: path or hub id, revision, fingerprint."""
+        """JSON file: path or Hub id, revision and fingerprint of θ_0."""
         return self.root / "players" / "0.json"
 
     @property
     def inputs(self) -> Path:
-        """Artifact: rows, templated and tokenised once, and the tokenizer that did it."""
+        """Artifact: the tokenised examples, the held-out examples and the tokenizer."""
         return self.root / "inputs"
 
     @property
     def summary_file(self) -> Path:
-        """What `tpaw run` prints at its end, for programs."""
+        """JSON file: the results that `tpaw run` prints at its end."""
         return self.root / "summary.json"
 
     def iteration(self, t: int) -> Iteration:
@@ -128,54 +134,64 @@ class RunDirectory:
         return self.iteration(i - 1).responses
 
     def checkpoint(self, i: int) -> Path:
-        """Artifact: θ_i, loadable by from_pretrained and vLLM."""
+        """Artifact: θ_i, which transformers and vLLM can load."""
         return self.iteration(i - 1).checkpoint
 
     def training(self, i: int) -> Path:
-        """Saved steps of the iteration that makes θ_i."""
+        """Folder of the saved steps of the iteration that trains θ_i."""
         return self.iteration(i - 1).training
 
     def last_saved_step(self, i: int) -> Path | None:
-        """The newest saved step of the iteration that makes θ_i, if it is whole."""
+        """Folder of the newest complete saved step of the iteration that trains θ_i, or None."""
         return self.iteration(i - 1).last_saved_step()
 
     def training_log(self, i: int) -> Path:
-        """One JSON line for each logged step of the iteration that makes θ_i."""
+        """JSON lines file: one line for each logged optimizer step of the training of θ_i."""
         return self.iteration(i - 1).training_log
 
     def evaluation(self, i: int) -> Path:
-        """Artifact: results and per-item outcomes of θ_i."""
+        """Artifact: held-out results of θ_i, in total and for each record."""
         return self.iteration(i - 1).folder / "evaluation"
 
     def suite(self, i: int, name: str) -> Path:
-        """Sharded artifact: results and per-item outcomes of θ_i on a suite of benchmarks."""
+        """Sharded artifact: results of θ_i on a benchmark suite, in total and for each item."""
         return self.iteration(i - 1).folder / "suites" / name
 
     def logprobs(self, fingerprint: str) -> Path:
-        """Sharded artifact: log-probs under one player."""
+        """Sharded artifact: log-probs of sequences under the player with this fingerprint."""
         return self.root / "logprobs" / fingerprint
 
     def iterations_begun(self) -> int:
-        """How many iterations have begun to train."""
+        """Number of iterations whose training has begun."""
         names = (path.name for path in (self.root / "iterations").glob("*"))
         numbers = (int(name) for name in names if name.isdecimal())
         return max((i for i in numbers if self.training_log(i).exists()), default=0)
 
     def has_begun(self) -> bool:
-        """Whether a run lies here."""
+        """Whether the folder is the run directory of a run that has begun."""
         return self.run_file.exists()
 
     def load_config(self) -> RunConfig:
-        """The configuration that the run began with (or last went on with)."""
+        """Read the configuration with which the run began or was last resumed.
+
+        Raises:
+            ArtifactError: config.yaml is missing.
+            InputError: config.yaml is invalid.
+        """
         if not self.config_file.is_file():
-            raise ArtifactError(f"{self.config_file}: missing, though the run has begun")
+            raise ArtifactError(
+                f"{self.config_file}: missing, but the run has begun; restore it from a backup"
+            )
         return RunConfig.load(str(self.config_file))
 
     def manifests(self, iterations: int) -> list[Path]:
-        """The manifest of every artifact that is there, whole or growing.
+        """The manifests of all artifacts in the run, complete or not.
+
+        Args:
+            iterations: number of iterations of the run, T.
 
         Raises:
-            ArtifactError: an artifact has lost its manifest.
+            ArtifactError: an artifact has files but no manifest.
         """
         folders = [self.inputs, *sorted((self.root / "logprobs").glob("*"))]
         for i in range(iterations + 1):
@@ -183,44 +199,52 @@ class RunDirectory:
             folders += sorted(self.suite(i, "").glob("*"))
         for folder in folders:
             refuse_without_manifest(folder)
-        # A saved step without a manifest is one that was half written.
+        # A crash can leave a saved step without a manifest. It is ignored, so it is no error.
         folders += sorted((self.root / "iterations").glob("*/training/checkpoint-*"))
         candidates = [folder / name for folder in folders for name in (MANIFEST, PARTIAL_MANIFEST)]
         return [manifest for manifest in candidates if manifest.is_file()]
 
 
 def check_output(root: str | Path, config: RunConfig) -> RunConfig | None:
-    """Refuse an output that cannot be written, holds other files, or holds another run.
+    """Check that a run can begin or resume in a folder.
+
+    Args:
+        root: the folder.
+        config: the configuration to begin or resume with.
 
     Returns:
-        The configuration of the run that lies there; None if none has begun.
+        The stored configuration of the run in the folder, or None if no run has begun there.
 
     Raises:
-        InputError: naming the folder, and for another run the settings that differ.
+        InputError: the folder cannot be written, holds files that tpaw did not write, or holds a
+            run with other settings (the message names them).
         ArtifactError: run.json is damaged.
     """
     run = RunDirectory(root)
     if run.root.exists() and not run.root.is_dir():
-        raise InputError(f"--output {root}: is a file, not a folder")
+        raise InputError(f"--output {root}: is a file; give a folder")
     nearest = next(p for p in (run.root.absolute(), *run.root.absolute().parents) if p.exists())
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"--output {root}: {nearest} is not writable")
+        raise InputError(f"--output {root}: {nearest} is not writable; choose another --output")
     if not run.has_begun():
         if run.root.exists() and (foreign := _foreign(run.root)):
             raise InputError(
                 f"--output {root}: the folder is not empty and was not created by tpaw: it holds "
-                f"{', '.join(foreign[:5])}"
+                f"{', '.join(foreign[:5])}; choose another --output"
             )
         return None
     facts = read_json(run.run_file)
     if not isinstance(facts, dict):
-        raise ArtifactError(f"{run.run_file}: damaged: it is no mapping")
+        raise ArtifactError(f"{run.run_file}: damaged: not a mapping; restore it from a backup")
     if (found := facts.get("format")) != FORMAT:
-        raise InputError(f"--output {root}: has format {found}; this version reads {FORMAT}")
+        raise InputError(
+            f"--output {root}: has format {found}; this version reads {FORMAT}; use the version of "
+            "tpaw that began the run"
+        )
     kept = run.load_config()
     if changed := differences(kept, config, begun=run.iterations_begun()):
         raise InputError(
-            f"--output {root}: holds a run with other settings:\n  "
+            f"--output {root}: holds a run with other settings (stored → given):\n  "
             + "\n  ".join(changed)
             + "\nChoose another --output, or use the settings that the run began with."
         )
@@ -229,16 +253,23 @@ def check_output(root: str | Path, config: RunConfig) -> RunConfig | None:
 
 @contextlib.contextmanager
 def open_run(root: str | Path, config: RunConfig) -> Iterator[RunDirectory]:
-    """Lock the run directory, and begin the run or check that it is this one.
+    """Lock a run directory and begin or resume the run in it.
+
+    Args:
+        root: the run directory. It is created if it does not exist.
+        config: the configuration to begin or resume with. It is stored in the run directory.
+
+    Yields:
+        The run directory, locked until the context ends.
 
     Raises:
-        InputError: see `check_output`.
-        RunLockedError: another process works on it.
+        InputError: the folder cannot be used; see `check_output`.
+        RunLockedError: another process works on the run.
         ArtifactError: run.json is damaged.
     """
     run = RunDirectory(root)
     if not run.has_begun():
-        check_output(root, config)  # before a lock file is written into somebody's folder
+        check_output(root, config)  # before a lock file appears in a folder that is not a run
     run.root.mkdir(parents=True, exist_ok=True)
     with locked(run.root / "lock"):
         kept = check_output(root, config)
@@ -251,33 +282,50 @@ def open_run(root: str | Path, config: RunConfig) -> Iterator[RunDirectory]:
 
 
 def restart_iteration(root: str | Path, number: int) -> None:
-    """Forget the training of an iteration that has not published its checkpoint.
+    """Discard the unfinished training of an iteration.
 
-    The responses and log-probs stay. The iteration counts as not begun, so its settings may change.
+    Responses and log-probs are kept. The iteration then counts as not begun, so its per-iteration
+    settings may change.
+
+    Args:
+        root: the run directory.
+        number: i, the iteration that trains θ_i.
 
     Raises:
-        InputError: there is no such iteration under way.
+        InputError: the iteration has not begun to train, or its checkpoint is already published.
         RunLockedError: another process works on the run.
     """
     run = RunDirectory(root)
     key = f"--restart-iteration {number}"
     if not run.has_begun():
-        raise InputError(f"{key}: {root} is not a run directory")
+        raise InputError(f"{key}: {root} is not a run directory; give the directory of a run")
     iteration = run.iteration(number - 1)
     if number < 1 or not (iteration.training_log.exists() or iteration.training.exists()):
-        raise InputError(f"{key}: iteration {number} of {root} has not begun to train")
+        raise InputError(
+            f"{key}: iteration {number} of {root} has not begun to train; run without "
+            "--restart-iteration"
+        )
     if is_published(iteration.checkpoint):
-        raise InputError(f"{key}: θ_{number} is published already in {root}")
+        raise InputError(
+            f"{key}: θ_{number} is already published in {root}; only an unfinished iteration can "
+            "restart"
+        )
     with locked(run.root / "lock"):
         shutil.rmtree(iteration.training, ignore_errors=True)
         iteration.training_log.unlink(missing_ok=True)
 
 
 def verify_run(run: RunDirectory, iterations: int, watch: Watch) -> None:
-    """Check every published file against its manifest.
+    """Check every published file of a run against its manifest.
+
+    Args:
+        run: the run directory.
+        iterations: number of iterations of the run, T.
+        watch: shows the progress in bytes.
 
     Raises:
         ArtifactError: naming the file that is missing, truncated or altered.
+        Interrupted: a signal has arrived.
     """
     manifests = run.manifests(iterations)
     if manifests:
@@ -288,7 +336,7 @@ def verify_run(run: RunDirectory, iterations: int, watch: Watch) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, for the record."""
+    """Package versions, Python version and machine type, to store with results."""
     packages = ("tpaw", "torch", "transformers", "tokenizers", "accelerate", "datasets", "pyarrow")
     found = {}
     for package in packages:
@@ -298,10 +346,10 @@ def environment() -> dict[str, Any]:
 
 
 def _foreign(root: Path) -> list[str]:
-    """What lies in a folder that never came to begin, and is not left from trying to."""
+    """Names in a folder without a run that an earlier attempt to begin a run did not write."""
     names = sorted(path.name for path in root.iterdir() if not path.name.startswith(".tmp-"))
     holder = (root / "lock").read_text(errors="replace") if "lock" in names else ""
-    # An empty lock is what a crash at the very first write leaves.
+    # A crash during the first write leaves an empty lock file.
     left_by_us = ["lock", "config.yaml"] if '"pid"' in holder else ["lock"] if not holder else []
     return [name for name in names if name not in left_by_us]
 
@@ -312,23 +360,29 @@ def _now() -> str:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file while in the context.
+    """Hold a lock inside the context.
+
+    Args:
+        path: the lock file. It is created if it does not exist and is never removed.
 
     Raises:
-        RunLockedError: another process holds it.
+        RunLockedError: another process holds the lock.
     """
     with path.open("a+", encoding="utf-8") as file:
         try:
-            # The kernel drops this lock when the process ends, however it ends.
+            # The kernel releases this lock when the process ends, even if it is killed.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            raise RunLockedError(f"{path.parent}: in use by {_holder(file.read())}") from None
+            raise RunLockedError(
+                f"{path.parent}: in use by {_holder(file.read())}; wait for it or stop it"
+            ) from None
         file.truncate(0)
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}
         file.write(json.dumps(holder))
         file.flush()
-        # A forked child, such as a data loader's worker, would hold the lock after our death.
+        # Otherwise a forked child, such as a data loader worker, would hold the lock after this
+        # process has ended.
         os.register_at_fork(after_in_child=file.close)
         yield
 
