@@ -1,1 +1,1 @@
-"""A player on disk and in memory."""
+"""Models: checks before loading, loading, fingerprints, tokenizers, names of checkpoints."""

@@ -1,4 +1,4 @@
-"""Refuse a model that cannot be used. Only its configuration is read, no weight."""
+"""Check that a model can be used. The checks read its configuration, not its weights."""
 
 from __future__ import annotations
 
@@ -15,11 +15,18 @@ if TYPE_CHECKING:
 
 
 def check_model(config: RunConfig) -> PreTrainedConfig:
-    """Refuse a model that self-play cannot use; reads its configuration only.
+    """Refuse a model that TPAW cannot train.
+
+    Args:
+        config: the configuration of the run; `model` and `max_length` are checked.
+
+    Returns:
+        The configuration of the model.
 
     Raises:
-        InputError: naming the setting, for a model that is not there, an adapter, an
-            encoder-decoder, a model without a language-modelling head, or too few positions.
+        InputError: the model cannot be found, is an adapter, is an encoder-decoder, has no
+            language-modelling head or has too few positions; or its attention or weights cannot
+            be used.
     """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -27,9 +34,9 @@ def check_model(config: RunConfig) -> PreTrainedConfig:
     name = f"model.path: {config.model.path}"
     path = Path(resolve_path(config.model.path))
     if (path / "adapter_config.json").is_file():
-        raise InputError(f"{name}: an adapter, not a model; merge it into its base model first")
+        raise InputError(f"{name}: this is an adapter; merge it into its base model first")
     if path.is_dir() and not (path / "config.json").is_file():
-        raise InputError(f"{name}: a folder without config.json, so not a model")
+        raise InputError(f"{name}: the folder has no config.json; give a model folder")
     try:
         found = AutoConfig.from_pretrained(
             str(path) if path.is_dir() else config.model.path,
@@ -39,10 +46,14 @@ def check_model(config: RunConfig) -> PreTrainedConfig:
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).partition("\n")[0]
         raise InputError(
-            f"{name}: neither a model folder here nor a model that the hub gives ({first_line})"
+            f"{name}: neither a local model folder nor a model that the Hub provides "
+            f"({first_line}); "
+            "check the path, the Hub id and your access rights"
         ) from None
     if found.is_encoder_decoder:
-        raise InputError(f"{name}: {found.model_type} is an encoder-decoder; it must be a decoder")
+        raise InputError(
+            f"{name}: {found.model_type} is an encoder-decoder; must be a decoder-only model"
+        )
     heads = {n for v in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for n in _names(v)}
     remote = "AutoModelForCausalLM" in (getattr(found, "auto_map", None) or {})
     architectures = found.architectures or []
@@ -51,12 +62,15 @@ def check_model(config: RunConfig) -> PreTrainedConfig:
         or (architectures and not heads.intersection(architectures))
     ):
         what = ", ".join(architectures) or found.model_type
-        raise InputError(f"{name}: {what} is not a causal language model")
+        raise InputError(
+            f"{name}: {what} is not a causal language model; must be one that "
+            "AutoModelForCausalLM of transformers can load"
+        )
     positions = getattr(found.get_text_config(), "max_position_embeddings", None)
     if positions is not None and config.max_length > positions:
         raise InputError(
-            f"max_length: {config.max_length} is beyond the {positions} positions of "
-            f"{config.model.path}"
+            f"max_length: {config.max_length}: {config.model.path} has only {positions} positions; "
+            f"must be at most {positions}"
         )
     _check_rope(found, config.max_length)
     _check_attention(found, config.model)
@@ -76,8 +90,9 @@ def _check_rope(found: PreTrainedConfig, max_length: int) -> None:
         )
         if max_length > limit:
             raise InputError(
-                f"max_length: {max_length}: beyond {limit} tokens this model's {rope['rope_type']} "
-                "RoPE depends on the longest row of a batch, and so would a log-prob"
+                f"max_length: {max_length}: beyond {limit} tokens, the {rope['rope_type']} RoPE of "
+                "this model depends on the longest sequence of a batch, so log-probs would depend "
+                f"on the batch; must be at most {limit}"
             )
 
 
@@ -88,7 +103,7 @@ def _check_attention(found: PreTrainedConfig, config: ModelConfig) -> None:
     from transformers import AutoModelForCausalLM
 
     try:
-        with torch.device("meta"):  # the model's shapes without its weights
+        with torch.device("meta"):  # allocates no memory for the weights
             AutoModelForCausalLM.from_config(
                 found,
                 attn_implementation=config.attn_implementation,
@@ -96,7 +111,8 @@ def _check_attention(found: PreTrainedConfig, config: ModelConfig) -> None:
             )
     except (ImportError, ValueError) as error:
         raise InputError(
-            f"model.attn_implementation: {config.attn_implementation!r} cannot be used: {error}"
+            f"model.attn_implementation: {config.attn_implementation!r}: cannot be used with this "
+            f"model ({error}); remove the setting or choose another value"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""A player is its weights: the hash of their content, and the files that hold them."""
+"""The fingerprint of a model: a hash of its weights. It identifies a player."""
 
 from __future__ import annotations
 
@@ -12,7 +12,20 @@ from tpaw.errors import InputError
 
 
 def fingerprint(folder: Path) -> str:
-    """sha256 of the weights' names, types, shapes and bytes; however they are sharded."""
+    """Hash the weights of a model.
+
+    For safetensors files the hash covers the name, type, shape and bytes of each tensor, so it does
+    not depend on how the weights are split into files. For .bin files it covers the files.
+
+    Args:
+        folder: the model's folder.
+
+    Returns:
+        The sha256 as 64 hexadecimal digits.
+
+    Raises:
+        InputError: the folder has no weights, or a file is damaged.
+    """
     tensors: dict[str, tuple[str, Path, int, int]] = {}
     files = weight_files(folder)
     digest = hashlib.sha256()
@@ -36,17 +49,26 @@ def fingerprint(folder: Path) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The model's safetensors files, or the pickled ones of an older model.
+    """The files that hold a model's weights, sorted by name.
+
+    Args:
+        folder: the model's folder.
+
+    Returns:
+        The safetensors files, or the pytorch_model*.bin files if there are none.
 
     Raises:
-        InputError: there are none, or one is damaged.
+        InputError: the folder has no weights, or a safetensors file is damaged.
     """
     files = sorted(folder.glob("*.safetensors"))
     for file in files:
         _safetensors_header(file)
     files = files or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
-        raise InputError(f"model.path: {folder}: holds no weights (*.safetensors)")
+        raise InputError(
+            f"model.path: {folder}: the folder has no weights (*.safetensors); give a complete "
+            "model"
+        )
     return files
 
 
@@ -56,12 +78,18 @@ def _safetensors_header(file: Path) -> dict[str, Any]:
         try:
             header = json.loads(handle.read(min(size, file.stat().st_size)))
         except ValueError:
-            raise InputError(f"{file}: damaged: not a safetensors file") from None
+            raise InputError(
+                f"{file}: damaged: not a safetensors file; download or copy it again"
+            ) from None
     header.pop("__metadata__", None)
-    # Offsets count from the end of the header.
+    # The file counts offsets from the end of the header. Readers need them from its start.
     for facts in header.values():
         facts["data_offsets"] = [offset + 8 + size for offset in facts["data_offsets"]]
     end = max((facts["data_offsets"][1] for facts in header.values()), default=8 + size)
     if end != file.stat().st_size:
-        raise InputError(f"{file}: damaged: {file.stat().st_size} bytes; its header says {end}")
+        raise InputError(
+            f"{file}: damaged: {file.stat().st_size} bytes, but its header says {end}; download or "
+            "copy "
+            "it again"
+        )
     return dict(header)

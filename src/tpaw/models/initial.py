@@ -1,4 +1,4 @@
-"""θ_0, the SFT model: found, fingerprinted, and recorded once in the run."""
+"""Find θ_0 (the SFT model), download it if necessary, and record its fingerprint in the run."""
 
 from __future__ import annotations
 
@@ -15,19 +15,30 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja",
 
 
 def initial_player(config: ModelConfig, record: Path) -> Player:
-    """θ_0: found (downloaded from the hub if need be), fingerprinted, and recorded once.
+    """Find θ_0 and record it in the run. A Hub model is downloaded if it is not cached.
+
+    Args:
+        config: the section `model` of the configuration.
+        record: the JSON file that records θ_0. It is written if it does not exist.
+
+    Returns:
+        θ_0. If its local folder no longer exists but the run has recorded it, `path` names a
+        folder that does not exist; loading it raises an error.
 
     Raises:
-        InputError: the weights differ from those that the run began with.
+        InputError: the weights differ from the recorded ones, or the folder has no weights.
+        ArtifactError: the record is damaged.
     """
     recorded = read_json(record) if record.exists() else None
     if recorded is not None and not {"fingerprint", "path", "revision"} <= set(recorded):
-        raise ArtifactError(f"{record}: damaged: it names no fingerprint and revision")
+        raise ArtifactError(
+            f"{record}: damaged: fingerprint, path or revision is missing; restore it from a backup"
+        )
     path = resolve_path(config.path)
     if recorded and recorded["revision"] is None and not Path(path).is_dir():
-        # Iterations far from θ_0 do without it; those that need it say that it is not there.
+        # Later iterations do not need θ_0. `load_model` reports an iteration that does.
         return Player(0, path, recorded["fingerprint"])
-    # A branch may have moved since the run began; the commit that it was has not.
+    # A branch may have moved since the run began, so resume with the recorded commit.
     commit = config.revision
     if recorded and recorded["path"] == config.path:
         commit = recorded["revision"]
@@ -36,8 +47,10 @@ def initial_player(config: ModelConfig, record: Path) -> Player:
     if recorded:
         if recorded["fingerprint"] != player.fingerprint:
             raise InputError(
-                f"model.path: {config.path}: its weights are not those that this run began with "
-                f"({player.fingerprint[:12]} instead of {recorded['fingerprint'][:12]})"
+                f"model.path: {config.path}: its weights differ from those of θ_0 in this run "
+                f"(fingerprint {player.fingerprint[:12]}, recorded "
+                f"{recorded['fingerprint'][:12]}); "
+                "give the model that the run began with, or choose another --output"
             )
     else:
         record.parent.mkdir(exist_ok=True)
@@ -47,12 +60,23 @@ def initial_player(config: ModelConfig, record: Path) -> Player:
 
 
 def locate(config: ModelConfig, revision: str | None) -> tuple[Path, str | None]:
-    """The folder of θ_0, downloaded from the hub if need be, and its commit there."""
+    """Find a model's folder. A Hub model is downloaded if it is not cached.
+
+    Args:
+        config: the section `model` of the configuration.
+        revision: branch, tag or commit of a Hub model; None for its main branch.
+
+    Returns:
+        The folder, and the commit of a Hub model or None for a local folder.
+
+    Raises:
+        OSError, ValueError: the Hub's client cannot provide the model.
+    """
     path = Path(resolve_path(config.path))
     if path.is_dir():
         return path, None
     from huggingface_hub import snapshot_download
 
-    # The snapshot's folder is named after the commit, which is the revision for good.
+    # The Hub's client names the folder after the commit.
     folder = Path(snapshot_download(config.path, revision=revision, allow_patterns=_HUB_FILES))
     return folder, folder.name

@@ -1,4 +1,4 @@
-"""A player in memory: its device, and no dropout."""
+"""Load a player on a device, with dropout disabled."""
 
 from __future__ import annotations
 
@@ -17,16 +17,26 @@ if TYPE_CHECKING:
 def load_model(
     player: Player, config: ModelConfig, *, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """Load a player, without dropout, in evaluation mode.
+    """Load a player in evaluation mode, with dropout disabled.
+
+    Args:
+        player: the player to load.
+        config: the section `model` of the configuration.
+        dtype: type of the weights in memory.
+        device: device of the weights.
 
     Raises:
-        InputError: the folder is not there.
-        ArtifactError: the folder lacks some of the model's weights.
+        InputError: the player's folder does not exist.
+        ArtifactError: some of the model's weights are missing from the folder.
     """
     from transformers import AutoModelForCausalLM
 
     if not Path(player.path).is_dir():
-        raise InputError(f"{player.path}: not there, but θ_{player.index} is needed")
+        raise InputError(
+            f"{player.path}: the folder does not exist, but θ_{player.index} is needed; restore "
+            "it, or for "
+            "θ_0 set model.path"
+        )
     model, report = AutoModelForCausalLM.from_pretrained(
         player.path,
         dtype=dtype,
@@ -34,10 +44,13 @@ def load_model(
         trust_remote_code=config.trust_remote_code,
         output_loading_info=True,
     )
-    # transformers fills absent weights with random ones, and says so in a warning only.
+    # transformers initializes missing weights at random and only warns about it.
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
-        raise ArtifactError(f"{player.path}: lacks weights of the model: {missing}")
+        raise ArtifactError(
+            f"{player.path}: weights of the model are missing: {missing}; restore the complete "
+            "model"
+        )
     disable_dropout(model)
     model.to(device)
     model.eval()
@@ -45,10 +58,12 @@ def load_model(
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
-    """Set every dropout to 0: a log-ratio compares two forward passes, which must agree.
+    """Set every dropout probability and router jitter to 0, in place.
 
-    Some models drop by way of a float that a function reads, and mixtures of experts may jitter
-    their router; names are all that these have in common.
+    A log-ratio compares the log-probs of two forward passes, so a forward pass must not be random.
+    Some models store a probability as a float attribute instead of a Dropout module. This function
+    sets every float attribute whose name contains "drop" or "jitter" to 0, in the modules and in
+    the model's configuration.
     """
     import torch
 
@@ -62,14 +77,17 @@ def disable_dropout(model: torch.nn.Module) -> None:
 
 
 def pick_device(setting: str) -> torch.device:
-    """The device that `device:` asks for.
+    """The torch device for the setting `device`.
+
+    Args:
+        setting: auto, cpu or cuda.
 
     Raises:
-        InputError: cuda is asked for and not there.
+        InputError: the setting is cuda, but torch sees no CUDA device.
     """
     import torch
 
     if setting == "cuda" and not torch.cuda.is_available():
-        raise InputError("device: 'cuda' is not there; torch sees no CUDA device")
+        raise InputError("device: cuda: torch sees no CUDA device; set device to auto or cpu")
     use_cuda = setting == "cuda" or (setting == "auto" and torch.cuda.is_available())
     return torch.device("cuda" if use_cuda else "cpu")

@@ -1,8 +1,8 @@
-"""What a command line calls a checkpoint.
+"""Find the checkpoint that a reference on the command line names.
 
 RUN       the newest checkpoint of a run directory
-RUN@3     its θ_3; RUN@0 is the SFT model
-MODEL     a model: a folder, a hub id, or tpaw://starter/model
+RUN@3     θ_3 of the run; RUN@0 is the SFT model
+MODEL     a model: a folder, a Hub id, or tpaw://starter/model
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from tpaw.team import Player
 
 
 class Checkpoint(NamedTuple):
-    """A player, and how to load it.
+    """A player and how to load it.
 
     Attributes:
-        name: for people: the run's or the model's name, and @i in a run.
-        player: where its weights are, and their fingerprint.
-        model: of the run's configuration, or the defaults; `path` is that of θ_0 in a run.
-        run: the run it belongs to, if any.
-        tokenizer_folder: the tokenizer that goes with it.
+        name: name for display: RUN@i, or the name of the model.
+        player: folder and fingerprint of the weights.
+        model: the section `model` of the run's configuration (its `path` is θ_0), or the defaults
+            for a model without a run.
+        run: the run that made the checkpoint, or None.
+        tokenizer_folder: folder of the tokenizer.
     """
 
     name: str
@@ -39,27 +40,42 @@ class Checkpoint(NamedTuple):
 
 
 def find_checkpoint(reference: str) -> Checkpoint:
-    """The checkpoint that a reference names.
+    """Find one checkpoint.
+
+    Args:
+        reference: RUN, RUN@i or MODEL.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: the reference names no checkpoint.
     """
     if (found := find_in_run(reference)) is not None:
         return _of_run(*found)
     if Path(reference).is_dir() and not (Path(reference) / "config.json").is_file():
-        raise InputError(f"{reference}: neither a run directory (run.json) nor a model's folder")
+        raise InputError(
+            f"{reference}: neither a run directory (no run.json) nor a model folder (no "
+            "config.json)"
+        )
     model = ModelConfig(path=reference)
     try:
         path, _ = locate(model, None)
-    except (OSError, ValueError) as error:  # what the hub's client raises
-        raise InputError(f"{reference}: neither here nor on the hub: {error}") from None
+    except (OSError, ValueError) as error:  # the Hub's client raises both
+        raise InputError(
+            f"{reference}: neither a local folder nor a model on the Hub: {error}"
+        ) from None
     player = Player(0, str(path), fingerprint(path))
-    name = Path(reference).name  # of a hub id too, whose folder is called by its commit
+    name = Path(reference).name  # the folder of a Hub model is named after its commit
     return Checkpoint(name, player, model, None, str(path))
 
 
 def find_checkpoints(reference: str) -> list[Checkpoint]:
-    """Every checkpoint of a run, θ_0 first; or the one that the reference names."""
+    """Find every checkpoint of a run, or one checkpoint.
+
+    Args:
+        reference: RUN for all its published checkpoints (θ_0 first), or RUN@i or MODEL for one.
+
+    Raises:
+        InputError: the reference names no checkpoint.
+    """
     run = RunDirectory(reference)
     if run.has_begun():
         return [_of_run(run, i) for i in _published(run)]
@@ -67,17 +83,25 @@ def find_checkpoints(reference: str) -> list[Checkpoint]:
 
 
 def find_in_run(reference: str) -> tuple[RunDirectory, int] | None:
-    """The run and the iteration that a reference names; None where it names no run.
+    """Find the run and the checkpoint index that a reference names.
+
+    Args:
+        reference: RUN, RUN@i or anything else.
+
+    Returns:
+        The run and i of θ_i, or None if the reference does not name a run.
 
     Raises:
-        InputError: the run has no such checkpoint.
+        InputError: the run exists, but has no published θ_i.
     """
     folder, at, number = reference.rpartition("@")
     if at and re.fullmatch(r"\d+", number) and RunDirectory(folder).has_begun():
         run, i = RunDirectory(folder), int(number)
         if i not in (published := _published(run)):
-            there = ", ".join(f"@{j}" for j in published)
-            raise InputError(f"{run.root}@{i}: not there (or not finished); there are {there}")
+            available = ", ".join(f"@{j}" for j in published)
+            raise InputError(
+                f"{run.root}@{i}: θ_{i} is not published in this run; available: {available}"
+            )
         return run, i
     run = RunDirectory(reference)
     return (run, _published(run)[-1]) if run.has_begun() else None

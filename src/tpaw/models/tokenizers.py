@@ -1,4 +1,4 @@
-"""Tokenizers, and the tokens that end a response."""
+"""Load tokenizers, and find the tokens that end a response."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(config: ModelConfig, folder: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of θ_0, or the one saved in `folder`.
+    """Load a tokenizer and apply `model.eos_token` to it.
+
+    Args:
+        config: the section `model` of the configuration.
+        folder: a folder that holds the tokenizer. Default: that of `model.path`.
 
     Raises:
-        InputError: there is none, it is empty, or it knows no such `eos_token`.
+        InputError: there is no tokenizer, its vocabulary is empty, or `eos_token` is not in its
+            vocabulary.
     """
     from transformers import AutoTokenizer
 
@@ -29,22 +34,40 @@ def load_tokenizer(config: ModelConfig, folder: str | None = None) -> PreTrained
         )
     except (OSError, ValueError) as error:
         first_line = str(error).partition("\n")[0]
-        raise InputError(f"model.path: {config.path}: no usable tokenizer ({first_line})") from None
-    # transformers makes an empty tokenizer for a folder that holds none.
+        raise InputError(
+            f"model.path: {config.path}: no usable tokenizer ({first_line}); add the tokenizer's "
+            "files "
+            "to the model"
+        ) from None
+    # For a folder without a tokenizer, transformers returns an empty one.
     if not tokenizer("a", add_special_tokens=False).input_ids:
-        raise InputError(f"model.path: {config.path}: its tokenizer knows no text")
+        raise InputError(
+            f"model.path: {config.path}: its tokenizer encodes text to no tokens; add the "
+            "tokenizer's "
+            "files to the model"
+        )
     if config.eos_token is not None:
         if config.eos_token not in tokenizer.get_vocab():
-            raise InputError(f"model.eos_token: {config.eos_token!r} is not in the vocabulary")
+            raise InputError(
+                f"model.eos_token: {config.eos_token!r}: not in the vocabulary; must be one token "
+                "of it"
+            )
         tokenizer.eos_token = config.eos_token
     return tokenizer
 
 
 def stop_token_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Ids that end a response: the tokenizer's first, then those of the generation config.
+    """The token ids that end a response.
+
+    Args:
+        config: the section `model` of the configuration.
+        tokenizer: the tokenizer, with `model.eos_token` applied.
+
+    Returns:
+        The tokenizer's end-of-sequence token first, then those of generation_config.json.
 
     Raises:
-        InputError: there are none.
+        InputError: there is no such token, or generation_config.json cannot be read.
     """
     from transformers import GenerationConfig
 
@@ -55,7 +78,9 @@ def stop_token_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> t
         ids += published if isinstance(published, list) else [published]
     except OSError as error:
         if (Path(path) / "generation_config.json").is_file():
-            raise InputError(f"model.path: {path}: generation_config.json: {error}") from None
+            raise InputError(
+                f"model.path: {path}: generation_config.json cannot be read: {error}"
+            ) from None
     known = tuple(dict.fromkeys(int(i) for i in ids if i is not None))
     if not known:
         raise InputError(
