@@ -1,1 +1,1 @@
-"""Records become examples: templated and tokenised once."""
+"""Read records and turn them into examples, which are templated and tokenised."""

@@ -1,4 +1,8 @@
-"""A dialogue becomes prompt ids and target ids. This is the only place where text becomes ids."""
+"""Apply the chat template to a dialogue and tokenise it.
+
+No other module turns the text of examples into token ids, so generation, scoring and training use
+the same ids.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,14 @@ _ENDS_EARLY = Unusable("an end-of-sequence token within the target")
 
 
 class ChatFormat:
-    """Turns a dialogue into prompt and target ids, the only place where text becomes ids."""
+    """Turns a dialogue into prompt ids and target ids.
+
+    Args:
+        tokenizer: the tokenizer, with `model.eos_token` applied.
+        stop_ids: the token ids that end a response.
+        template: the setting `data.template`: auto, chat or none.
+        key: key path of that setting, for error messages.
+    """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], template: str, key: str
@@ -25,17 +36,24 @@ class ChatFormat:
         self.template = template
         self.key = key
         self.has_template = tokenizer.chat_template is not None
-        # Some tokenizers put a beginning-of-sequence token before plain text, some do not.
+        # Only some tokenizers put a beginning-of-sequence token before plain text.
         plain = tokenizer("a").input_ids
         bos = tokenizer.bos_token_id
         self.bos_ids = [bos] if bos is not None and plain[:1] == [bos] else []
 
     def encode(self, dialogue: Dialogue) -> tuple[list[int], list[int], str] | Unusable:
-        """Prompt ids, target ids and the prompt as the model sees it; or why there are none.
+        """Apply the chat template, if it is wanted, and tokenise.
+
+        Args:
+            dialogue: the prompt and the target.
+
+        Returns:
+            Prompt ids, target ids (which end with an end-of-sequence token), and the text of the
+            prompt as the model reads it; or the reason why the dialogue cannot be used.
 
         Raises:
-            InputError: a conversation without a chat template, or a template that ends a turn
-                without an end-of-sequence token.
+            InputError: the dialogue is a conversation but the tokenizer has no chat template; or
+                the chat template ends an assistant turn without an end-of-sequence token.
         """
         wants_template = (
             dialogue.is_chat
@@ -59,28 +77,32 @@ class ChatFormat:
     ) -> tuple[list[int], list[int], str] | Unusable:
         if not self.has_template:
             raise InputError(
-                f"{self.key}: the rows are conversations and the tokenizer has no chat template; "
-                "give the model one (tokenizer.chat_template)"
+                f"{self.key}: {self.template}: the records are conversations, but the tokenizer "
+                "has "
+                "no chat template; add one to the model (tokenizer.chat_template)"
             )
-        answer: Message = {"role": "assistant", "content": target}
+        response: Message = {"role": "assistant", "content": target}
         try:
             prompt = self._render(messages, add_generation_prompt=True)
-            whole = self._render([*messages, answer], add_generation_prompt=False)
-        except Exception as error:  # a template raises whatever its author chose
-            return Unusable(f"the chat template refuses it: {str(error)[:80]}")
+            whole = self._render([*messages, response], add_generation_prompt=False)
+        except Exception as error:  # a template may raise any type
+            return Unusable(f"the chat template raises an error: {str(error)[:80]}")
         if not whole.startswith(prompt):
-            return Unusable("the chat template renders a prompt differently once an answer follows")
+            return Unusable(
+                "the chat template renders the prompt differently if a response follows it"
+            )
         prompt_ids, target_ids = self._split(prompt, whole[len(prompt) :])
         if not self.stop_ids.intersection(target_ids):
             stops = self.tokenizer.convert_ids_to_tokens(sorted(self.stop_ids))
             raise InputError(
-                f"{self.key}: the chat template ends an answer with {whole[-20:]!r}, which holds "
-                f"none of the end-of-sequence tokens {stops}; set model.eos_token to the one that "
-                "it uses, or give the model a template that ends an answer with one"
+                f"{self.key}: {self.template}: the chat template ends a response with "
+                f"{whole[-20:]!r}, which contains none of the end-of-sequence tokens {stops}; set "
+                "model.eos_token to the token that the template uses, or change the template"
             )
         if self.stop_ids.intersection(self._ids(target)):
             return _ENDS_EARLY
-        # What a template puts after the end of the turn is never generated, so it is no part of y.
+        # A template may add text after the end-of-sequence token. The model never generates that
+        # text, so it is not part of the target.
         return prompt_ids, target_ids[: self._end(target_ids)], prompt
 
     def _render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
@@ -91,18 +113,19 @@ class ChatFormat:
         )
 
     def _split(self, prompt: str, rest: str) -> tuple[list[int], list[int]]:
-        """Ids of the prompt, and of the rest as it reads on from there."""
+        """Tokenise the prompt, and the rest as the continuation of the prompt."""
         prompt_ids = self._ids(prompt)
         for anchor in (prompt, "\n"):
-            # Some tokenizers begin any text with a space, so the rest is never encoded alone. Where
-            # a token spans the border to the prompt, a line break stands in for it.
+            # Some tokenizers put a space before any text, so the rest cannot be encoded alone. It
+            # is encoded after the prompt and the prompt's ids are cut off. If one token spans both,
+            # it is encoded after a line break instead.
             anchor_ids, joint_ids = self._ids(anchor), self._ids(anchor + rest)
             if joint_ids[: len(anchor_ids)] == anchor_ids:
                 return prompt_ids, joint_ids[len(anchor_ids) :]
         return prompt_ids, self._ids(rest)
 
     def _end(self, target_ids: list[int]) -> int:
-        """Position after the first end-of-sequence token, where generation would stop."""
+        """Number of tokens up to and including the first end-of-sequence token."""
         return next(i for i, token in enumerate(target_ids, start=1) if token in self.stop_ids)
 
     def _ids(self, text: str) -> list[int]:

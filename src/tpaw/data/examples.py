@@ -1,6 +1,6 @@
-"""Records become examples: templated once, tokenised once. The ids are final.
+"""Examples: records that are templated and tokenised once.
 
-Generation and training read the same ids from here.
+Generation, scoring and training use the token ids of the examples without any change.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ class Example(NamedTuple):
     """A prompt and its target.
 
     Attributes:
-        id: record number in the source and a hash of the ids; the same when the run is repeated.
-        prompt_ids: int32, final.
-        target_ids: int32, final; ends with its end-of-sequence token.
-        prompt_text, target_text: the same as text, for people and for exact match.
-        rejected_ids: the other answer of preference data, like `target_ids`.
+        id: the number of the record in the source (from 0) and a hash of the token ids.
+        prompt_ids: int32, of shape (prompt tokens,).
+        target_ids: int32, of shape (target tokens,); ends with an end-of-sequence token.
+        prompt_text: the templated prompt as text.
+        target_text: the target as text, as it is in the record.
+        rejected_ids: the rejected response of preference data, in the form of `target_ids`; None
+            for other data.
     """
 
     id: str
@@ -43,25 +45,26 @@ class Example(NamedTuple):
 
     @property
     def prompt_key(self) -> bytes:
-        """Equal for examples with the same prompt ids."""
+        """A key that is equal for examples with the same prompt ids."""
         return self.prompt_ids.tobytes()
 
     @property
     def target(self) -> TokenSequence:
-        """The prompt and the target as the model reads them."""
+        """The prompt and the target as one sequence."""
         return TokenSequence(self.prompt_ids, self.target_ids)
 
 
-# Columns of the parquet files, in the order of `Example`'s fields.
+# Names of the parquet columns, in the order of `Example`'s fields.
 _COLUMNS = ("id", "prompt_ids", "target_ids", "prompt", "target", "rejected_ids")
 
 
 class Prepared(NamedTuple):
-    """What `prepare_examples` made of the records.
+    """The result of `prepare_examples`.
 
     Attributes:
-        skipped: how many records were skipped, by reason.
-        instructions: for each example, the prompt before the chat template was applied.
+        examples: the usable records, in the order of the source.
+        skipped: reason to number of records that were skipped for it.
+        instructions: for each example, the prompt without the chat template.
     """
 
     examples: list[Example]
@@ -79,15 +82,20 @@ def prepare_examples(
     *,
     preferences: bool = False,
 ) -> Prepared:
-    """Read, template and tokenise; count the records that cannot be used.
+    """Read records, apply the chat template and tokenise. Unusable records are skipped.
 
     Args:
-        key: `data` or `evaluate.data`, for errors.
-        preferences: keep the rejected answers, and refuse data that has none.
-        on_done: called with the number of records read since the last call.
+        config: where the records are and how to read them.
+        key: key path of `config` for error messages: `data` or `evaluate.data`.
+        tokenizer: the tokenizer, with `model.eos_token` applied.
+        stop_ids: the token ids that end a response.
+        max_length: longest prompt plus response, in tokens. A longer record is unusable.
+        on_done: called with the number of records processed since the last call.
+        preferences: whether to require and keep rejected responses.
 
     Raises:
-        InputError: no record is usable, or more are unusable than `max_skipped` allows.
+        InputError: the records cannot be read, no record is usable, or more records are unusable
+            than `max_skipped` allows.
     """
     records = read_records(config, key)
     convert = shape_of(records, config, key, preferences=preferences)
@@ -112,21 +120,23 @@ def prepare_examples(
     share = skipped.total() / len(records)
     if not examples or share > config.max_skipped:
         reasons = "; ".join(
-            f"{reason}: {count} (first: row {first_skipped[reason]})"
+            f"{reason}: {count} (first: record {first_skipped[reason]})"
             for reason, count in skipped.most_common()
         )
         allowed = (
-            f"{key}.max_skipped allows {config.max_skipped:.1%}" if examples else "none is left"
+            f"{key}.max_skipped allows {config.max_skipped:.1%}"
+            if examples
+            else "no record is left"
         )
         raise InputError(
-            f"{key}.path: {config.path}: {skipped.total()} of {len(records)} rows ({share:.1%}) "
-            f"cannot be used, {allowed}: {reasons}"
+            f"{key}.path: {config.path}: {skipped.total()} of {len(records)} records ({share:.1%}) "
+            f"are unusable, {allowed}: {reasons}"
         )
     return Prepared(examples, dict(skipped), instructions)
 
 
 def write_examples(path: Path, examples: Sequence[Example]) -> None:
-    """Write examples as parquet."""
+    """Write examples to a parquet file."""
     has_rejected = bool(examples) and examples[0].rejected_ids is not None
     names = _COLUMNS if has_rejected else _COLUMNS[:-1]
     columns = {name: [example[i] for example in examples] for i, name in enumerate(names)}
@@ -134,10 +144,10 @@ def write_examples(path: Path, examples: Sequence[Example]) -> None:
 
 
 def read_examples(path: Path) -> list[Example]:
-    """Read what `write_examples` wrote."""
+    """Read examples from a file that `write_examples` wrote."""
     table = read_table(path)
     columns = [table[name] for name in _COLUMNS if name in table]
-    return [Example(*row) for row in zip(*columns, strict=True)]
+    return [Example(*fields) for fields in zip(*columns, strict=True)]
 
 
 def _tokenised(

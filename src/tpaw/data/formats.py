@@ -1,7 +1,6 @@
-"""Rows of any supported shape, as a prompt and a target.
+"""Turn records of any supported format into dialogues: a prompt and a target, as text.
 
-Nothing is tokenised here. A row that cannot be used is `Unusable` with a reason, for `data` to
-count.
+A record that cannot be used becomes `Unusable` with a reason. `examples.py` counts the reasons.
 """
 
 from __future__ import annotations
@@ -20,11 +19,13 @@ _SHAREGPT_ROLES |= {"system": "system"}
 
 
 class Dialogue(NamedTuple):
-    """A prompt and its target.
+    """A prompt and its target, as text.
 
-    `prompt` is text, or messages that end with a user turn. `is_chat` says that the chat template
-    must be used, because the row is a conversation. `rejected` is the other answer of preference
-    data, whose target is the chosen one.
+    Attributes:
+        prompt: text, or messages that end with a user turn.
+        target: the response of the data. For preference data it is the chosen response.
+        is_chat: whether the record is a conversation, which needs the chat template.
+        rejected: the rejected response of preference data; None for other data.
     """
 
     prompt: str | list[Message]
@@ -34,7 +35,14 @@ class Dialogue(NamedTuple):
 
 
 def prompt_as_text(prompt: str | Sequence[Message]) -> str:
-    """A prompt before templating: the text, the only message, or all messages with their roles."""
+    """The prompt without the chat template.
+
+    Args:
+        prompt: text or messages.
+
+    Returns:
+        The text, the content of a single message, or several messages with their roles.
+    """
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
@@ -43,73 +51,85 @@ def prompt_as_text(prompt: str | Sequence[Message]) -> str:
 
 
 class Unusable(NamedTuple):
-    """Why a row cannot be used."""
+    """The reason why a record cannot be used."""
 
     reason: str
 
 
-SAME_ANSWERS = Unusable("chosen and rejected are the same")
+SAME_ANSWERS = Unusable("chosen and rejected are equal")
 
 
 def shape_of(
-    rows: Sequence[Record], config: DataConfig, key: str, *, preferences: bool = False
+    records: Sequence[Record], config: DataConfig, key: str, *, preferences: bool = False
 ) -> Callable[[Record], Any]:
-    """How to turn a row into a `Dialogue` (or `Unusable`), from the columns that are there.
+    """Find the format of the records from their columns.
 
     Args:
-        preferences: nothing but chosen and rejected answers will do.
+        records: all records of the source; at least one.
+        config: where the records are and which columns to read.
+        key: key path of `config` for error messages, for example `data`.
+        preferences: whether chosen and rejected responses are required.
+
+    Returns:
+        A function that turns a record into a `Dialogue` or `Unusable`.
 
     Raises:
-        InputError: a named column is missing, or no supported shape fits.
+        InputError: a column that `columns` names is missing, or the records have no supported
+            format.
     """
-    present = set(rows[0])
-    filled = {name for row in rows[:100] for name in row if row[name] is not None}
-    name, there = f"{key}.path: {config.path}", ", ".join(sorted(present))
+    present = set(records[0])
+    filled = {name for record in records[:100] for name in record if record[name] is not None}
+    name, available = f"{key}.path: {config.path}", ", ".join(sorted(present))
     columns = config.columns
     for column in (c for _, c in columns or () if c is not None):
         if column not in present:
-            raise InputError(f"{name}: no column {column!r}; there are {there}")
+            raise InputError(f"{name}: has no column {column!r}; available: {available}")
     if preferences and not (columns.chosen if columns else {"chosen", "rejected"} <= filled):
         raise InputError(
-            f"{name}: method dpo needs the columns chosen and rejected; there are "
-            f"{there}; name yours in {key}.columns"
+            f"{name}: has columns {available}; method dpo needs chosen and rejected; if the "
+            f"columns have other names, set {key}.columns"
         )
     if columns is not None:
         if columns.chosen:
             names = columns.prompt or "", columns.chosen, columns.rejected or ""
-            return lambda row: _preference(row, *names, _asked)
+            return lambda record: _preference(record, *names, _question)
         if columns.messages:
-            return lambda row: _conversation(row.get(columns.messages or ""), config.turn)
-        return lambda row: _pair(row, columns.prompt or "", columns.target or "", _asked)
-    asked_in = "conversations" if "conversations" in filled else "prompt"
+            return lambda record: _conversation(record.get(columns.messages or ""), config.turn)
+        return lambda record: _pair(record, columns.prompt or "", columns.target or "", _question)
+    prompt_column = "conversations" if "conversations" in filled else "prompt"
     shapes: list[tuple[set[str], Callable[[Record], Any]]] = [
         (
             {"chosen", "rejected"},
-            lambda row: _preference(row, asked_in, "chosen", "rejected", _checked),
+            lambda record: _preference(record, prompt_column, "chosen", "rejected", _checked),
         ),
-        ({"prompt", "completion"}, lambda row: _pair(row, "prompt", "completion", _checked)),
-        ({"messages"}, lambda row: _conversation(row.get("messages"), config.turn)),
-        ({"conversations"}, lambda row: _sharegpt(row, config.turn)),
+        ({"prompt", "completion"}, lambda record: _pair(record, "prompt", "completion", _checked)),
+        ({"messages"}, lambda record: _conversation(record.get("messages"), config.turn)),
+        ({"conversations"}, lambda record: _sharegpt(record, config.turn)),
         ({"instruction", "output"}, _alpaca),
-        ({"question", "answer"}, lambda row: _asked(row.get("question"), row.get("answer"))),
+        (
+            {"question", "answer"},
+            lambda record: _question(record.get("question"), record.get("answer")),
+        ),
     ]
-    for columns_there in (filled, present):  # files of several shapes leave some columns null
+    # A file with records of several formats has null columns, so prefer columns with values.
+    for available_columns in (filled, present):
         for required, convert in shapes:
-            if required <= columns_there:
+            if required <= available_columns:
                 return convert
     raise InputError(
-        f"{name}: columns {there} are none of chosen/rejected, prompt/completion, "
-        f"messages, conversations, instruction/output, question/answer; name yours in {key}.columns"
+        f"{name}: has columns {available}; must have chosen/rejected, prompt/completion, messages, "
+        f"conversations, instruction/output or question/answer; if the columns have other names, "
+        f"set {key}.columns"
     )
 
 
 def _pair(
-    row: Record,
+    record: Record,
     prompt_column: str,
     target_column: str,
     of_texts: Callable[..., Dialogue | Unusable],
 ) -> Dialogue | Unusable:
-    prompt, target = row.get(prompt_column), row.get(target_column)
+    prompt, target = record.get(prompt_column), record.get(target_column)
     if isinstance(prompt, list) or isinstance(target, list):
         prompt = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         target = target if isinstance(target, list) else [{"role": "assistant", "content": target}]
@@ -117,7 +137,7 @@ def _pair(
     return of_texts(prompt, target)
 
 
-def _asked(prompt: Any, target: Any, system: Any = None) -> Dialogue | Unusable:
+def _question(prompt: Any, target: Any, system: Any = None) -> Dialogue | Unusable:
     dialogue = _checked(prompt, target)
     if isinstance(dialogue, Unusable) or not isinstance(prompt, str):
         return dialogue
@@ -127,71 +147,72 @@ def _asked(prompt: Any, target: Any, system: Any = None) -> Dialogue | Unusable:
     return dialogue._replace(prompt=messages)
 
 
-def _alpaca(row: Record) -> Dialogue | Unusable:
-    instruction, extra = row.get("instruction"), row.get("input")
+def _alpaca(record: Record) -> Dialogue | Unusable:
+    instruction, extra = record.get("instruction"), record.get("input")
     if isinstance(instruction, str) and isinstance(extra, str) and extra.strip():
         instruction = f"{instruction}\n{extra}"
-    return _asked(instruction, row.get("output"), row.get("system"))
+    return _question(instruction, record.get("output"), record.get("system"))
 
 
 def _preference(
-    row: Record,
+    record: Record,
     prompt_column: str,
     chosen_column: str,
     rejected_column: str,
     of_texts: Callable[..., Dialogue | Unusable],
 ) -> Dialogue | Unusable:
-    prompt, chosen, rejected = map(row.get, (prompt_column, chosen_column, rejected_column))
+    prompt, chosen, rejected = map(record.get, (prompt_column, chosen_column, rejected_column))
     if not any(isinstance(part, (list, Mapping)) for part in (prompt, chosen, rejected)):
         preferred, other = of_texts(prompt, chosen), of_texts(prompt, rejected)
     else:
-        asked = _messages(prompt, "user")
+        prompt = _messages(prompt, "user")
         preferred, other = (
-            _conversation(_with_system(row, _continued(asked, answer)), "last")
-            for answer in (chosen, rejected)
+            _conversation(_with_system(record, _continued(prompt, response)), "last")
+            for response in (chosen, rejected)
         )
     if isinstance(preferred, Unusable):
         return preferred
     if isinstance(other, Unusable):
         return Unusable(f"rejected: {other.reason}")
     if preferred.prompt != other.prompt:
-        return Unusable("chosen and rejected answer different prompts")
+        return Unusable("chosen and rejected have different prompts")
     if preferred.target == other.target:
         return SAME_ANSWERS
     return preferred._replace(rejected=other.target)
 
 
-def _continued(asked: Any, answer: Any) -> Any:
-    """The conversation; some answers bring their prompt along."""
-    answered = _messages(answer, "assistant")
-    if not isinstance(answered, list) or len(answered) > 1:
-        return answered
-    return [*asked, *answered] if isinstance(asked, list) else answered
+def _continued(prompt: Any, response: Any) -> Any:
+    """The conversation of prompt and response. Some responses already include the prompt."""
+    messages = _messages(response, "assistant")
+    if not isinstance(messages, list) or len(messages) > 1:
+        return messages
+    return [*prompt, *messages] if isinstance(prompt, list) else messages
 
 
-def _sharegpt(row: Record, turn: str) -> Dialogue | Unusable:
-    turns = row.get("conversations")
+def _sharegpt(record: Record, turn: str) -> Dialogue | Unusable:
+    turns = record.get("conversations")
     if not isinstance(turns, list):
         return Unusable("the conversation is not a list of turns")
-    return _conversation(_with_system(row, _messages(turns, "user")), turn)
+    return _conversation(_with_system(record, _messages(turns, "user")), turn)
 
 
-def _with_system(row: Record, messages: Any) -> Any:
-    """Some files keep the system message in a column of its own."""
-    if isinstance(messages, list) and isinstance(row.get("system"), str) and row["system"].strip():
-        return [{"role": "system", "content": row["system"]}, *messages]
+def _with_system(record: Record, messages: Any) -> Any:
+    """Prepend the system message, which some files store in a separate column."""
+    system = record.get("system")
+    if isinstance(messages, list) and isinstance(system, str) and system.strip():
+        return [{"role": "system", "content": system}, *messages]
     return messages
 
 
 def _messages(turns: Any, role_of_text: str) -> Any:
-    """Turns as role/content messages; what is none is left for `_conversation` to refuse."""
+    """Turns as messages with role and content. `_conversation` refuses anything else."""
     if isinstance(turns, str):
         turns = {"role": role_of_text, "content": turns}
     turns = [turns] if isinstance(turns, Mapping) else turns
     if not isinstance(turns, list) or not all(isinstance(t, Mapping) for t in turns):
         return turns
     messages = []
-    for t in turns:  # some files say role and content in a column of this name
+    for t in turns:  # ShareGPT says from and value, but some files say role and content
         role = str(t.get("from", t.get("role")))
         content = t.get("value", t.get("content"))
         messages.append({"role": _SHAREGPT_ROLES.get(role, role), "content": content})
@@ -201,18 +222,18 @@ def _messages(turns: Any, role_of_text: str) -> Any:
 def _conversation(messages: Any, turn: str) -> Dialogue | Unusable:
     if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
         return Unusable("the conversation is not a list of messages")
-    answers = [i for i, m in enumerate(messages) if m.get("role") == "assistant"]
-    if not answers:
-        return Unusable("no assistant turn")
-    end = answers[0] if turn == "first" else answers[-1]
+    positions = [i for i, m in enumerate(messages) if m.get("role") == "assistant"]
+    if not positions:
+        return Unusable("the conversation has no assistant turn")
+    end = positions[0] if turn == "first" else positions[-1]
     prompt, target = messages[:end], messages[end].get("content")
     if not prompt or prompt[-1].get("role") != "user":
         return Unusable("the assistant turn does not follow a user turn")
     for message in prompt:
         if message.get("role") not in ("system", "user", "assistant"):
-            return Unusable(f"a turn of role {str(message.get('role'))[:30]!r}")
+            return Unusable(f"a turn has the unknown role {str(message.get('role'))[:30]!r}")
         if not isinstance(message.get("content"), str):
-            return Unusable("a message whose content is not text")
+            return Unusable("the content of a message is not text")
     plain = [{"role": m["role"], "content": m["content"]} for m in prompt]
     checked = _checked(plain[-1]["content"], target, is_chat=True)
     return checked if isinstance(checked, Unusable) else checked._replace(prompt=plain)
@@ -225,5 +246,5 @@ def _checked(prompt: Any, target: Any, *, is_chat: bool = False) -> Dialogue | U
         if not text.strip():
             return Unusable(f"the {name} is empty")
         if any("\ud800" <= character <= "\udfff" for character in text):
-            return Unusable(f"the {name} holds half a surrogate pair")
+            return Unusable(f"the {name} contains half of a surrogate pair")
     return Dialogue(prompt, target, is_chat)

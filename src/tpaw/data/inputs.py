@@ -1,6 +1,7 @@
-"""What a run starts from: examples, held-out examples and the tokenizer, checked and kept.
+"""The inputs of a run: examples, held-out examples and the tokenizer.
 
-Once they are published, the run directory holds all of it, and the sources are not read again.
+A run publishes its inputs when it begins. From then on it reads the published inputs and never the
+data files again.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ if TYPE_CHECKING:
 
 
 class Inputs(NamedTuple):
-    """Everything a run reads from outside but the weights of θ_0.
+    """Everything that a run reads from outside, except the weights of θ_0.
 
     Attributes:
-        examples: the SFT rows, or the preference pairs.
-        heldout: rows to evaluate on; may be empty.
-        skipped: of both files, how many rows could not be used, by reason.
-        tokenizer: of θ_0, with `model.eos_token` applied.
-        stop_ids: any of them ends a response.
+        examples: the training examples, or the preference pairs of method dpo.
+        heldout: the examples to evaluate on; may be empty.
+        skipped: `data` and `evaluate.data`, each to the number of skipped records by reason.
+        tokenizer: the tokenizer of θ_0, with `model.eos_token` applied.
+        stop_ids: the token ids that end a response.
     """
 
     examples: list[Example]
@@ -37,19 +38,18 @@ class Inputs(NamedTuple):
     stop_ids: tuple[int, ...]
 
     def described(self) -> str:
-        """One line on what there is and what was left out."""
+        """One line for display: the number of examples and of skipped records."""
         skipped = {key: dict(reasons) for key, reasons in self.skipped.items() if reasons}
         return (
             f"{len(self.examples):,} examples, {len(self.heldout):,} held out; "
             f"skipped: {json.dumps(skipped) if skipped else 'none'}; "
-            f"held-out prompts that are trained on: {self.heldout_prompts_in_training()}"
+            f"held-out prompts in the training data: {self.heldout_prompts_in_training()}"
         )
 
     def first_rows(self) -> list[str]:
-        """The first row of each file as the model sees it, for people to look at."""
-        rows = [("data", self.examples), ("evaluate.data", self.heldout)]
+        """The first example of each data set, decoded from its token ids, for display."""
         shown = []
-        for key, examples in rows:
+        for key, examples in (("data", self.examples), ("evaluate.data", self.heldout)):
             if examples:
                 example = examples[0]
                 parts = {"prompt": example.prompt_ids, "target": example.target_ids}
@@ -57,17 +57,22 @@ class Inputs(NamedTuple):
                     parts["rejected"] = example.rejected_ids
                 texts = {name: self.tokenizer.decode(ids.tolist()) for name, ids in parts.items()}
                 lines = [f"\n  {name} {text!r}" for name, text in texts.items()]
-                shown.append(f"first row of {key}:{''.join(lines)}")
+                shown.append(f"first example of {key}:{''.join(lines)}")
         return shown
 
     def heldout_prompts_in_training(self) -> int:
-        """How many held-out rows ask what a training row asks."""
+        """Number of held-out examples whose prompt is also a training prompt."""
         known = {example.prompt_ids.tobytes() for example in self.examples}
         return sum(example.prompt_ids.tobytes() in known for example in self.heldout)
 
 
 def publish_inputs(folder: Path, inputs: Inputs) -> None:
-    """Keep the inputs in the run directory."""
+    """Publish the inputs as an artifact.
+
+    Args:
+        folder: the artifact to publish.
+        inputs: the inputs of the run.
+    """
     meta = {
         "stop_ids": list(inputs.stop_ids),
         "skipped": inputs.skipped,
@@ -82,7 +87,12 @@ def publish_inputs(folder: Path, inputs: Inputs) -> None:
 
 
 def load_inputs(folder: Path, config: RunConfig) -> Inputs:
-    """Read what `publish_inputs` kept."""
+    """Read published inputs.
+
+    Args:
+        folder: the artifact that `publish_inputs` wrote.
+        config: the configuration of the run.
+    """
     manifest = read_manifest(folder)
     return Inputs(
         read_examples(folder / "train.parquet"),

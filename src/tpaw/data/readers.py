@@ -1,6 +1,6 @@
-"""Rows from any supported source.
+"""Read records from files, saved datasets and the Hugging Face Hub.
 
-A file that cannot be read and a line that is malformed are errors with their place.
+A malformed line or file raises an error that names the file and the line.
 """
 
 from __future__ import annotations
@@ -21,39 +21,46 @@ _SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".arrow")
 
 
 def read_records(config: DataConfig, key: str) -> list[Record]:
-    """Read the rows of a local file, a saved dataset or a hub id; `key` names it in errors.
+    """Read the records of a local file, a saved dataset or a Hub dataset.
+
+    Args:
+        config: where the records are.
+        key: key path of `config` for error messages, for example `data`.
+
+    Returns:
+        The records, as mappings of column name to value; at most `config.limit` of them.
 
     Raises:
-        InputError: nothing there, not readable, a malformed line, or no rows.
+        InputError: the source does not exist, cannot be read, is malformed, or has no records.
     """
     path = Path(resolve_path(config.path))
     name = f"{key}.path: {config.path}"
     if path.is_file():
         reader = _READERS.get(path.suffix.lower())
         if reader is None:
-            raise InputError(f"{name}: not one of {', '.join(_SUFFIXES)}")
-        rows = reader(path, name)
+            raise InputError(f"{name}: unknown file type; must be one of {', '.join(_SUFFIXES)}")
+        records = reader(path, name)
     elif path.is_dir():
-        rows = _saved_dataset(path, config, name)
+        records = _saved_dataset(path, config, name)
     elif path.suffix in _SUFFIXES or config.path.startswith((".", "/", "~")):
-        raise InputError(f"{name}: no such file")
+        raise InputError(f"{name}: no such file or folder; check the path")
     else:
-        rows = _hub(config, name)
-    if not rows:
-        raise InputError(f"{name}: holds no rows")
-    return rows[: config.limit]
+        records = _hub(config, name)
+    if not records:
+        raise InputError(f"{name}: has no records; give a file with at least one")
+    return records[: config.limit]
 
 
 def _read_jsonl(path: Path, name: str) -> list[Record]:
-    rows = []
+    records = []
     with path.open(encoding="utf-8-sig") as file:
         try:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    rows.append(_json_object(line, f"{name}: line {number}"))
+                    records.append(_json_object(line, f"{name}: line {number}"))
         except UnicodeDecodeError as error:
             raise InputError(f"{name}: not UTF-8 text: {error}") from None
-    return rows
+    return records
 
 
 def _json_object(text: str, place: str) -> Record:
@@ -62,7 +69,7 @@ def _json_object(text: str, place: str) -> Record:
     except ValueError as error:
         raise InputError(f"{place}: malformed JSON: {error}") from None
     if not isinstance(value, dict):
-        raise InputError(f"{place}: a row is a JSON object, not {text.strip():.40}")
+        raise InputError(f"{place}: {text.strip():.40}: each record must be a JSON object")
     return value
 
 
@@ -71,31 +78,33 @@ def _read_json(path: Path, name: str) -> list[Record]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: not UTF-8 text: {error}") from None
-    if not text.lstrip().startswith("["):  # many files called .json hold an object a line
+    if not text.lstrip().startswith("["):  # many .json files have one object on each line
         return _read_jsonl(path, name)
     try:
-        rows = json.loads(text)
+        records = json.loads(text)
     except ValueError as error:
         raise InputError(f"{name}: malformed JSON: {error}") from None
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise InputError(f"{name}: row {number}: a row is a JSON object, not {row!r:.40}")
-    return list(rows)
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record, dict):
+            raise InputError(
+                f"{name}: record {number}: {record!r:.40}: each record must be a JSON object"
+            )
+    return list(records)
 
 
 def _read_csv(path: Path, name: str) -> list[Record]:
-    rows: list[Record] = []
+    records: list[Record] = []
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
-            for row in reader:
-                if None in row or None in row.values():
+            for record in reader:
+                if None in record or None in record.values():
                     columns = len(reader.fieldnames or ())
-                    raise InputError(f"{name}: line {reader.line_num}: not {columns} fields")
-                rows.append(row)
+                    raise InputError(f"{name}: line {reader.line_num}: must have {columns} fields")
+                records.append(record)
         except (csv.Error, UnicodeDecodeError) as error:
             raise InputError(f"{name}: line {reader.line_num + 1}: {error}") from None
-    return rows
+    return records
 
 
 def _read_parquet(path: Path, name: str) -> list[Record]:
@@ -127,10 +136,10 @@ def _saved_dataset(path: Path, config: DataConfig, name: str) -> list[Record]:
     try:
         loaded = datasets.load_from_disk(str(path))
     except (FileNotFoundError, ValueError) as error:
-        raise InputError(f"{name}: a folder, but not a saved dataset: {error}") from None
+        raise InputError(f"{name}: the folder is not a saved dataset: {error}") from None
     if isinstance(loaded, datasets.DatasetDict):
         if config.split not in loaded:
-            raise InputError(f"{name}: no split {config.split!r}; there are {_listed(loaded)}")
+            raise InputError(f"{name}: has no split {config.split!r}; available: {_listed(loaded)}")
         loaded = loaded[config.split]
     return list(loaded)
 
@@ -142,11 +151,12 @@ def _hub(config: DataConfig, name: str) -> list[Record]:
         return list(
             datasets.load_dataset(config.path, split=config.split, revision=config.revision)
         )
-    except Exception as error:  # the hub's client raises a dozen kinds, all of them final here
+    except Exception as error:  # the Hub's client raises many types
         first_line = str(error).partition("\n")[0]
         raise InputError(
-            f"{name}: neither a file or folder here, nor a dataset that the hub gives "
-            f"({type(error).__name__}: {first_line})"
+            f"{name}: neither a local file or folder nor a dataset that the Hub provides "
+            f"({type(error).__name__}: {first_line}); check the path, the Hub id and your access "
+            "rights"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Token ids: one-dimensional int32 arrays in memory, list columns in parquet."""
+"""Token ids: int32 arrays of one dimension in memory, list columns in parquet files."""
 
 from __future__ import annotations
 
@@ -16,21 +16,38 @@ TokenIds = NDArray[np.int32]
 
 
 class TokenSequence(NamedTuple):
-    """A prompt and one response to it."""
+    """A prompt and one response to it.
+
+    Attributes:
+        prompt_ids: int32, of shape (prompt tokens,).
+        response_ids: int32, of shape (response tokens,).
+    """
 
     prompt_ids: TokenIds
     response_ids: TokenIds
 
 
 def token_ids(ids: Iterable[int]) -> TokenIds:
-    """Token ids as an int32 array; one that is int32 already is returned as it is."""
+    """Convert token ids to an int32 array.
+
+    Args:
+        ids: token ids in any iterable.
+
+    Returns:
+        An array of shape (tokens,). An array that is already int32 is returned without a copy.
+    """
     if isinstance(ids, np.ndarray) and ids.dtype == np.int32:
         return ids
     return np.asarray(ids if hasattr(ids, "__array__") else list(ids), dtype=np.int32)
 
 
 def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
-    """Write columns to parquet. A column of arrays becomes a list column."""
+    """Write a parquet file.
+
+    Args:
+        path: the file to write.
+        columns: column name to values. Values that are arrays become a list column of int32.
+    """
     arrays = {}
     for name, values in columns.items():
         is_ids = len(values) > 0 and isinstance(values[0], np.ndarray)
@@ -39,7 +56,11 @@ def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
 
 
 def read_table(path: Path) -> dict[str, list[Any]]:
-    """Read columns from parquet. List columns become int32 arrays that share one buffer."""
+    """Read a parquet file.
+
+    Returns:
+        Column name to values. The values of a list column are int32 arrays, which share one buffer.
+    """
     table = pq.read_table(path)
     return {name: _values(table[name].combine_chunks()) for name in table.column_names}
 
