@@ -1,1 +1,1 @@
-"""The embedded starter: a task, an unfinished SFT model and their rows, for a run on a CPU."""
+"""The starter: a small task, an SFT model that still makes mistakes, and data for a CPU run."""

@@ -1,18 +1,18 @@
-"""Rebuild the bundled starter: its problems, its tokenizer and its unfinished SFT model.
+"""Rebuild the starter: its problems, its tokenizer and its SFT model.
 
     python -m tpaw.starter.build [--output DIR] [--seed N]
 
-Self-play starts from an SFT model that still makes mistakes. So the model is trained by ordinary
-supervised fine-tuning and stopped on purpose early: with the default seed, 57 % of its greedy
-answers are right. The same seed gives the same problems and tokenizer everywhere, and the same
-weights on the same CPU and PyTorch build, because the number of threads is fixed.
+Self-play needs an SFT model that still makes mistakes. Supervised fine-tuning therefore stops
+early: with the default seed, 57 % of the model's greedy responses are correct. The same seed gives
+the same problems and the same tokenizer on every machine. It gives the same weights on the same CPU
+and PyTorch build, because the number of threads is fixed.
 
-Written to the output directory:
+The script writes to the output directory:
 
     model/          a Qwen2 model in fp32 with its tokenizer and chat template
-    train.jsonl     the rows for self-play, a part of those the model was trained on
-    heldout.jsonl   the rows for evaluation, whose questions occur in no training row
-    tuning.jsonl    rows to choose settings by, so that the held-out ones stay unseen till the end
+    train.jsonl     the records for self-play, a subset of the model's training records
+    heldout.jsonl   the records for evaluation; no question occurs in the training records
+    tuning.jsonl    records to choose settings with, so that heldout.jsonl stays unseen
 """
 
 import argparse
@@ -61,9 +61,9 @@ BATCH_SIZE = 64
 LEARNING_RATE = 3e-3
 WARMUP_STEPS = 50
 STEPS_BETWEEN_CHECKS = 100
-"""How often accuracy is checked before the decay starts."""
+"""Optimizer steps between two accuracy checks before the learning rate decays."""
 DECAY_FROM_ACCURACY = 0.2
-"""The learning rate starts to fall once the model has understood this share of the problems."""
+"""The learning rate decays once this share of the validation responses is correct."""
 DECAY_STEPS = 60
 MAX_STEPS_BEFORE_DECAY = 5000
 MAX_NEW_TOKENS = 64
@@ -73,17 +73,25 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class TokenizedRow:
-    """One training sequence, whose prompt is masked out of the labels."""
+    """One training sequence. The labels ignore the prompt.
+
+    Attributes:
+        input_ids: int64, of shape (tokens,).
+        labels: int64, of shape (tokens,); `IGNORED_LABEL` for the prompt.
+    """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
 
 
 def train_tokenizer(problems: Sequence[Problem]) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer in which every digit is a token of its own.
+    """Train a byte-level BPE tokenizer in which each digit is one token.
 
-    Single digits let so small a model see numbers digit by digit; all 256 bytes are in the
-    vocabulary, so any text can be encoded.
+    A model of this size learns arithmetic more easily from single digits. The vocabulary contains
+    all 256 bytes, so the tokenizer can encode any text.
+
+    Args:
+        problems: the training text.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -115,7 +123,7 @@ def train_tokenizer(problems: Sequence[Problem]) -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
-    """Make an untrained Qwen2 model that is small enough to train on a CPU in minutes."""
+    """Create an untrained Qwen2 model that trains on a CPU in minutes."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -138,7 +146,7 @@ def make_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> str:
-    """Render the question as the model sees it, up to the start of its own turn."""
+    """Apply the chat template to a question, up to the start of the assistant turn."""
     prompt: str = tokenizer.apply_chat_template(
         [{"role": "user", "content": problem.question}], tokenize=False, add_generation_prompt=True
     )
@@ -146,7 +154,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> str:
 
 
 def tokenize_row(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> TokenizedRow:
-    """Tokenize a problem so that the loss covers the answer and the token that ends the turn."""
+    """Tokenise a problem. The loss covers the target and its end-of-sequence token."""
     prompt_ids = tokenizer(render_prompt(tokenizer, problem), add_special_tokens=False).input_ids
     target_ids = tokenizer(problem.answer + END, add_special_tokens=False).input_ids
     return TokenizedRow(
@@ -158,7 +166,16 @@ def tokenize_row(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> Tokeni
 def shuffled_batches(
     rows: Sequence[TokenizedRow], pad_token_id: int, rng: random.Random
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield right-padded batches without end, reshuffling the rows for every epoch."""
+    """Yield right-padded batches without end. Each epoch has a new order.
+
+    Args:
+        rows: the training sequences.
+        pad_token_id: the token that pads input_ids.
+        rng: source of the order.
+
+    Yields:
+        `input_ids` and `labels`, int64, of shape (BATCH_SIZE, longest sequence).
+    """
     while True:
         order = list(range(len(rows)))
         rng.shuffle(order)
@@ -179,7 +196,11 @@ def exact_match(
     problems: Sequence[Problem],
     batch_size: int = 250,
 ) -> float:
-    """Return the share of problems whose greedy answer ends in the right number."""
+    """Measure exact match of greedy responses.
+
+    Returns:
+        Share of the problems whose response ends in the correct number, from 0 to 1.
+    """
     correct = 0
     for start in range(0, len(problems), batch_size):
         batch = problems[start : start + batch_size]
@@ -207,12 +228,23 @@ def train_until_understood(
     validation: Sequence[Problem],
     seed: int,
 ) -> None:
-    """Train at a constant learning rate until the model starts to understand, then decay to zero.
+    """Train until validation accuracy reaches `DECAY_FROM_ACCURACY`, then decay the learning rate.
 
-    How many steps it takes to get there differs from seed to seed, so a fixed number of steps could
-    give a model that knows nothing. The level after the decay still depends on the seed: seed 0
-    ends at 57 % of the held-out problems, seed 1 at 27 %. For another seed, look at the printed
-    accuracy and change `DECAY_STEPS`; more steps give a better model.
+    The learning rate is constant after the warmup. It decays to 0 in `DECAY_STEPS` steps. The
+    number of steps before the decay depends on the seed, so a fixed number could give an untrained
+    model. The final accuracy also depends on the seed: seed 0 reaches 57 % of the held-out
+    problems, seed 1 reaches 27 %. For another seed, check the printed accuracy and change
+    `DECAY_STEPS`; more steps give a better model.
+
+    Args:
+        model: the model; it is trained in place.
+        tokenizer: its tokenizer.
+        train: the training problems.
+        validation: the problems that decide when the decay starts.
+        seed: seed of the order of the training problems.
+
+    Raises:
+        RuntimeError: the accuracy is not reached in `MAX_STEPS_BEFORE_DECAY` steps.
     """
     rows = [tokenize_row(tokenizer, problem) for problem in train]
     batches = shuffled_batches(rows, tokenizer.pad_token_id, random.Random(seed))
@@ -242,7 +274,12 @@ def train_until_understood(
 
 
 def build(output_dir: Path, seed: int) -> None:
-    """Make the problems, the tokenizer and the model, and write them to `output_dir`."""
+    """Build the starter.
+
+    Args:
+        output_dir: the folder to write to. It is created if it does not exist.
+        seed: seed of the problems, the weights and the order of training.
+    """
     torch.set_num_threads(THREADS)
     torch.manual_seed(seed)
     train = generate_problems(SFT_ROWS, seed=3 * seed)
@@ -268,14 +305,14 @@ def build(output_dir: Path, seed: int) -> None:
 
 
 def write_rows(path: Path, problems: Sequence[Problem]) -> None:
-    """Write one JSON object a line, with Unix line ends on every system."""
+    """Write problems as JSON lines. Line ends are Unix line ends on every system."""
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for problem in problems:
             file.write(json.dumps(asdict(problem)) + "\n")
 
 
 def main() -> None:
-    """Read the command line and build the starter."""
+    """Run the command line of this script."""
     parser = argparse.ArgumentParser(description="Rebuild the bundled starter.")
     parser.add_argument("--output", type=Path, default=STARTER_DIR, help="where to write it")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")

@@ -1,11 +1,11 @@
-"""Grade-school word problems with worked solutions, made from templates.
+"""Generate grade-school word problems with worked solutions from templates.
 
-The starter needs a task that a tiny model can learn on a CPU, that is checked by exact match, and
-that looks like GSM8K: every answer works the problem out step by step and ends in a line such as
-``#### 42``. Nothing is downloaded, so the problems carry no third-party licence.
+The starter needs a task that a tiny model can learn on a CPU and that exact match can check. The
+problems resemble GSM8K: each solution has several steps and ends in a line such as ``#### 42``. They
+are generated, so no third-party licence applies.
 
-Only the standard library is used, and only methods of `random.Random` whose results are the same in
-every supported Python version, so a seed means the same problems everywhere.
+This module uses only the standard library, and only methods of `random.Random` whose results are
+the same in every supported Python version. A seed therefore gives the same problems everywhere.
 """
 
 import random
@@ -55,7 +55,7 @@ LOST = ("drops", "loses", "sells")
 
 @dataclass(frozen=True)
 class Problem:
-    """A question and its worked answer, with the column names of GSM8K."""
+    """A question and its worked solution. The field names are the column names of GSM8K."""
 
     question: str
     answer: str
@@ -63,7 +63,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Scene:
-    """Who a problem is about (two different people) and what they count."""
+    """The people and things of a problem.
+
+    Attributes:
+        name: the main person.
+        pronoun: the pronoun of the main person.
+        friend: a different person.
+        things: what they count, in the plural.
+    """
 
     name: str
     pronoun: str
@@ -75,9 +82,14 @@ Template = Callable[[random.Random, Scene], Problem]
 
 
 def generate_problems(count: int, seed: int, exclude: Collection[str] = ()) -> list[Problem]:
-    """Return `count` problems, with no question twice and none of the questions in `exclude`.
+    """Generate problems. No question occurs twice.
 
-    The templates take turns, so each is equally frequent, and the order is then shuffled.
+    Each template is used equally often. The order is shuffled.
+
+    Args:
+        count: number of problems.
+        seed: seed of the problems.
+        exclude: questions that must not occur.
 
     Example:
         >>> train = generate_problems(1000, seed=0)
@@ -104,7 +116,7 @@ def _pick_scene(rng: random.Random) -> Scene:
 
 
 def _worked(*steps: str, result: int) -> str:
-    """Join the sentences of a solution and state the result as GSM8K does."""
+    """Join the sentences of a solution and append the result in the format of GSM8K."""
     return " ".join(steps) + f"\n#### {result}"
 
 
