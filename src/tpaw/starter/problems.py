@@ -1,8 +1,8 @@
 """Generate grade-school word problems with worked solutions from templates.
 
 The starter needs a task that a tiny model can learn on a CPU and that exact match can check. The
-problems resemble GSM8K: each solution has several steps and ends in a line such as ``#### 42``. They
-are generated, so no third-party licence applies.
+problems resemble GSM8K: each solution has several steps and ends in a line such as ``#### 42``.
+The problems are generated, so no third-party licence applies.
 
 This module uses only the standard library, and only methods of `random.Random` whose results are
 the same in every supported Python version. A seed therefore gives the same problems everywhere.
