@@ -107,8 +107,8 @@ def answer(
         str | None,
         typer.Option(
             "--data",
-            help="Records whose prompts to answer, in any format of the setting `data`. Default: "
-            "the held-out records of the run.",
+            help="File of records that contain the prompts. Default: the held-out records of the "
+            "run.",
         ),
     ] = None,
     output: Annotated[

@@ -14,7 +14,7 @@ from tpaw.config.files import recipe_summaries, to_yaml
 from tpaw.config.schema import RunConfig
 from tpaw.errors import InputError
 from tpaw.storage.run_directory import RunDirectory
-from tpaw.storage.run_directory import restart_iteration as forget_training
+from tpaw.storage.run_directory import restart_iteration as discard_training
 
 app = typer.Typer()
 config_app = typer.Typer(
@@ -62,7 +62,7 @@ def run(
     """
     output = output or _default_output(config)
     if restart_iteration is not None:
-        forget_training(output, restart_iteration)
+        discard_training(output, restart_iteration)
     _run(_load(config, set_), output)
 
 
@@ -126,12 +126,6 @@ def plan(config: Sources, set_: Overrides = []) -> None:  # noqa: B006
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-@config_app.command("show", cls=Command)
-def config_show(config: Sources, set_: Overrides = []) -> None:  # noqa: B006
-    """Print the complete configuration with the description of every setting."""
-    print(to_yaml(_load(config, set_), comments=True), end="")
-
-
 @config_app.command("list")
 def config_list() -> None:
     """List the recipes that come with the package."""
@@ -139,6 +133,12 @@ def config_list() -> None:
     width = max(map(len, summaries))
     for name, summary in summaries.items():
         print(f"{name:{width}}  {summary}")
+
+
+@config_app.command("show", cls=Command)
+def config_show(config: Sources, set_: Overrides = []) -> None:  # noqa: B006
+    """Print the complete configuration with the description of every setting."""
+    print(to_yaml(_load(config, set_), comments=True), end="")
 
 
 @config_app.command("schema")

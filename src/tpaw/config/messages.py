@@ -6,6 +6,7 @@ Example: `train.lerning_rate: unknown key; did you mean train.learning_rate?`
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -94,6 +95,7 @@ def _explain(problem: Any, kind: type[BaseModel]) -> str:
         return f"{path}: {message}" if path else message
     value = list(problem["input"]) if isinstance(problem["input"], tuple) else problem["input"]
     allowed = message.replace("input should", "must").replace("a valid tuple", "a list")
+    allowed = re.sub("a valid dictionary or instance of .*", "a mapping of keys to values", allowed)
     return f"{path}: {value!r}: not allowed; {allowed}"
 
 

@@ -184,13 +184,13 @@ class TeamConfig(Section):
     opponents: Newest = Field(
         Newest(last=3),
         description="Opponents: the checkpoints whose responses the policy learns to reject. "
-        "last: how many of the newest checkpoints play (the paper's N_max). D_O has one triple "
-        "for each prompt and opponent, so more opponents mean more optimizer steps.",
+        "D_O has one triple for each prompt and opponent, so more opponents mean more optimizer "
+        "steps.",
     )
     main_players: Newest = Field(
         Newest(last=3),
-        description="Main players: the reference models of the objective. last: how many of the "
-        "newest checkpoints play (the paper's N_max).",
+        description="Main players: the reference models of the objective. Each one scores every "
+        "sequence once.",
     )
 
 
@@ -203,7 +203,8 @@ class ObjectiveConfig(Section):
         0.1,
         alias="lambda",
         description="λ > 0: scale of every implicit reward (TRL calls it beta). One value, or a "
-        "list with one value for each iteration.",
+        "list with one value for each iteration. The value of an iteration that has not begun to "
+        "train may change when the run is resumed.",
     )
     eta: float = Field(
         6.0,
@@ -304,12 +305,14 @@ class TrainConfig(Section):
 
     learning_rate: PerIteration[Annotated[float, Field(gt=0)]] = Field(
         1e-6,
-        description="Peak learning rate. One value, or a list with one value for each iteration.",
+        description="Peak learning rate. One value, or a list with one value for each iteration. "
+        "The value of an iteration that has not begun to train may change when the run is resumed.",
     )
     epochs: PerIteration[Annotated[int, Field(ge=1)]] = Field(
         2,
         description="Passes over the triples of an iteration (D_O). One value, or a list with one "
-        "value for each iteration.",
+        "value for each iteration. The value of an iteration that has not begun to train may "
+        "change when the run is resumed.",
     )
     batch_size: int = Field(
         64,
@@ -327,9 +330,9 @@ class TrainConfig(Section):
     group_by_prompt: bool = Field(
         False,
         description="Shuffle prompts instead of triples. The model then computes prompt and "
-        "target once for all opponents, which saves a third to a half of the time with three "
-        "opponents. A batch then holds a third as many prompts, and the model learns less "
-        "(docs/log.md). It has no effect on which triples an epoch contains.",
+        "target once for all opponents; training with three opponents is a third to a half "
+        "faster. But a batch then contains a third as many prompts, and the model learns less "
+        "(docs/log.md). Each epoch still contains every triple once.",
     )
     optimizer: str = Field(
         "rmsprop",
@@ -384,7 +387,8 @@ class TrainConfig(Section):
     training_arguments: Mapping[str, Any] = Field(
         {},
         description="Further TrainingArguments of transformers, by their own names. An argument "
-        "that another setting decides is refused, and the error names that setting.",
+        "is refused if another setting decides it or if TPAW cannot support it; the error names "
+        "the setting or the reason.",
     )
 
 
