@@ -1,7 +1,4 @@
-"""Algorithm 1 of the paper (arXiv 2605.09922), and the function that runs it.
-
-The loop calls one stage after the other. `pipeline.stages` implements the stages.
-"""
+"""Algorithm 1 of the paper (arXiv 2605.09922); `pipeline.stages` implements its stages."""
 
 from __future__ import annotations
 
@@ -18,17 +15,7 @@ if TYPE_CHECKING:
 
 
 def algorithm_1(config: RunConfig, stages: Stages) -> Player:
-    """Run Algorithm 1 of the paper.
-
-    A stage that has already published its output returns at once. A second run therefore resumes.
-
-    Args:
-        config: the configuration of the run.
-        stages: the stages, opened on a run directory.
-
-    Returns:
-        The last checkpoint, θ_T.
-    """
+    """Run Algorithm 1 and return θ_T. A stage whose output is published returns at once."""
     examples = stages.load_examples()  # D_SFT
     history = [stages.initial_player()]  # θ_0, the SFT model
     stages.evaluate(history[-1])
@@ -52,15 +39,13 @@ def self_play(config: RunConfig, output: str | Path, stop: StopSignal | None = N
     Args:
         config: the configuration of the run.
         output: the run directory. It is created if it does not exist.
-        stop: pass a signal to be able to stop the run at the next safe point. Default: the run
-            cannot be stopped this way.
+        stop: a signal that stops the run at its next safe point.
 
     Returns:
         The last checkpoint, θ_T.
 
     Raises:
-        InputError: the configuration, the data, the model or the run directory is invalid.
-            Nothing has been written then.
+        InputError: a setting, the data, the model or the folder is invalid; nothing was written.
         TpawError: any other error of `tpaw.errors`.
     """
     from tpaw.pipeline.stages import opened_stages

@@ -78,8 +78,7 @@ class ChatFormat:
         if not self.has_template:
             raise InputError(
                 f"{self.key}: {self.template}: the records are conversations, but the tokenizer "
-                "has "
-                "no chat template; add one to the model (tokenizer.chat_template)"
+                "has no chat template; add one to the model (tokenizer.chat_template)"
             )
         response: Message = {"role": "assistant", "content": target}
         try:

@@ -47,8 +47,7 @@ def check_model(config: RunConfig) -> PreTrainedConfig:
         first_line = str(error).partition("\n")[0]
         raise InputError(
             f"{name}: neither a local model folder nor a model that the Hub provides "
-            f"({first_line}); "
-            "check the path, the Hub id and your access rights"
+            f"({first_line}); check the path, the Hub id and your access rights"
         ) from None
     if found.is_encoder_decoder:
         raise InputError(

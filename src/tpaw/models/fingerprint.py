@@ -89,7 +89,6 @@ def _safetensors_header(file: Path) -> dict[str, Any]:
     if end != file.stat().st_size:
         raise InputError(
             f"{file}: damaged: {file.stat().st_size} bytes, but its header says {end}; download or "
-            "copy "
-            "it again"
+            "copy it again"
         )
     return dict(header)

@@ -49,8 +49,8 @@ def initial_player(config: ModelConfig, record: Path) -> Player:
             raise InputError(
                 f"model.path: {config.path}: its weights differ from those of θ_0 in this run "
                 f"(fingerprint {player.fingerprint[:12]}, recorded "
-                f"{recorded['fingerprint'][:12]}); "
-                "give the model that the run began with, or choose another --output"
+                f"{recorded['fingerprint'][:12]}); give the model that the run began with, or "
+                "choose another --output"
             )
     else:
         record.parent.mkdir(exist_ok=True)

@@ -34,8 +34,7 @@ def load_model(
     if not Path(player.path).is_dir():
         raise InputError(
             f"{player.path}: the folder does not exist, but θ_{player.index} is needed; restore "
-            "it, or for "
-            "θ_0 set model.path"
+            "it, or for θ_0 set model.path"
         )
     model, report = AutoModelForCausalLM.from_pretrained(
         player.path,

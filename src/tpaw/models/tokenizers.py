@@ -36,15 +36,13 @@ def load_tokenizer(config: ModelConfig, folder: str | None = None) -> PreTrained
         first_line = str(error).partition("\n")[0]
         raise InputError(
             f"model.path: {config.path}: no usable tokenizer ({first_line}); add the tokenizer's "
-            "files "
-            "to the model"
+            "files to the model"
         ) from None
     # For a folder without a tokenizer, transformers returns an empty one.
     if not tokenizer("a", add_special_tokens=False).input_ids:
         raise InputError(
             f"model.path: {config.path}: its tokenizer encodes text to no tokens; add the "
-            "tokenizer's "
-            "files to the model"
+            "tokenizer's files to the model"
         )
     if config.eos_token is not None:
         if config.eos_token not in tokenizer.get_vocab():
