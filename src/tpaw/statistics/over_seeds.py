@@ -111,8 +111,8 @@ def seed_difference(baseline: Sequence[float], method: Sequence[float]) -> SeedD
         g_z, t_p_value = 0.0, 1.0
     elif sd == 0:
         notes.append(
-            "Every seed shows the same difference: without spread d_z is infinite and there is no "
-            "t-test. Check that the seed changes anything."
+            "All seeds show the same difference, so d_z is infinite and there is no t-test. "
+            "Check that the seed changes the run."
         )
     elif sd is not None:
         g_z = mean / sd * hedges_correction(seeds - 1) if seeds > 2 else None
@@ -159,7 +159,7 @@ def too_few_seeds(seeds: int, tests: int = 1) -> str | None:
         tests: number of tests that Holm's correction covers.
     """
     if seeds == 1:
-        return "1 seed: nothing is known of the spread between runs, so no difference can be told."
+        return "1 seed: the spread between runs is unknown, so no test is possible; use six seeds."
     least = min(1.0, tests * smallest_p_value(seeds))
     if least <= ALPHA:
         return None
