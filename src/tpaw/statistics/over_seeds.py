@@ -159,7 +159,7 @@ def too_few_seeds(seeds: int, tests: int = 1) -> str | None:
         tests: number of tests that Holm's correction covers.
     """
     if seeds == 1:
-        return "1 seed: the spread between runs is unknown, so no test is possible; use six seeds."
+        return "1 seed: nothing is known of the spread between runs, so no difference can be told."
     least = min(1.0, tests * smallest_p_value(seeds))
     if least <= ALPHA:
         return None
