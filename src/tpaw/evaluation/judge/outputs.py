@@ -76,8 +76,8 @@ def read_outputs(path: str, argument: str) -> Outputs:
         for text in texts:
             if not isinstance(text, str) or not _is_whole(text):
                 raise InputError(
-                    f"{argument}: {path}: record {number}: `instruction` and `output` must be text, "
-                    f"not {printable(repr(text), 60)}"
+                    f"{argument}: {path}: record {number}: `instruction` and `output` must be "
+                    f"text, not {printable(repr(text), 60)}"
                 )
         instruction, extra, output = map(str, texts)
         answers.append((f"{instruction}\n{extra}" if extra.strip() else instruction, output))

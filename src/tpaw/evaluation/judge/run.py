@@ -33,7 +33,8 @@ def key_from(variable: str | None) -> str | None:
         return None
     if not os.environ.get(variable):
         raise InputError(
-            f"--key-env {variable}: this environment variable is not set or empty; set it to the key"
+            f"--key-env {variable}: this environment variable is not set or is empty; "
+            "set it to the endpoint's key"
         )
     return os.environ[variable]
 
