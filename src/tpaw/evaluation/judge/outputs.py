@@ -109,9 +109,9 @@ def pair_up(first: Outputs, second: Outputs) -> list[Pair]:
     counts_a, counts_b = (Counter(text for text, _ in side.answers) for side in (first, second))
     if uneven := (counts_a - counts_b) + (counts_b - counts_a):
         raise InputError(
-            f"A and B have different instructions: {first.name} has {len(first.answers)} responses, "
-            f"{second.name} has {len(second.answers)}; without a counterpart: {uneven.total()}, "
-            f"such as {printable(repr(next(iter(uneven))), 120)}; give both the same instructions"
+            f"A and B have different instructions: {first.name} has {len(first.answers)} "
+            f"responses, {second.name} has {len(second.answers)}; without a counterpart: "
+            f"{uneven.total()}, such as {printable(repr(next(iter(uneven))), 120)}; give both the same instructions"
         )
     waiting: dict[str, list[str]] = defaultdict(list)
     for instruction, answer in reversed(second.answers):
