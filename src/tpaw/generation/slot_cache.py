@@ -101,7 +101,12 @@ class SlotCache(Cache):
         return min(self.starts, default=self.end)
 
     def reshape(self, slots: int, columns: int) -> None:
-        """Allocate buffers of another size and copy the active sequences to their first columns."""
+        """Allocate buffers of another size and copy the active sequences to their first columns.
+
+        Args:
+            slots: the new S, at least the number of active sequences.
+            columns: the new C, larger than the longest active sequence.
+        """
         begin, end, active = self.begin, self.end, len(self.starts)
         self.slots, self.columns = slots, columns
         self.starts, self.end = [start - begin for start in self.starts], end - begin

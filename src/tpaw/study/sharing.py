@@ -45,6 +45,10 @@ def shared_name(config: RunConfig) -> str:
 def begin_shared(config: RunConfig, folder: Path) -> None:
     """Create the shared run directory, for `prepare_shared`.
 
+    Args:
+        config: the configuration of a run that shares the directory.
+        folder: the shared run directory.
+
     Raises:
         RunLockedError: another process works on it.
     """
@@ -62,6 +66,10 @@ def is_prepared(folder: Path) -> bool:
 
 def prepare_shared(folder: Path, stop: StopSignal) -> None:
     """Do all work before the first training: generate, evaluate and score with θ_0.
+
+    Args:
+        folder: the shared run directory; see `begin_shared`.
+        stop: tells whether the user asked for a stop.
 
     Raises:
         Interrupted: the user asked for a stop; published files stay.

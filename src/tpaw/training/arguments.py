@@ -140,6 +140,10 @@ def split_optimizer(
 ) -> tuple[type[SplitRMSprop], dict[str, Any]] | None:
     """Return the optimizer class and its options for `train.weights: split`.
 
+    Args:
+        config: the run's configuration.
+        arguments: see `training_arguments`.
+
     Returns:
         None for `train.weights: fp32`, where transformers chooses the optimizer.
     """

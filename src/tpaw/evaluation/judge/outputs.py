@@ -100,6 +100,10 @@ def pair_up(first: Outputs, second: Outputs) -> list[Pair]:
     If an instruction has several responses, the k-th response of one system is paired with the k-th
     response of the other.
 
+    Args:
+        first: the responses of the first system.
+        second: the responses of the second system, in any order.
+
     Returns:
         The pairs, in the order of the first system.
 
@@ -111,7 +115,8 @@ def pair_up(first: Outputs, second: Outputs) -> list[Pair]:
         raise InputError(
             f"A and B have different instructions: {first.name} has {len(first.answers)} "
             f"responses, {second.name} has {len(second.answers)}; without a counterpart: "
-            f"{uneven.total()}, such as {printable(repr(next(iter(uneven))), 120)}; give both the same instructions"
+            f"{uneven.total()}, such as {printable(repr(next(iter(uneven))), 120)}; "
+            "give both the same instructions"
         )
     waiting: dict[str, list[str]] = defaultdict(list)
     for instruction, answer in reversed(second.answers):
