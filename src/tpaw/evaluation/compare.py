@@ -1,8 +1,8 @@
-"""Systems on the same items, each against the first.
+"""Compare systems with a baseline on the same items.
 
-Right or wrong is compared by exact McNemar, anything else by sign flips with a bootstrap interval;
-all p-values of a comparison are one family for Holm. Measures are refused unless everything that
-decides an outcome, but the system, is the same.
+Right-or-wrong scores are compared by the exact McNemar test. Other scores are compared by a
+sign-flip test, with a bootstrap interval of the difference. Holm's correction covers all p-values
+of a comparison. Measures are refused if anything except the system could change a score.
 """
 
 from __future__ import annotations
@@ -24,16 +24,22 @@ from tpaw.statistics.over_items import (
 
 
 class ComparisonRow(NamedTuple):
-    """One measure of one system. What only a comparison has is None for the baseline.
+    """One measure of one system. For the baseline, all fields after `interval_95` are None.
 
     Attributes:
-        items: how many; None for a suite's average over tasks, which has no interval and no test.
-        value: mean over the items: a share, nats, or for a suite's average percent.
-        interval_95: Wilson's for shares, BCa bootstrap otherwise.
-        difference: value − the baseline's.
+        measure: name of the measure.
+        system: name of the system.
+        items: number of items; None for a suite's average over tasks, which has no interval and no
+            test.
+        value: mean over the items: a share in [0, 1] for accuracy, nats for log-probs, percent for
+            a suite's average.
+        interval_95: Wilson interval for shares, BCa bootstrap interval for other scores.
+        difference: value minus the baseline's value.
         difference_interval_95: BCa bootstrap over items; None for shares.
-        only_baseline, only_system: items that it alone got right; None if not right or wrong.
-        p_value, holm_p_value: two-sided; as it is, and adjusted for all of the comparison.
+        only_baseline, only_system: number of items that only the baseline / only this system
+            solved; None for scores that are not right or wrong.
+        p_value: two-sided, not corrected.
+        holm_p_value: corrected for all tests of the comparison.
     """
 
     measure: str
@@ -50,14 +56,14 @@ class ComparisonRow(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Everything `tpaw compare` says.
+    """The result of `tpaw compare`.
 
     Attributes:
-        systems: their names; the first is the baseline.
-        suite: its name; None for runs' own held-out evaluations.
-        rows: by measure, then by system.
-        tests: how many p-values Holm's adjustment covers.
-        notes: what was left out, or differs without hindering a comparison.
+        systems: names of the systems; the first is the baseline.
+        suite: name of the suite; None for the held-out evaluations of runs.
+        rows: sorted by measure, then by system.
+        tests: number of p-values that Holm's correction covers.
+        notes: measures that were left out, and differences that do not prevent a comparison.
     """
 
     systems: list[str]
@@ -67,21 +73,24 @@ class Comparison(NamedTuple):
     notes: list[str]
 
     def as_json(self) -> dict[str, Any]:
-        """The same as plain values; intervals are pairs."""
+        """Return the result as plain values for JSON. Intervals are pairs."""
         return self._asdict() | {"rows": [row._asdict() for row in self.rows]}
 
 
 def compare(evaluations: Sequence[Evaluation], on_done: OnDone = ignore) -> Comparison:
-    """Compare every system with the first.
+    """Compare every system with the first one.
 
     Args:
+        evaluations: the baseline, then one or more other systems.
         on_done: called with 1 after each row.
 
     Raises:
-        InputError: fewer than two systems, or their measures cannot be compared.
+        InputError: there are fewer than two systems, or their measures cannot be compared.
     """
     if len(evaluations) < 2:
-        raise InputError(f"a comparison needs two systems or more, not {len(evaluations)}")
+        raise InputError(
+            f"a comparison needs two systems or more, not {len(evaluations)}; add a system"
+        )
     baseline, *others = evaluations
     for other in others:
         _check_same_measures(baseline, other)
@@ -89,15 +98,15 @@ def compare(evaluations: Sequence[Evaluation], on_done: OnDone = ignore) -> Comp
     if GAP in names and (differing := _with_other_initial_answers(baseline, others)):
         names.remove(GAP)
         notes.append(
-            f"{GAP} left out: it is measured against sampled answers of θ_0, and those of "
-            f"{', '.join(differing)} are not those of {baseline.name}"
+            f"{GAP}: left out, because it is measured against sampled responses of θ_0, and those "
+            f"of {', '.join(differing)} differ from those of {baseline.name}"
         )
     for name in names:
         for other in others:
             _check_same_conditions(name, baseline, other)
     rows = []
     for name in names:
-        # One table has one test a measure, though some system's scores happen to be 0 and 1.
+        # Use the same test for all systems, even if the scores of one system happen to be 0 and 1.
         is_binary = all(evaluation.measures[name].is_binary for evaluation in evaluations)
         for evaluation in evaluations:
             rows.append(_row(name, baseline, evaluation, is_binary=is_binary))
@@ -145,7 +154,10 @@ def _row(
 
 
 def _averages(evaluations: Sequence[Evaluation]) -> list[ComparisonRow]:
-    """A suite's average in percent. It has no test: its tasks have, and tasks are no sample."""
+    """Return one row for each system with its suite average in percent.
+
+    The average has no test, because the tasks of a suite are not a random sample.
+    """
     start = evaluations[0].score
     if start is None or any(evaluation.score is None for evaluation in evaluations):
         return []
@@ -160,15 +172,18 @@ def _averages(evaluations: Sequence[Evaluation]) -> list[ComparisonRow]:
 
 def _check_same_measures(baseline: Evaluation, other: Evaluation) -> None:
     if baseline.suite != other.suite:
-        held = [e.suite or "the run's own held-out rows" for e in (baseline, other)]
+        held = [e.suite or "the run's own held-out records" for e in (baseline, other)]
         raise InputError(
-            f"{baseline.name} is evaluated on {held[0]}, {other.name} on {held[1]}; "
-            "--suite NAME says which evaluation of a run is meant"
+            f"{baseline.name} is evaluated on {held[0]}, but {other.name} on {held[1]}; "
+            "choose an evaluation that both have with --suite NAME"
         )
     for one, without in ((baseline, other), (other, baseline)):
         for name in one.measures:
             if name not in without.measures:
-                raise InputError(f"{name}: {one.name} has it, {without.name} has not")
+                raise InputError(
+                    f"{name}: {one.name} has this measure, but {without.name} does not; "
+                    "compare systems that have the same measures"
+                )
 
 
 def _check_same_conditions(name: str, baseline: Evaluation, other: Evaluation) -> None:
@@ -178,7 +193,7 @@ def _check_same_conditions(name: str, baseline: Evaluation, other: Evaluation) -
         if values[0] != values[1]:
             raise InputError(
                 f"{name}: {condition} is {values[0]!r:.200} in {baseline.name} and "
-                f"{values[1]!r:.200} in {other.name}; these are not comparable"
+                f"{values[1]!r:.200} in {other.name}; it must be the same to compare them"
             )
     _check_same_items(name, baseline, other)
 
@@ -191,20 +206,23 @@ def _check_same_items(name: str, baseline: Evaluation, other: Evaluation) -> Non
         owner = baseline.name if example in first.scores else other.name
         raise InputError(
             f"{name}: {baseline.name} and {other.name} are evaluated on different items: "
-            f"{len(first.scores)} and {len(second.scores)}, of which "
+            f"{len(first.scores)} and {len(second.scores)} items, of which "
             f"{len(first.scores.keys() & second.scores.keys())} are in both; only {owner} has "
             f"{example!r}" + _hint(first)
         )
     for item, found in first.hashes.items():
         if second.hashes[item] != found:
             raise InputError(
-                f"{name}: item {item!r} is another document in {baseline.name} than in {other.name}"
+                f"{name}: item {item!r} is a different document in {baseline.name} and in "
+                f"{other.name}; evaluate both on the same data"
             )
 
 
 def _hint(measure: Measure) -> str:
-    """Ids of a run's own items hash their tokens."""
-    return "" if measure.hashes else "; other rows, or another tokenizer or chat template"
+    """Return the likely cause. The item ids of a run's own evaluation are hashes of token ids."""
+    if measure.hashes:
+        return ""
+    return "; the held-out records, the tokenizer or the chat template are not the same"
 
 
 def _with_other_initial_answers(baseline: Evaluation, others: Sequence[Evaluation]) -> list[str]:
@@ -213,7 +231,10 @@ def _with_other_initial_answers(baseline: Evaluation, others: Sequence[Evaluatio
 
 
 def _version_notes(baseline: Evaluation, others: Sequence[Evaluation]) -> list[str]:
-    """Packages whose version may differ; the harness's may not, it is a condition."""
+    """Return a note for each package whose version differs.
+
+    lm_eval has no note, because its version is a condition of a measure.
+    """
     return [
         f"{package} is {version} for {baseline.name} and {other.versions.get(package)} for "
         f"{other.name}"

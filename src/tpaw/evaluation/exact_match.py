@@ -1,8 +1,10 @@
-"""Exact match for problems whose solution ends in `#### answer`, as GSM8K's do.
+"""Exact match for problems whose solution ends with `#### answer`, as in GSM8K.
 
-The pattern is GSM8K's own (openai/grade-school-math `dataset.py`), and so is that of lm-eval's
-strict-match, whose verdicts on GSM8K these are: `####`, one space, a number. The first such place
-in an answer counts; thousands separators and a final full stop do not.
+The pattern is `####`, one space and a number, as in GSM8K's own code (openai/grade-school-math,
+`dataset.py`). lm-eval's strict-match uses the same pattern and gives the same verdicts on GSM8K.
+Only the first match in a text counts. Thousands separators and a final full stop are ignored.
+
+In this file, an answer is the number after `####`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ _ANSWER = re.compile(r"#### (-?[0-9.,]+)")
 
 
 def extract_answer(text: str) -> str | None:
-    """The normalised answer of a solution, or None where there is none."""
+    """Return the normalised answer of a solution, or None if it has no answer."""
     found = _ANSWER.search(text)
     if found is None:
         return None
@@ -24,11 +26,19 @@ def extract_answer(text: str) -> str | None:
 
 
 def is_correct(completion: str, target: str) -> bool:
-    """Whether a completion gives the target's answer."""
+    """Whether a completion has the same answer as the target.
+
+    Args:
+        completion: text of a response.
+        target: text of the target.
+
+    Returns:
+        False if the target has no answer.
+    """
     expected = extract_answer(target)
     return expected is not None and extract_answer(completion) == expected
 
 
 def has_answers(examples: Sequence[Example]) -> bool:
-    """Whether every target ends in a checkable answer, and there is one."""
+    """Whether there are examples and every target has an answer."""
     return bool(examples) and all(extract_answer(example.target_text) for example in examples)

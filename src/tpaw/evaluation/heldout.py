@@ -1,10 +1,12 @@
-"""Held-out evaluation of one checkpoint: greedy exact match, and log-probs for any data.
+"""Held-out evaluation of one checkpoint: exact match of greedy responses, and log-probs.
 
-The log-prob side needs no checkable answer. With y the held-out target and y_0 the response of θ_0
-to the same prompt (sampled once, then fixed), it reports, in nats and without λ:
+Exact match needs targets with a checkable answer. The log-probs need only targets. y is the
+held-out target. y_0 is the response of θ_0 to the same prompt; it is sampled once and then fixed.
+The log-prob measures are in nats and do not contain λ:
 
-- gap: log π_θ(y) − log π_θ(y_0), how much likelier the target is than the SFT model's own response;
-- margin: how much the gap has grown since θ_0, which is the margin [6] against θ_0 divided by λ.
+- gap: log π_θ(y) − log π_θ(y_0). It says how much more likely the target is than θ_0's response.
+- margin: the gap of θ minus the gap of θ_0. This is the margin of equation [6] against θ_0,
+  divided by λ.
 """
 
 from __future__ import annotations
@@ -30,19 +32,24 @@ from tpaw.statistics.over_items import mcnemar, wilson_interval
 from tpaw.storage.artifacts import publishing, write_json
 from tpaw.team import Player
 
-# Added to the run's seed, so that they are not sampled like the first training prompts.
+# Added to the run's seed. With the same seed, these responses would use the same random numbers as
+# the responses to the training prompts.
 SEED_OF_INITIAL_RESPONSES = 1
 
 
 @dataclass(frozen=True)
 class HeldoutEvaluation:
-    """Evaluates checkpoints of one run on its held-out examples.
+    """Evaluates the checkpoints of one run on its held-out examples.
 
     Attributes:
-        folder_of: the artifact's folder of a player, by its index.
+        config: the run's configuration.
+        heldout: the held-out examples.
+        folder_of: returns the folder of an evaluation, given the index of the player.
+        open_generator: opens a generator for a player.
         load_for_scoring: loads a player for log-probs.
         decode: token ids to text.
-        params: sampling settings of the run.
+        params: the run's sampling settings.
+        watch: shows progress and checks for a stop.
     """
 
     config: RunConfig
@@ -55,10 +62,12 @@ class HeldoutEvaluation:
     watch: Watch
 
     def publish(self, player: Player) -> None:
-        """Evaluate a player and publish results and per-item outcomes.
+        """Evaluate a player and publish the results and the items.
+
+        θ_0 must be evaluated first: later players are compared with it.
 
         Raises:
-            Interrupted: a stop was asked for; nothing is published.
+            Interrupted: the user asked for a stop; nothing is published.
         """
         self.watch.stop.check()
         started = time.monotonic()
@@ -76,7 +85,7 @@ class HeldoutEvaluation:
             write_json(folder / "results.json", meta | results)
 
     def _write_initial_responses(self, player: Player, folder: Path) -> None:
-        """θ_0's responses, sampled once: later gaps are measured against them."""
+        """Sample θ_0's responses. The gap of every later checkpoint uses the same responses."""
         seed = self.config.seed + SEED_OF_INITIAL_RESPONSES
         completions = self._generate(player, self.params, seed, "initial responses")
         ids = [completion.token_ids for completion in completions]
@@ -128,7 +137,17 @@ def exact_match_items(
     completions: Sequence[Completion],
     decode: Callable[[TokenIds], str],
 ) -> list[Item]:
-    """Per-item outcomes, in the order of the examples."""
+    """Return one item for each example, in the order of the examples.
+
+    Args:
+        examples: held-out examples whose targets have answers.
+        completions: one greedy completion for each example.
+        decode: token ids to text.
+
+    Returns:
+        Items with `id`, `completion` (text), `finish_reason`, `answer` (None if there is none),
+        `expected` and `correct`.
+    """
     items = []
     for example, completion in zip(examples, completions, strict=True):
         text = decode(completion.token_ids)
@@ -146,7 +165,16 @@ def exact_match_items(
 
 
 def exact_match_results(items: Sequence[Item], start: Sequence[Item]) -> dict[str, Any]:
-    """Accuracy with its 95 % Wilson interval, and exact McNemar against θ_0 on the same items."""
+    """Compute the accuracy, and compare it with θ_0 on the same items.
+
+    Args:
+        items: items of the checkpoint.
+        start: items of θ_0, in the same order.
+
+    Returns:
+        Counts, `accuracy` as a share in [0, 1], its 95 % Wilson interval, and the exact McNemar
+        test against θ_0 as `versus_start`.
+    """
     correct = [item["correct"] for item in items]
     test = mcnemar([item["correct"] for item in start], correct)
     return {
@@ -165,8 +193,15 @@ def logp_items(
     target_logps: NDArray[np.float64],
     initial_answer_logps: NDArray[np.float64],
 ) -> list[Item]:
-    """Per-item log-probs of the target and of θ_0's answer under the checkpoint."""
-    rows = zip(examples, target_logps.tolist(), initial_answer_logps.tolist(), strict=True)
+    """Return one item for each example, in the order of the examples.
+
+    Args:
+        examples: held-out examples.
+        target_logps: log-probs of the targets under the checkpoint, in nats, (examples,).
+        initial_answer_logps: log-probs of θ_0's responses under the checkpoint, in nats,
+            (examples,).
+    """
+    logps = zip(examples, target_logps.tolist(), initial_answer_logps.tolist(), strict=True)
     return [
         {
             "id": example.id,
@@ -174,12 +209,21 @@ def logp_items(
             "target_tokens": len(example.target_ids),
             "initial_answer_logp": initial,
         }
-        for example, target, initial in rows
+        for example, target, initial in logps
     ]
 
 
 def logp_results(items: Sequence[Item], start: Sequence[Item]) -> dict[str, float]:
-    """Means over the items; see the module's text for gap and margin."""
+    """Compute means over the items. The module's docstring defines gap and margin.
+
+    Args:
+        items: items of the checkpoint.
+        start: items of θ_0, in the same order.
+
+    Returns:
+        `target_logp`, `target_logp_per_token`, `gap` and `margin` in nats, and
+        `nonpositive_gap_share` in [0, 1].
+    """
     target = np.array([item["target_logp"] for item in items])
     gap = target - np.array([item["initial_answer_logp"] for item in items])
     start_gap = np.array([item["target_logp"] - item["initial_answer_logp"] for item in start])

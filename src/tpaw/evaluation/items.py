@@ -1,4 +1,4 @@
-"""Outcomes item by item, as JSON lines."""
+"""Files of items: one JSON line for each example or document that was evaluated."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Item = dict[str, Any]
 
 
 def write_items(path: Path, items: Sequence[Item]) -> None:
-    """Write outcomes as JSON lines."""
+    """Write items as JSON lines."""
     path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
 
 
 def read_items(path: Path) -> list[Item]:
-    """Read what `write_items` wrote."""
+    """Read the items that `write_items` wrote."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

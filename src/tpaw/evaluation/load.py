@@ -1,7 +1,7 @@
-"""Published evaluations, read item by item: a run's own, and those of a suite.
+"""Read published evaluations: the held-out evaluation of a run, or the evaluation of a suite.
 
-Both become measures: a score for each item, and the conditions under which it was taken. What
-`compare` needs to know to refuse two measures is here; what it computes is there.
+Both become measures. A measure has a score for each item, and the conditions of the evaluation.
+`compare` refuses two measures whose conditions differ.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Measure(NamedTuple):
     """One score for each item.
 
     Attributes:
-        is_binary: every score is 1 for right or 0 for wrong.
-        scores: by item id, in the order of the file; nats for log-probs.
-        hashes: of the items' documents, by id. Empty for a run's own evaluation, whose ids hold a
-            hash of the prompt's and the target's token ids.
-        conditions: by name, what must be the same in two measures that are compared.
+        is_binary: whether every score is 1 (right) or 0 (wrong).
+        scores: by item id, in the order of the file. Log-probs are in nats.
+        hashes: hashes of the documents, by item id. Empty for a run's own evaluation, because its
+            item ids already hold a hash of the token ids of prompt and target.
+        conditions: settings that must be equal in two measures to compare them, by name.
     """
 
     is_binary: bool
@@ -45,16 +45,16 @@ class Measure(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What is known of one system.
+    """The evaluation of one system.
 
     Attributes:
-        name: the reference that names it.
-        folder: the artifact.
-        suite: the suite's name; None for a run's own held-out evaluation.
-        measures: by name. Of a run: `accuracy` where targets have answers, `target_logp`, `gap`
-            (see `heldout`). Of a suite: its tasks.
-        score: the suite's own average in percent, where it has one over several tasks.
-        versions: of the packages that made a suite's evaluation.
+        name: the reference of the system, such as RUN@3.
+        folder: folder of the published evaluation.
+        suite: name of the suite; None for a run's own held-out evaluation.
+        measures: by name. For a run: `accuracy` if targets have answers, `target_logp` and `gap`
+            (see `heldout.py`). For a suite: one measure for each task.
+        score: the suite's average in percent; None for a run or a suite of one task.
+        versions: package versions of the suite's evaluation, by package; empty for a run.
     """
 
     name: str
@@ -66,22 +66,25 @@ class Evaluation(NamedTuple):
 
 
 def find_evaluation(reference: str, suite: str | None = None) -> Evaluation:
-    """The evaluation that a reference names: RUN, RUN@i or a published folder.
+    """Read the evaluation that a reference names.
 
     Args:
-        suite: a suite's name; None for what a run evaluates by itself, or what the folder holds.
+        reference: RUN, RUN@i or the folder of a published evaluation.
+        suite: name of a suite. None means the held-out evaluation of a run, or any evaluation that
+            the folder holds.
 
     Raises:
-        InputError: there is none, it is of another suite, or a score is not a finite number.
-        ArtifactError: a file of it is damaged.
+        InputError: there is no such evaluation, it belongs to another suite, or a score is not a
+            finite number.
+        ArtifactError: a file of the evaluation is damaged.
     """
     found = find_in_run(reference)
     if found is None:
         folder, name = Path(reference), reference
         if not is_published(folder) or not (folder / "results.json").is_file():
             raise InputError(
-                f"{reference}: neither a run, nor RUN@i, nor an evaluation's folder "
-                f"({MANIFEST} and results.json)"
+                f"{reference}: not found as a run, RUN@i or the folder of an evaluation; "
+                f"such a folder holds {MANIFEST} and results.json"
             )
     else:
         run, i = found
@@ -93,10 +96,12 @@ def find_evaluation(reference: str, suite: str | None = None) -> Evaluation:
     try:
         evaluation = _read(name, folder)
     except (KeyError, TypeError, ValueError, OSError) as error:
-        raise InputError(f"{folder}: not an evaluation that can be read: {error!r}") from None
+        raise InputError(
+            f"{folder}: cannot be read as an evaluation: {error!r}; evaluate again"
+        ) from None
     if suite is not None and evaluation.suite != suite:
         held = f"the suite {evaluation.suite}" if evaluation.suite else "a run's own evaluation"
-        raise InputError(f"{name}: holds {held}, not --suite {suite}")
+        raise InputError(f"{name}: holds {held}; --suite {suite} asks for another evaluation")
     return evaluation
 
 
@@ -107,7 +112,8 @@ def _read(name: str, folder: Path) -> Evaluation:
     measures = {}
     for task, facts in results["tasks"].items():
         items = read_items(folder / "items" / f"{task}.jsonl")
-        # The tasks' data hash is left to the items' own: they name the item, in any order.
+        # The hashes of the items replace the task's data hash: they allow any order of the items,
+        # and an error can name the item that differs.
         conditions = {key: facts[key] for key in ("metric", "num_fewshot", "version")}
         conditions["lm_eval"] = results["versions"]["lm_eval"]
         conditions |= {f"settings.{key}": value for key, value in results["settings"].items()}
@@ -124,7 +130,10 @@ def _read(name: str, folder: Path) -> Evaluation:
 def _of_run(folder: Path) -> dict[str, Measure]:
     run = RunDirectory(folder.absolute().parents[2])
     if not run.has_begun():
-        raise InputError(f"{folder}: a run's own evaluation is read where it lies, in its run")
+        raise InputError(
+            f"{folder}: the evaluation of a run can only be read inside its run directory; "
+            "name the run instead"
+        )
     measures = {}
     if (folder / "exact_match.jsonl").is_file():
         config = run.load_config()
@@ -153,9 +162,11 @@ def _scores(
     for item, value in zip(items, values, strict=True):
         item_id = str(item["id"])
         if item_id in scores:
-            raise InputError(f"{folder}: item {item_id!r} is there twice")
+            raise InputError(f"{folder}: item {item_id!r} occurs twice; each id must be unique")
         if value is None or not math.isfinite(value):
-            raise InputError(f"{folder}: item {item_id!r} has the score {value}")
+            raise InputError(
+                f"{folder}: item {item_id!r} has the score {value}; scores must be finite numbers"
+            )
         scores[item_id] = float(value)
     if len(scores) < 2:
         raise InputError(f"{folder}: {len(scores)} items; a comparison needs two or more")
@@ -163,14 +174,17 @@ def _scores(
 
 
 def _initial_answers(run: RunDirectory) -> str:
-    """Hash of the answers that the run's gaps are measured against."""
+    """Return the hash of θ_0's responses, which the gaps of the run are measured against."""
     files = read_files(run.evaluation(0) / MANIFEST)
     return next(str(f["sha256"]) for f in files if f["path"] == "initial_answers.parquet")
 
 
 def _why_absent(run: RunDirectory, i: int, suite: str | None) -> str:
     if suite is not None:
-        return f"not evaluated on {suite}; do it with: tpaw evaluate {run.root}@{i} --suite {suite}"
+        return f"not evaluated on {suite}; run: tpaw evaluate {run.root}@{i} --suite {suite}"
     if is_published(run.inputs) and not read_manifest(run.inputs)["heldout_rows"]:
-        return "no evaluation: the run has no held-out rows (evaluate.data); try --suite"
-    return f"not evaluated yet; go on with: tpaw run {run.root}"
+        return (
+            "no evaluation: the run has no held-out records (evaluate.data); "
+            "use --suite to compare on benchmarks"
+        )
+    return f"not evaluated yet; resume the run: tpaw run {run.root}"

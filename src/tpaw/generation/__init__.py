@@ -1,1 +1,1 @@
-"""Prompts become responses: backends behind one method, and the responses on disk."""
+"""Step 2: prompts become responses. Generation backends, and the responses on disk."""

@@ -1,7 +1,7 @@
-"""Continuous batching: a sequence that ends makes room for a prompt that waits.
+"""Continuous batching: when a request ends, a waiting request takes its slot in the cache.
 
-Shape suffixes: N sequences that are generated now, L tokens, W columns of the cache, V vocabulary,
-B blocks of the vocabulary, K tokens of a block.
+Shape suffixes: N active requests, W columns of the cache, V vocabulary, B blocks of the
+vocabulary, K tokens of a block.
 """
 
 from __future__ import annotations
@@ -33,61 +33,75 @@ from tpaw.logprobs.attention import PACKED
 from tpaw.logprobs.packing import PromptGroup, assign_padded
 from tpaw.runtime.progress import OnDone
 
-# Tokens of one forward pass over prompts. It bounds the activations; more would not be faster.
+# Token budget of one forward pass over prompts. It limits activation memory. A larger budget is
+# not faster.
 PROMPT_TOKENS_PER_PASS = 8192
-# Waiting prompts join when this share of the slots is free. Their forward pass delays all other
-# sequences, and takes about as long for one prompt as for many.
+# Waiting requests join only when this share of the slots is free. Reading their prompts delays all
+# active requests, and reading one prompt takes about as long as reading many.
 FREE_SHARE = 1 / 8
-# Columns beyond the longest sequence. The cache is copied once for so many tokens.
+# Columns that the cache has beyond the longest sequence. When they are used up, the cache is copied
+# to its first columns. So it is copied at most once in this many tokens.
 SPARE_COLUMNS = 64
+# Tokens in one block of the vocabulary; see `draw`.
 BLOCK = 256
-# `is_enough` is called once for so many tokens of a sequence.
+# `is_enough` is called once in this many tokens of a request, because it decodes text.
 ASK_EVERY = 4
 
 
 def why_unsupported(model: PreTrainedModel) -> str | None:
-    """Why continuous batching does not support a model; None if it does.
+    """Say why continuous batching does not support a model.
 
-    It does if `generate` of transformers gives the model nothing but ids, a mask and positions, and
-    caches nothing but keys and values by column.
+    A model is supported if transformers' `generate` passes it only token ids, a mask and positions,
+    and if its cache holds only keys and values, one column for each token.
+
+    Returns:
+        The reason, or None if the model is supported.
     """
     arguments = inspect.signature(model.forward).parameters
     if not {"input_ids", "attention_mask", "past_key_values"} <= set(arguments):
-        return "its forward takes no ids, mask and cache"
+        return "its forward method lacks input_ids, attention_mask or past_key_values"
     if (
         model.is_remote_code()
         or type(model).prepare_inputs_for_generation
         is not GenerationMixin.prepare_inputs_for_generation
     ):
-        return "it prepares its own inputs"
+        return "it overrides prepare_inputs_for_generation or is remote code"
     config = model.config.get_text_config(decoder=True)
     if not model._supports_default_dynamic_cache() or any(
         type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
         for layer in DynamicCache(config=config).layers
     ):
-        return "its cache is not one of keys and values"
+        return "its cache holds more than keys and values"
     if getattr(config, "attention_chunk_size", None) is not None:
-        return "it attends in chunks"
+        return "it uses chunked attention"
     attention = str(config._attn_implementation)
     if attention not in ("eager", "sdpa", PACKED) and not attention.startswith("flash_attention_"):
-        return f"its attention is {attention}"
+        return f"its attention implementation is {attention}"
     return None
 
 
 class GenerationRequest:
-    """A prompt that is being answered, and what the model has emitted after it."""
+    """A prompt, and the response tokens that the model has emitted for it so far.
+
+    Attributes:
+        index: position of the prompt among the prompts of the call.
+        prompt: int32 token ids.
+        limit: longest response in tokens.
+        emitted: token ids of the response so far.
+        draws: random numbers of this request.
+    """
 
     def __init__(self, index: int, prompt: TokenIds, limit: int, seed: int) -> None:
         self.index = index
         self.prompt = prompt
         self.limit = limit
         self.emitted: list[int] = []
-        # Random numbers of its own, so that other requests and their order do not change them.
+        # Each request has its own generator, so its draws do not depend on the other requests.
         self.draws = np.random.default_rng((seed, index))
 
     @property
     def longest(self) -> int:
-        """Tokens of the prompt plus the longest response."""
+        """Tokens of the prompt plus the longest possible response."""
         return len(self.prompt) + self.limit
 
 
@@ -101,26 +115,35 @@ def generate_continuously(
     on_done: OnDone,
     is_enough: Callable[[Sequence[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """What a model without `why_unsupported` emits after each prompt, in their order.
+    """Generate one response for each prompt.
 
-    The longest prompts come first. A row's answer depends on the seed, its place among `prompts`
-    and itself; on other rows by no more than rounding.
+    The longest requests start first. A response depends on the seed, on the prompt and on the
+    prompt's position in `prompts`. Other requests change its logits only by rounding errors.
 
     Args:
-        on_done: called with the number of rows that have ended. It may raise.
-        is_enough: asked now and then, with all that a row has emitted; true ends the row.
+        model: a model that `why_unsupported` gives no reason for.
+        prompts: int32 token ids, at least one token each.
+        tokens_per_batch: token budget of the cache: (prompt + longest response) × requests.
+        seed: seeds the draws of all requests.
+        on_done: called with the number of requests that ended since the last call. It may raise
+            to stop the work.
+        is_enough: called every `ASK_EVERY` tokens of a request with all token ids that the request
+            has emitted. If it returns true, the request ends.
+
+    Returns:
+        The emitted token ids, in the order of the prompts. A stop token is included.
     """
-    rows = [
+    requests = [
         GenerationRequest(i, prompt, params.limit(prompt), seed) for i, prompt in enumerate(prompts)
     ]
-    rows.sort(key=lambda row: (-row.longest, -len(row.prompt)))
-    waiting = deque(rows)
+    requests.sort(key=lambda request: (-request.longest, -len(request.prompt)))
+    waiting = deque(requests)
     emitted: dict[int, list[int]] = {}
     forward = _Forward(model)
     cache, active = forward.cache, list[GenerationRequest]()
     while waiting or active:
         if waiting:
-            longest = max(row.longest for row in (waiting[0], *active))
+            longest = max(request.longest for request in (waiting[0], *active))
             free = _free_slots(cache, len(waiting), longest, tokens_per_batch)
             if free >= cache.slots * FREE_SHARE:
                 newcomers = [waiting.popleft() for _ in range(min(free, len(waiting)))]
@@ -129,15 +152,15 @@ def generate_continuously(
         logits_NV = forward.step(active)
         ended = []
         tokens = _choose(logits_NV, active, params)
-        for slot, (row, token) in enumerate(zip(active, tokens, strict=True)):
-            row.emitted.append(token)
-            count = len(row.emitted)
+        for slot, (request, token) in enumerate(zip(active, tokens, strict=True)):
+            request.emitted.append(token)
+            count = len(request.emitted)
             if (
                 token in params.stop_token_ids
-                or count >= row.limit
-                or (is_enough and count % ASK_EVERY == 0 and is_enough(row.emitted))
+                or count >= request.limit
+                or (is_enough and count % ASK_EVERY == 0 and is_enough(request.emitted))
             ):
-                emitted[row.index] = row.emitted
+                emitted[request.index] = request.emitted
                 ended.append(slot)
         if ended:
             active = [active[slot] for slot in cache.drop(ended)]
@@ -146,7 +169,14 @@ def generate_continuously(
 
 
 def _free_slots(cache: SlotCache, waiting: int, longest: int, tokens_per_batch: int) -> int:
-    """Slots for those who wait, in a cache that grows where shorter rows leave room for more."""
+    """Count the free slots. First add slots to the cache if the token budget now allows more.
+
+    Requests start longest first, so the budget allows more slots as the longest requests end.
+
+    Args:
+        waiting: number of waiting requests.
+        longest: largest `longest` of the active requests and the next waiting one.
+    """
     slots = max(1, min(tokens_per_batch // longest, len(cache.starts) + waiting))
     if slots > cache.slots * (1 + FREE_SHARE):
         cache.reshape(slots, longest + SPARE_COLUMNS)
@@ -154,7 +184,7 @@ def _free_slots(cache: SlotCache, waiting: int, longest: int, tokens_per_batch: 
 
 
 class _Forward:
-    """The model's own forward, over the rows of a cache."""
+    """Calls the model's own forward method on the requests in a `SlotCache`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -166,22 +196,24 @@ class _Forward:
         if "logits_to_keep" in arguments:
             self._options["logits_to_keep"] = 1
 
-    def read(self, rows: Sequence[GenerationRequest]) -> None:
-        """All of the prompts but their last token, which is the first to be stepped with.
+    def read(self, requests: Sequence[GenerationRequest]) -> None:
+        """Add new requests to the cache and compute their keys and values.
 
-        Padded on the right and without a mask, as `layout` has it: no token sees what stands to
-        its right.
+        The last token of each prompt is left out, because the first call of `step` reads it.
+        Prompts are padded on the right and have no mask, as in `logprobs/packing.py`: in a causal
+        model no token attends to the padding on its right.
         """
-        lengths = [len(row.prompt) - 1 for row in rows]
+        lengths = [len(request.prompt) - 1 for request in requests]
         for chosen in assign_padded(
             [PromptGroup.single(n) for n in lengths], PROMPT_TOKENS_PER_PASS
         ):
-            filled = DynamicCache()  # of no config: it keeps every token of a sliding window too
+            # Without a config, DynamicCache also keeps the tokens outside a sliding window.
+            filled = DynamicCache()
             longest = lengths[chosen[0]]
             if longest:
                 input_ids = torch.zeros((len(chosen), longest), dtype=torch.int64)
-                for row, i in enumerate(chosen):
-                    input_ids[row, : lengths[i]] = torch.tensor(rows[i].prompt[:-1])
+                for line, i in enumerate(chosen):
+                    input_ids[line, : lengths[i]] = torch.tensor(requests[i].prompt[:-1])
                 self.model(
                     input_ids=input_ids.to(self.model.device),
                     past_key_values=filled,
@@ -189,10 +221,20 @@ class _Forward:
                 )
             self.cache.add(filled, [lengths[i] for i in chosen])
 
-    def step(self, rows: Sequence[GenerationRequest]) -> Tensor:
-        """Logits (N, V), float32, of the token after the last of each row."""
+    def step(self, requests: Sequence[GenerationRequest]) -> Tensor:
+        """Read the last token of each request.
+
+        Args:
+            requests: in the order of their slots.
+
+        Returns:
+            Logits of the next token, (N, V), float32.
+        """
         cache, device = self.cache, self.model.device
-        last = [row.emitted[-1] if row.emitted else int(row.prompt[-1]) for row in rows]
+        last = [
+            request.emitted[-1] if request.emitted else int(request.prompt[-1])
+            for request in requests
+        ]
         tokens_N, starts_N = torch.tensor([last, cache.starts], device=device)
         columns_W = torch.arange(cache.begin, cache.end + 1, device=device)
         options = dict(self._options)
@@ -210,12 +252,12 @@ class _Forward:
 
 
 def _choose(
-    logits_NV: Tensor, rows: Sequence[GenerationRequest], params: SamplingParams
+    logits_NV: Tensor, requests: Sequence[GenerationRequest], params: SamplingParams
 ) -> list[int]:
-    """The likeliest token of each row at temperature 0, else one drawn."""
+    """Choose the next token of each request: the most likely one at temperature 0, else sample."""
     if params.temperature == 0:
         return list(logits_NV.argmax(-1).tolist())
-    draws = torch.tensor([[row.draws.random()] for row in rows], dtype=torch.float64)
+    draws = torch.tensor([[request.draws.random()] for request in requests], dtype=torch.float64)
     warpers = LogitsProcessorList()
     if params.temperature != 1:
         warpers.append(TemperatureLogitsWarper(params.temperature))
@@ -227,14 +269,19 @@ def _choose(
 
 
 def draw(probabilities_NV: Tensor, draws_N1: Tensor) -> list[int]:
-    """Tokens by inversion: the first whose cumulative probability is above the draw.
+    """Sample by inversion: take the first token whose cumulative probability is above the draw.
 
-    `torch.multinomial` takes a random number for every token of the vocabulary, here it is one a
-    row. A block of the vocabulary is found first, then the token in it: that leaves the device
-    one pass over the probabilities, which is deterministic where a cumulative sum is not.
+    `torch.multinomial` needs one random number for each token of the vocabulary. Inversion needs
+    one for each request, so each request can have its own generator. The search has two steps:
+    it finds a block of the vocabulary, then the token in that block. The device only sums the
+    blocks. This is deterministic; a cumulative sum on a GPU is not.
 
     Args:
+        probabilities_NV: on any device; each row sums to 1.
         draws_N1: in [0, 1), float64, on the CPU.
+
+    Returns:
+        N token ids.
     """
     padding = -probabilities_NV.shape[1] % BLOCK
     blocks_NBK = F.pad(probabilities_NV, (0, padding)).view(len(draws_N1), -1, BLOCK)
@@ -246,10 +293,20 @@ def draw(probabilities_NV: Tensor, draws_N1: Tensor) -> list[int]:
 
 
 def _invert(weights_NK: Tensor, draws_N1: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each draw falls, and how far into that weight, both as shares in [0, 1)."""
+    """Find the weight that each draw falls into.
+
+    Args:
+        weights_NK: not negative; they need not sum to 1.
+        draws_N1: in [0, 1).
+
+    Returns:
+        The index of the weight, (N, 1), and the part of that weight below the draw, (N, 1), as a
+        share in [0, 1]. The share is the draw for a search inside the weight.
+    """
     cumulative_NK = weights_NK.cumsum(-1)
     total_N1 = cumulative_NK[:, -1:]
-    # Below the total in spite of rounding, so that no weight of 0 is ever met.
+    # Rounding could make the target equal to the total. The search would then return an index
+    # past the end, or a token with probability 0.
     target_N1 = torch.minimum(draws_N1 * total_N1, total_N1.nextafter(torch.zeros(())))
     place_N1 = torch.searchsorted(cumulative_NK, target_N1, right=True)
     weight_N1 = weights_NK.gather(1, place_N1)

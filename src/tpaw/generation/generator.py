@@ -1,11 +1,11 @@
-"""What a generator is: prompts as token ids in, responses as token ids out. And a fake for tests.
+"""The generator protocol: token ids of prompts in, token ids of responses out. Also a test fake.
 
-A generator is opened for a player and closed again, because a backend owns memory or processes:
+A caller opens a generator for a player and closes it, because a backend owns memory or processes:
 
     with open_generator(player, config.generate) as generator:
         completions = generator.generate(prompts, params, seed=0, on_done=ignore)
 
-To add a backend, write a file beside this one with a function of the type `OpenGenerator`.
+To add a backend, write a file in this folder with a function of the type `OpenGenerator`.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ FinishReason = Literal["stop", "length"]
 
 
 class SamplingParams(NamedTuple):
-    """How to sample. It is complete: nothing comes from a model's own generation config.
+    """All sampling settings. The model's own generation config is not used.
 
     Attributes:
-        temperature: 0 is greedy decoding.
-        top_p: 1 switches nucleus sampling off.
-        top_k: 0 switches it off.
-        max_new_tokens: longest response in tokens, end-of-sequence included.
-        max_length: longest prompt plus response in tokens; a long prompt gets a shorter response.
-        stop_token_ids: any of them ends a response and is its last token.
+        temperature: 0 means greedy decoding.
+        top_p: 1 disables nucleus sampling.
+        top_k: 0 disables top-k sampling.
+        max_new_tokens: longest response in tokens, end-of-sequence token included.
+        max_length: longest prompt plus response in tokens. It shortens the response to a long
+            prompt.
+        stop_token_ids: each of these tokens ends a response. The token is part of the response.
     """
 
     temperature: float
@@ -46,7 +47,13 @@ class SamplingParams(NamedTuple):
     def of(
         cls, config: GenerateConfig, max_length: int, stop_token_ids: tuple[int, ...]
     ) -> SamplingParams:
-        """The sampling settings of a run."""
+        """Build the sampling settings of a run.
+
+        Args:
+            config: the section `generate` of the run's configuration.
+            max_length: the run's `max_length`, in tokens.
+            stop_token_ids: the tokens that end a response.
+        """
         return cls(
             temperature=config.temperature,
             top_p=config.top_p,
@@ -57,20 +64,24 @@ class SamplingParams(NamedTuple):
         )
 
     def greedy(self, max_new_tokens: int | None = None) -> SamplingParams:
-        """The same, but always the likeliest token; None keeps the longest response."""
+        """Return the same settings with greedy decoding.
+
+        Args:
+            max_new_tokens: longest response in tokens; None keeps the present limit.
+        """
         return self._replace(temperature=0.0, max_new_tokens=max_new_tokens or self.max_new_tokens)
 
     def limit(self, prompt_ids: TokenIds) -> int:
-        """Longest response to this prompt, in tokens."""
+        """Return the longest possible response to a prompt, in tokens."""
         return min(self.max_new_tokens, self.max_length - len(prompt_ids))
 
 
 class Completion(NamedTuple):
-    """A response as the generator emitted it.
+    """A response as token ids.
 
     Attributes:
-        token_ids: int32; ends with a stop token if the model emitted one, never otherwise.
-        finish_reason: "stop", or "length" if the response was truncated.
+        token_ids: int32. The last one is a stop token only if the model emitted it.
+        finish_reason: "stop" if a stop token ended the response, "length" if it was truncated.
     """
 
     token_ids: TokenIds
@@ -78,32 +89,50 @@ class Completion(NamedTuple):
 
 
 class Generator(Protocol):
-    """Anything that answers prompts given as token ids."""
+    """A backend that generates responses to prompts. Prompts and responses are token ids."""
 
     def generate(
         self, prompts: Sequence[TokenIds], params: SamplingParams, seed: int, on_done: OnDone
     ) -> list[Completion]:
-        """One completion for each prompt, in order.
+        """Generate one completion for each prompt.
 
-        The Hugging Face backend gives the same completions for the same seed. A server need not.
+        The Hugging Face backend gives the same completions for the same seed. Other backends need
+        not.
 
         Args:
-            on_done: called from this thread with the number of prompts finished since its last
-                call. It may raise to stop the work.
+            prompts: int32 token ids.
+            params: sampling settings.
+            seed: seeds the random draws.
+            on_done: called from the caller's thread with the number of prompts finished since the
+                last call. It may raise to stop the work.
+
+        Returns:
+            The completions, in the order of the prompts.
         """
         ...
 
 
 class OpenGenerator(Protocol):
-    """Opens a generator for a player. The context closes it and frees what it owns."""
+    """A function that opens a generator for a player. The context manager closes the generator."""
 
     def __call__(self, player: Player, config: GenerateConfig) -> AbstractContextManager[Generator]:
-        """Load or start whatever answers as `player`."""
+        """Load the player's model, or start a server for it.
+
+        Args:
+            player: the checkpoint that generates.
+            config: the section `generate` of the run's configuration.
+        """
         ...
 
 
 def finish(emitted: Sequence[int], params: SamplingParams, limit: int) -> Completion:
-    """Cut what a model emitted at its first stop token or at the limit, whichever comes first."""
+    """Make a completion: cut the token ids after the first stop token or at the limit.
+
+    Args:
+        emitted: token ids that the model emitted.
+        params: its `stop_token_ids` end a response.
+        limit: longest response in tokens.
+    """
     for position, token in enumerate(emitted[:limit]):
         if token in params.stop_token_ids:
             return Completion(token_ids(emitted[: position + 1]), "stop")
@@ -111,10 +140,13 @@ def finish(emitted: Sequence[int], params: SamplingParams, limit: int) -> Comple
 
 
 class FakeGenerator:
-    """Answers by a function of the prompt's ids and the seed. For tests of what uses a generator.
+    """A generator for tests: a function of the prompt's token ids and the seed gives the response.
+
+    Args:
+        answer: returns the token ids of the response.
 
     Attributes:
-        is_open: whether the context that `opener` gave is still open.
+        is_open: whether a context that `opener` returned is open.
     """
 
     def __init__(self, answer: Callable[[TokenIds, int], Sequence[int]]) -> None:
@@ -123,7 +155,7 @@ class FakeGenerator:
 
     @contextlib.contextmanager
     def opener(self, player: Player, config: GenerateConfig) -> Iterator[Generator]:
-        """An `OpenGenerator` that gives this generator, whoever the player is."""
+        """Return this generator for any player. The method is an `OpenGenerator`."""
         self.is_open = True
         try:
             yield self

@@ -19,10 +19,12 @@ from tpaw.team import Player
 
 
 def hf_opener(load: Callable[[Player], PreTrainedModel]) -> OpenGenerator:
-    """An `OpenGenerator` over models that `load` keeps; closing it frees nothing.
+    """Return an `OpenGenerator` that generates with the models that `load` returns.
+
+    Closing such a generator does not free the model, because `load` owns it.
 
     Args:
-        load: gives the player's model; it may keep the model for whoever needs it next.
+        load: returns the player's model. It may cache the model.
     """
 
     @contextlib.contextmanager
@@ -33,17 +35,23 @@ def hf_opener(load: Callable[[Player], PreTrainedModel]) -> OpenGenerator:
 
 
 class HFGenerator:
-    """A `Generator` over a loaded model. It clears the model's generation config for good.
+    """A `Generator` that uses a loaded model.
 
-    `generate` of transformers fills whatever a call leaves open from `model.generation_config`.
-    That of Qwen2.5-Instruct, for example, would bring top_k 20 and a repetition penalty of 1.1.
+    It replaces the model's generation config by an empty one and does not restore it. Otherwise
+    transformers' `generate` would take each setting that the call does not give from
+    `model.generation_config`. The one of Qwen2.5-Instruct, for example, sets top_k to 20 and a
+    repetition penalty of 1.1.
 
     Args:
-        tokens_per_batch: tokens for which memory is kept: prompts plus longest responses of all
-            sequences that are generated at a time.
-        is_enough: called every few tokens with all that a sequence has emitted; true ends the
-            sequence, with finish reason "length". It saves time for callers who cut the text at a
-            string themselves. The slower way of generating does not call it.
+        model: it stays on its device and in its dtype.
+        tokens_per_batch: token budget of a generation batch: (prompt + longest response) ×
+            sequences.
+        is_enough: called every few tokens with all token ids that a sequence has emitted. If it
+            returns true, the sequence ends with finish reason "length". It saves time if the caller
+            cuts the text at a string anyway. `generate_with_transformers` does not call it.
+
+    Attributes:
+        why_unsupported: why this model cannot use continuous batching; None if it can.
     """
 
     def __init__(
@@ -90,9 +98,21 @@ def generate_with_transformers(
     seed: int,
     on_done: OnDone,
 ) -> list[list[int]]:
-    """What a model of any kind emits after each prompt, in order; some emit more than they should.
+    """Generate with transformers' own `generate`, which supports every model but is slower.
 
-    Prompts are batched by length, longest first. A batch lasts as long as its longest response.
+    It batches sequences of similar length, longest first. A batch ends when its longest response
+    ends.
+
+    Args:
+        prompts: int32 token ids.
+        tokens_per_batch: token budget of a batch: (prompt + longest response) × sequences.
+        seed: seeds torch's global generator for the time of the call.
+        on_done: called with the number of prompts of each finished batch. It may raise to stop the
+            work.
+
+    Returns:
+        The emitted token ids, in the order of the prompts. They may continue after a stop token and
+        beyond the limit of the prompt; `finish` cuts them.
     """
     lengths = [len(prompt) + params.limit(prompt) for prompt in prompts]
     emitted: dict[int, list[int]] = {}
@@ -112,11 +132,10 @@ def _emit(
     longest = max(map(len, prompts))
     input_ids = torch.zeros((len(prompts), longest), dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(
-        prompts
-    ):  # padded on the left, so that all end where responses begin
-        input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        attention_mask[row, longest - len(prompt) :] = 1
+    # Pad on the left: `generate` appends the responses on the right.
+    for line, prompt in enumerate(prompts):
+        input_ids[line, longest - len(prompt) :] = torch.tensor(prompt)
+        attention_mask[line, longest - len(prompt) :] = 1
     is_greedy = params.temperature == 0
     config = GenerationConfig(
         do_sample=not is_greedy,
@@ -125,7 +144,7 @@ def _emit(
         top_k=None if is_greedy else params.top_k,
         max_new_tokens=max(params.limit(prompt) for prompt in prompts),
         eos_token_id=list(params.stop_token_ids),
-        pad_token_id=0,  # emitted after a stop token only, and cut off there
+        pad_token_id=0,  # `finish` removes it, because it only follows a stop token
     )
     with torch.inference_mode():
         output = model.generate(

@@ -1,4 +1,4 @@
-"""D_t on disk: one response for each prompt and checkpoint, never sampled again."""
+"""D_t on disk: the responses of a player, one for each prompt. A run samples each one only once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,14 @@ from tpaw.team import Player
 
 
 class Response(NamedTuple):
-    """A player's response to the prompt of an example."""
+    """A player's response to the prompt of an example.
+
+    Attributes:
+        example_id: id of the example.
+        token_ids: int32, with the stop token if the model emitted one.
+        text: the decoded response.
+        finish_reason: "stop", or "length" if the response was truncated.
+    """
 
     example_id: str
     token_ids: TokenIds
@@ -46,14 +53,20 @@ def generate_responses(
     seed: int,
     on_done: OnDone,
 ) -> None:
-    """Answer every prompt once and publish shard by shard; published shards are skipped.
+    """Generate one response for each prompt and publish them in shards. Skip published shards.
 
     Args:
+        folder: where the artifact D_t is published.
+        player: the checkpoint that generates.
+        examples: their prompts are used, in this order.
         open_generator: called only if a shard is missing.
         config: its `shard_size` is the number of prompts in a shard.
-        seed: of the run. Each shard derives its own from it, so that a shard does not depend on
-            the shards before it.
-        on_done: called with the number of prompts finished. It may raise to stop the work.
+        decode: token ids of a response to text.
+        params: sampling settings.
+        seed: the run's seed. Each shard has its own seed, derived from this one, so that a shard
+            does not depend on the shards before it.
+        on_done: called with the number of prompts finished since the last call. It may raise to
+            stop the work; published shards stay.
     """
     artifact = ShardedArtifact(folder)
     size = config.shard_size
@@ -114,7 +127,7 @@ def _publish(
 
 
 def read_responses(folder: Path) -> list[Response]:
-    """All responses, in the order of the examples."""
+    """Read a published D_t. The responses are in the order of the examples."""
     responses: list[Response] = []
     for entry in ShardedArtifact(folder).entries:
         table = read_table(folder / entry["path"])
@@ -124,7 +137,12 @@ def read_responses(folder: Path) -> list[Response]:
 
 
 def response_facts(folder: Path) -> dict[str, Any]:
-    """Counts of a published D_t: rows, identical, truncated, tokens, seconds."""
+    """Return totals of a published D_t.
+
+    Returns:
+        `rows` (responses), `identical` (responses equal to the target), `truncated` (responses cut
+        at the length limit), `tokens` (response tokens) and `seconds` (time of generation).
+    """
     manifest = read_manifest(folder)
     return {k: manifest[k] for k in ("rows", "identical", "truncated", "tokens", "seconds")}
 

@@ -1,11 +1,13 @@
-"""A key-value cache for rows that come and go.
+"""A key-value cache whose sequences may start and end at different times.
 
-Shape suffixes: S slots, H key-value heads, C columns, D size of a head, N rows.
+Shape suffixes: S slots, H key-value heads, C columns, D size of a head, N active sequences.
 
-transformers' `DynamicCache` copies every key and value at every token, and keeps a row for as long
-as its batch. Here a row has a slot of a buffer that is written in place. All rows end at one
-column, as if padded on the left, so a model sees masks and positions just as in `generate`; that
-is right for whatever it makes of distances between columns (RoPE, ALiBi, sliding windows).
+transformers' `DynamicCache` copies every key and value at every token, and it keeps a sequence
+until the whole batch has ended. `SlotCache` allocates one buffer and writes it in place. Each
+sequence occupies one slot of the buffer, and each token one column. All sequences end at the same
+column, as if they were padded on the left. So the model gets the same kind of mask and positions
+as from transformers' `generate`, and everything that depends on the distance between columns
+(RoPE, ALiBi, sliding windows) is correct.
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 
 class _SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, `keys` and `values` (S, H, C, D); written one token at a time.
+    """Keys and values of one layer: `keys` and `values`, both (S, H, C, D).
 
-    Rows lie in the first slots. Columns before a row's first are left over from others, and
-    finite: attention masks them.
+    Active sequences occupy the first N slots. The columns before a sequence's first column may hold
+    values of earlier sequences. These values are finite, and the attention mask hides them.
     """
 
     is_sliding = False
@@ -31,7 +33,11 @@ class _SlotLayer(CacheLayerMixin):
         self._cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate for states (rows, H, tokens, D) like these."""
+        """Allocate the buffers.
+
+        Args:
+            key_states, value_states: (any, H, any, D); they give H, D, dtype and device.
+        """
         self.keys, self.values = (
             states.new_zeros(
                 (self._cache.slots, states.shape[1], self._cache.columns, states.shape[3])
@@ -43,34 +49,44 @@ class _SlotLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write the states (N, H, 1, D) of the token that comes next; views of all there are."""
+        """Write the states of the next token.
+
+        Args:
+            key_states, value_states: (N, H, 1, D).
+
+        Returns:
+            Views of the keys and values of all used columns, the new one included.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows, begin, end = len(self._cache.starts), self._cache.begin, self._cache.end
-        self.keys[:rows, :, end : end + 1] = key_states
-        self.values[:rows, :, end : end + 1] = value_states
-        return self.keys[:rows, :, begin : end + 1], self.values[:rows, :, begin : end + 1]
+        active, begin, end = len(self._cache.starts), self._cache.begin, self._cache.end
+        self.keys[:active, :, end : end + 1] = key_states
+        self.values[:active, :, end : end + 1] = value_states
+        return self.keys[:active, :, begin : end + 1], self.values[:active, :, begin : end + 1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns that the mask covers, and the first of them."""
+        """Return the number of columns that the mask covers, and the index of the first one."""
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Columns from the longest row's first to the last that is filled."""
+        """Return the number of used columns, which is the length of the longest sequence."""
         return self._cache.end - self._cache.begin
 
     def get_max_length(self) -> int:
-        """-1: it never refuses a token."""
+        """Return -1, which means: no maximum."""
         return -1
 
 
 class SlotCache(Cache):
-    """Rows in slots, all ending at the same column.
+    """Sequences in slots; all of them end at the same column.
+
+    Args:
+        layers: number of layers of the model that cache keys and values.
 
     Attributes:
-        slots: S. At most so many rows.
+        slots: S, the largest number of active sequences.
         columns: C.
-        starts: the first column of each row, by slot.
+        starts: the first column of each active sequence, by slot; N entries.
         end: the column that the next token is written to.
     """
 
@@ -81,27 +97,34 @@ class SlotCache(Cache):
 
     @property
     def begin(self) -> int:
-        """The first column that any row uses."""
+        """The first column that any active sequence uses."""
         return min(self.starts, default=self.end)
 
     def reshape(self, slots: int, columns: int) -> None:
-        """Take other sizes, and move what is there to the first columns."""
-        begin, end, rows = self.begin, self.end, len(self.starts)
+        """Allocate buffers of another size and copy the active sequences to their first columns.
+
+        Args:
+            slots: the new S, at least the number of active sequences.
+            columns: the new C, larger than the longest active sequence.
+        """
+        begin, end, active = self.begin, self.end, len(self.starts)
         self.slots, self.columns = slots, columns
         self.starts, self.end = [start - begin for start in self.starts], end - begin
         for layer in self.layers:
             if layer.is_initialized:
                 keys, values = layer.keys, layer.values
                 layer.lazy_initialization(keys, values)
-                layer.keys[:rows, :, : self.end] = keys[:rows, :, begin:end]
-                layer.values[:rows, :, : self.end] = values[:rows, :, begin:end]
+                layer.keys[:active, :, : self.end] = keys[:active, :, begin:end]
+                layer.values[:active, :, : self.end] = values[:active, :, begin:end]
 
     def add(self, filled: DynamicCache, lengths: Sequence[int]) -> None:
-        """Give slots to new rows, none longer than a row that is there.
+        """Copy new sequences into free slots.
 
         Args:
-            filled: their first tokens, padded on the right; empty where no row has any.
-            lengths: how many tokens each has there.
+            filled: keys and values of the new sequences, padded on the right. It is empty if all
+                lengths are 0.
+            lengths: number of tokens of each new sequence. None may be longer than the longest
+                active sequence, because the columns of a new sequence end at `end` too.
         """
         if not self.starts:
             self.end = max(lengths)
@@ -110,28 +133,35 @@ class SlotCache(Cache):
         for layer, source in zip(self.layers, filled.layers, strict=False):
             if not layer.is_initialized:
                 layer.lazy_initialization(source.keys, source.values)
-            for row, length in enumerate(lengths):
+            for i, length in enumerate(lengths):
                 columns = slice(self.end - length, self.end)
-                layer.keys[first_slot + row, :, columns] = source.keys[row, :, :length]
-                layer.values[first_slot + row, :, columns] = source.values[row, :, :length]
+                layer.keys[first_slot + i, :, columns] = source.keys[i, :, :length]
+                layer.values[first_slot + i, :, columns] = source.values[i, :, :length]
 
     def drop(self, gone: Sequence[int]) -> list[int]:
-        """Free slots; the last rows move into them. Returns which row each slot now has."""
+        """Remove sequences and move the last sequences into the slots that become free.
+
+        Args:
+            gone: slots of the sequences to remove.
+
+        Returns:
+            For each active slot, the slot that its sequence had before the call.
+        """
         kept = len(self.starts) - len(gone)
         free = [slot for slot in gone if slot < kept]
         moved = sorted(set(range(kept, len(self.starts))).difference(gone))
         order = list(range(kept))
-        for slot, row in zip(free, moved, strict=True):
-            order[slot] = row
+        for slot, previous in zip(free, moved, strict=True):
+            order[slot] = previous
         if free:
             for layer in self.layers:
                 for states in (layer.keys, layer.values):
                     states[free, :, self.begin : self.end] = states[moved, :, self.begin : self.end]
-        self.starts = [self.starts[row] for row in order]
+        self.starts = [self.starts[slot] for slot in order]
         return order
 
     def step(self) -> None:
-        """Count the token that the model has written for every row; make room for the next."""
+        """Move `end` to the next column. If no column is left, reuse the columns before `begin`."""
         self.end += 1
         if self.end == self.columns:
             self.reshape(self.slots, self.columns)

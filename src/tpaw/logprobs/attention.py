@@ -1,10 +1,13 @@
-"""Attention over packed rows whose responses share their prompt, for transformers' interface.
+"""Attention for packed rows, in which responses share their prompt.
 
-Shape suffixes: L tokens of the row, N spans, K keys of all spans one after the other.
+It is registered as an attention function of transformers.
 
-A row is a sequence of spans. A span's queries are a stretch of the row; its keys are a prefix
-elsewhere in the row (the prompt), then the stretch itself, causally. So [prompt | y | g] is two
-spans: prompt and y without a prefix, then g with the prompt before it. No mask of L × L exists.
+Shape suffixes: L tokens of the row, N spans, K keys of all spans, concatenated.
+
+A packed row consists of spans. The queries of a span are consecutive tokens of the row. Its keys
+are a prefix from an earlier part of the row (the prompt), followed by the tokens of the span
+itself. Attention inside a span is causal. So the row [prompt | y | g] has two spans: [prompt | y]
+without a prefix, and [g] with the prompt as prefix. No L × L mask is needed.
 """
 
 from __future__ import annotations
@@ -22,7 +25,13 @@ PACKED = "tpaw_packed"
 
 
 class Span(NamedTuple):
-    """Queries [begin, end) of the row, behind the prefix [prefix_begin, prefix_end)."""
+    """Part of a packed row. All fields are positions in the row.
+
+    Attributes:
+        begin, end: the queries are the tokens [begin, end).
+        prefix_begin, prefix_end: the prefix is the tokens [prefix_begin, prefix_end). It is empty
+            if both are equal.
+    """
 
     begin: int
     end: int
@@ -31,13 +40,17 @@ class Span(NamedTuple):
 
 
 class Spans:
-    """Spans that tile a row, and what kernels for sequences of unequal length take.
+    """The spans of a packed row, with the index tensors that variable-length kernels need.
+
+    Args:
+        spans: in the order of the row. Together they cover each token once, and each has at least
+            one query.
 
     Attributes:
-        spans: in the order of the row, each with at least one query.
-        key_index_K: int64, the keys' places in the row, span by span.
-        query_ends_N, key_ends_N: int32, N + 1 cumulative counts from 0.
-        most_queries, most_keys: of any span.
+        spans: as given.
+        key_index_K: int64, positions in the row of the keys of all spans.
+        query_ends_N, key_ends_N: int32, (N + 1,), cumulative counts that start at 0.
+        most_queries, most_keys: the largest counts of one span.
     """
 
     def __init__(self, spans: Sequence[Span]) -> None:
@@ -56,14 +69,22 @@ class Spans:
         self._masks: dict[tuple[int, int], Tensor] = {}
 
     def to(self, device: torch.device, **kwargs: Any) -> Spans:
-        """Move the tensors, in place; accelerate's `send_to_device` calls it."""
+        """Move the tensors to a device, in place. accelerate's `send_to_device` calls this."""
         self.key_index_K = self.key_index_K.to(device, **kwargs)
         self.query_ends_N = self.query_ends_N.to(device, **kwargs)
         self.key_ends_N = self.key_ends_N.to(device, **kwargs)
         return self
 
     def mask(self, queries: int, prefix: int) -> Tensor:
-        """Which keys behind a prefix each query sees; made once for all layers."""
+        """Return the causal mask of a span with a prefix. The mask is cached for all layers.
+
+        Args:
+            queries: number of queries.
+            prefix: number of keys of the prefix.
+
+        Returns:
+            bool, (queries, prefix + queries); true where a query attends to a key.
+        """
         key = (queries, prefix)
         if key not in self._masks:
             shape = (queries, prefix + queries)
@@ -72,7 +93,7 @@ class Spans:
         return self._masks[key]
 
 
-# Every row has spans of its own, and would be compiled anew.
+# Each row has other spans, so torch.compile would compile this function for each row.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def packed_attention(
     module: torch.nn.Module,
@@ -85,19 +106,22 @@ def packed_attention(
     tpaw_spans: Spans | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers. Without `tpaw_spans` it is SDPA.
+    """Compute attention for a packed row. Without `tpaw_spans` it calls transformers' SDPA.
 
     Args:
+        module: the attention module; transformers passes it.
         query: (1, query heads, L, head size).
         key, value: (1, key heads, L, head size).
-        attention_mask: not looked at where there are spans.
-        tpaw_spans: of the row.
+        attention_mask: ignored if `tpaw_spans` is given.
+        scaling: factor of the attention scores; None means 1 / √(head size).
+        tpaw_spans: the spans of the row.
 
     Returns:
-        (1, L, query heads, head size), and no attention weights.
+        The output, (1, L, query heads, head size), and None in place of attention weights.
 
     Raises:
-        ValueError: the model asks for a kind of attention that spans do not have.
+        ValueError: the model uses soft-capping, attention sinks, a position bias or a sliding
+            window. Packed rows do not support these.
     """
     if tpaw_spans is None:
         sdpa = AttentionInterface()["sdpa"]
@@ -105,8 +129,11 @@ def packed_attention(
     unknown = [n for n in ("softcap", "s_aux", "position_bias") if kwargs.get(n) is not None]
     window = kwargs.get("sliding_window")
     if unknown or (window is not None and window < tpaw_spans.most_keys):
-        raise ValueError(f"packed attention has no {', '.join(unknown) or 'sliding window'}")
-    # RoPE leaves queries and keys in fp32 under autocast.
+        raise ValueError(
+            f"packed attention has no {', '.join(unknown) or 'sliding window'}; "
+            "use padded rows for this model"
+        )
+    # Under autocast, RoPE returns queries and keys in fp32. The kernel needs one dtype for all.
     dtype = query.dtype
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -118,7 +145,7 @@ def packed_attention(
 
 
 def _has_kernel(query: Tensor, value: Tensor) -> bool:
-    """Whether FlashAttention takes states of this kind."""
+    """Whether FlashAttention supports this device, dtype and head size."""
     size = query.shape[-1]
     return (
         query.device.type == "cuda"
@@ -133,7 +160,11 @@ def _has_kernel(query: Tensor, value: Tensor) -> bool:
 def _by_one_kernel(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None, spans: Spans
 ) -> Tensor:
-    """One kernel for all spans; FlashAttention aligns the ends of queries and keys."""
+    """Compute all spans in one kernel call.
+
+    FlashAttention aligns the last query of a span with its last key. So its causal mask lets every
+    query attend to the whole prefix.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     index = spans.key_index_K
@@ -155,8 +186,8 @@ def _by_one_kernel(
 def _one_by_one(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None, spans: Spans
 ) -> list[Tensor]:
-    """SDPA span by span, which on a CPU beats one call with a mask."""
-    # Split and not sliced: the gradient of a slice is as large as the row.
+    """Call SDPA for each span. On a CPU this is faster than one call with an L × L mask."""
+    # Use split instead of slices: the gradient of each slice would be as large as the row.
     lengths = [span.end - span.begin for span in spans.spans]
     first_of = {span.begin: i for i, span in enumerate(spans.spans)}
     queries, keys, values = (torch.split(x, lengths, dim=2) for x in (query, key, value))
@@ -164,7 +195,7 @@ def _one_by_one(
     for i, span in enumerate(spans.spans):
         k, v, prefix = keys[i], values[i], span.prefix_end - span.prefix_begin
         if prefix:
-            # A prefix is the beginning of an earlier span.
+            # The prefix is always the beginning of an earlier span.
             source = first_of[span.prefix_begin]
             k = torch.cat([keys[source][:, :, :prefix], k], dim=2)
             v = torch.cat([values[source][:, :, :prefix], v], dim=2)

@@ -1,12 +1,15 @@
-"""log-softmax at the labels, from hidden states, without ever holding the logits of all tokens.
+"""Log-probs of labels from hidden states, without storing the logits of all tokens.
 
 Shape suffixes: T labelled tokens, C tokens of one chunk, H hidden size, V vocabulary.
 
-Forward keeps one number a token, and the last chunk; backward computes the logits of the other
-chunks again. The idea is that of Liger-Kernel's fused linear cross-entropy and of Apple's cut
-cross-entropy, in plain PyTorch, with a log-prob for each token instead of their mean. Logits, and
-the sums that make both gradients, are fp32 whatever the weights are: torch's own
-`linear_cross_entropy` rounds to the type of its input, which in bf16 is 0.15 nats over 64 tokens.
+The logits are computed chunk by chunk. The forward pass keeps one log-sum-exp for each token, and
+the logits of the last chunk. The backward pass computes the logits of the other chunks again.
+Liger-Kernel's fused linear cross-entropy and Apple's cut cross-entropy use the same idea. This
+version is plain PyTorch and returns one log-prob for each token instead of a mean.
+
+Logits and the sums of both gradients are fp32 for weights of any dtype. torch's own
+`linear_cross_entropy` rounds to the dtype of its input: in bf16 the error is 0.15 nats over 64
+tokens.
 """
 
 from __future__ import annotations
@@ -18,24 +21,28 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# 512 MiB in fp32: 4,096 tokens of a 32k vocabulary, 883 of a 152k one.
+# Logits of one chunk: 512 MiB in fp32. This is 4,096 tokens with a vocabulary of 32k, or 883 tokens
+# with one of 152k.
 LOGITS_IN_A_CHUNK = 2**27
 
 
 def token_logps(
     hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_T: Tensor
 ) -> Tensor:
-    """log softmax(hidden · weightᵀ + bias) at the labels; float32 (T,), float64 for float64 input.
+    """Compute log softmax(hidden · weightᵀ + bias) at the labels.
 
-    In bf16 (weights of that type, or autocast to it) a GPU multiplies bf16 and adds in fp32. A CPU
-    has no such product: logits come from operands taken to fp32, so that they are no coarser, and
-    the products of the backward pass are rounded to bf16 one chunk at a time.
+    In bf16 (bf16 weights, or autocast to bf16) a GPU multiplies bf16 numbers and adds the products
+    in fp32. A CPU has no such product. There, the operands of the logits are converted to fp32, and
+    the products of the backward pass are rounded to bf16 chunk by chunk.
 
     Args:
-        hidden_TH: hidden states of the tokens that predict the labels.
-        weight_VH: the output head's weight.
-        bias_V: the output head's bias, if it has one.
-        labels_T: int64 token ids.
+        hidden_TH: (T, H), hidden states of the tokens that predict the labels.
+        weight_VH: (V, H), the weight of the output head.
+        bias_V: (V,), the bias of the output head; None if it has no bias.
+        labels_T: (T,), int64 token ids.
+
+    Returns:
+        Log-probs in nats, (T,): float32, or float64 if an input is float64.
     """
     logps_T: Tensor = _TokenLogps.apply(hidden_TH, weight_VH, bias_V, labels_T)  # type: ignore[no-untyped-call]
     return logps_T
@@ -56,7 +63,8 @@ class _TokenLogps(torch.autograd.Function):
             logits_CV = None
             for chunk in _chunks(len(hidden_TH), len(weight_VH)):
                 ctx.kept = None
-                logits_CV = logits_CV if weight.dtype == dtype else None  # not two at a time
+                # Free the last chunk now if `_logits` cannot reuse its memory.
+                logits_CV = logits_CV if weight.dtype == dtype else None
                 logits_CV = _logits(hidden_TH[chunk], weight, bias_V, dtype, logits_CV)
                 label_logits_C = logits_CV.gather(1, labels_T[chunk, None])[:, 0]
                 largest_C = logits_CV.amax(dim=1)
@@ -84,7 +92,8 @@ class _TokenLogps(torch.autograd.Function):
             softmax_CV = None
             chunks = list(_chunks(len(hidden_TH), len(weight_VH)))
             weight_for_logits = weight
-            if len(chunks) > 1 or not kept:  # else it would be copied for nothing
+            # If the only chunk is kept, no logits are computed again, so a copy would be a waste.
+            if len(chunks) > 1 or not kept:
                 weight_for_logits = _for_logits(weight_VH, ctx.operand_dtype)
             for chunk in reversed(chunks):
                 if kept:
@@ -112,7 +121,7 @@ class _TokenLogps(torch.autograd.Function):
 
 
 def _operand_dtype(hidden_TH: Tensor, weight_VH: Tensor) -> torch.dtype:
-    """The type in which matrices are multiplied."""
+    """Return the dtype in which matrices are multiplied."""
     device_type = hidden_TH.device.type
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
@@ -120,14 +129,14 @@ def _operand_dtype(hidden_TH: Tensor, weight_VH: Tensor) -> torch.dtype:
 
 
 def _for_logits(weight_VH: Tensor, operand_dtype: torch.dtype) -> Tensor:
-    """The weight as `_logits` multiplies it."""
+    """Convert the weight to the dtype in which `_logits` multiplies it."""
     if weight_VH.device.type == "cuda":
         return weight_VH.to(operand_dtype)
     return weight_VH.to(torch.promote_types(operand_dtype, torch.float32))
 
 
 def _chunks(T: int, V: int) -> Iterator[slice]:
-    """Slices of T tokens. Only the last may be smaller than the others."""
+    """Divide T tokens into slices of equal length. Only the last slice may be shorter."""
     tokens = max(1, LOGITS_IN_A_CHUNK // V)
     for begin in range(0, T, tokens):
         yield slice(begin, min(begin + tokens, T))
@@ -140,7 +149,12 @@ def _logits(
     dtype: torch.dtype,
     buffer_CV: Tensor | None,
 ) -> Tensor:
-    """Logits of a chunk, in the memory of an earlier one where that is large enough."""
+    """Compute the logits of a chunk.
+
+    Args:
+        buffer_CV: logits of an earlier chunk that are no longer needed. Their memory is reused if
+            it is large enough.
+    """
     hidden_CH = hidden_CH.to(weight_VH.dtype)
     if weight_VH.dtype != dtype:
         logits_CV = _product(hidden_CH, weight_VH.t(), dtype)

@@ -1,1 +1,1 @@
-"""What a person looks at: tables, summaries, figures."""
+"""Step 6: tables, summaries, reports and figures for people."""

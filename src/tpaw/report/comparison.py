@@ -9,14 +9,16 @@ from tpaw.evaluation.compare import Comparison, ComparisonRow
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """A row a measure and system."""
-    over = comparison.suite or "each run's held-out rows"
-    title = (
-        f"Means on {over} with 95 % intervals; the baseline A is {comparison.systems[0]}\n"
-        "lost : won are items that only A, only the row's system got right; "
-        f"Holm p is p adjusted for a family of {comparison.tests}"
+    """Build a table with one line for each measure and system."""
+    over = comparison.suite or "each run's held-out records"
+    tests = f"{comparison.tests} test" + ("" if comparison.tests == 1 else "s")
+    caption = (
+        f"The baseline is {comparison.systems[0]}.\n"
+        f"value = mean over the items of {over}, with its 95 % interval.\n"
+        "lost : won = items that only the baseline / only this system solved.\n"
+        f"Holm p = p-value corrected for {tests}."
     )
-    table = Table(title=Text(title), title_style="")
+    table = Table(caption=Text(caption), caption_style="", caption_justify="left")
     table.add_column("measure")
     table.add_column("system", overflow="fold")
     for heading in ("items", "value", "difference", "lost : won", "p", "Holm p"):

@@ -1,4 +1,4 @@
-"""The figures of a study, as SVG and PNG, from study.json alone."""
+"""Draw the figures of a study as SVG and PNG. The only input is study.json."""
 
 from __future__ import annotations
 
@@ -24,19 +24,24 @@ LABELS = {
     "reward_margin": "margin P(x, y) − P(x, y_gen)",
     "identical": "share of answers equal to the target",
 }
-# Okabe and Ito's colours, which the colour-blind can tell apart; markers for print in grey.
+# The colours of Okabe and Ito, which colour-blind people can distinguish. Markers distinguish the
+# lines in black-and-white print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^vPX*"
 LOGARITHMIC_FROM = 20
-"""An axis is logarithmic where the largest value of a setting is more than this many times the
-smallest."""
+"""The x axis is logarithmic if the largest value of the setting is more than this many times the
+smallest one."""
 
 
 def draw_figures(study: Study, folder: Path) -> list[Path]:
     """Draw every figure that the study has data for.
 
+    Args:
+        study: the content of study.json.
+        folder: where the files are written; it is created.
+
     Returns:
-        The SVG files; a PNG of the same name lies beside each.
+        The SVG files. Next to each is a PNG file of the same name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
@@ -63,7 +68,7 @@ def _figures(study: Study) -> Iterator[tuple[str, Figure]]:
 
 
 def _by_iteration(study: Study, measures: Sequence[str]) -> Figure:
-    """The paper's figures 2c, 2d and 3, and the gap that its equation 9 is about."""
+    """Draw measures by iteration: the paper's figures 2c, 2d and 3, and the gap of equation 9."""
     figure = _figure(len(measures))
     for axes, measure in zip(figure.axes, measures, strict=True):
         for i, (name, condition) in enumerate(study["conditions"].items()):
@@ -79,7 +84,7 @@ def _by_iteration(study: Study, measures: Sequence[str]) -> Figure:
 
 
 def _by_setting(study: Study, setting: str, measure: str) -> Figure:
-    """The paper's figures 4 and 5: the last iteration against one setting."""
+    """Draw the last iteration by the value of one setting: the paper's figures 4 and 5."""
     figure = _figure(1)
     [axes] = figure.axes
     methods = list(dict.fromkeys(c["method"] for c in study["conditions"].values()))
@@ -88,6 +93,8 @@ def _by_setting(study: Study, setting: str, measure: str) -> Figure:
             (_first(condition["settings"][setting]), found)
             for condition in study["conditions"].values()
             if condition["method"] == method
+            # If every run of a condition failed, the condition has no iterations.
+            and condition["by_iteration"]
             and (found := condition["by_iteration"][-1].get(measure))
         ]
         _line(axes, i, method, [value for value, _ in points], [found for _, found in points])
@@ -100,7 +107,7 @@ def _by_setting(study: Study, setting: str, measure: str) -> Figure:
 
 
 def _curves(study: Study) -> Figure:
-    """The paper's figures 2a and 2b: the target reward over the steps of the last iteration."""
+    """Draw the target reward by step of the last iteration: the paper's figures 2a and 2b."""
     figure = _figure(1)
     [axes] = figure.axes
     for i, (name, condition) in enumerate(study["conditions"].items()):
@@ -154,7 +161,7 @@ def _legend(figure: Figure, study: Study, band: str = "95 % t-interval over seed
 
 def _saver(figure: Figure, suffix: str) -> Callable[[Path], None]:
     def save(path: Path) -> None:
-        # Text as text, and nothing that changes from one drawing to the next.
+        # Store text as text, and fix the ids and the date, so that the same data give equal files.
         with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tpaw"}):
             metadata = {"Date": None} if suffix == ".svg" else None
             figure.savefig(path, format=suffix[1:], dpi=160, metadata=metadata)
@@ -163,7 +170,10 @@ def _saver(figure: Figure, suffix: str) -> Callable[[Path], None]:
 
 
 def _single_axis(study: Study) -> str | None:
-    """The one setting that varies, where its values are numbers or lists of them."""
+    """Return the setting that varies, or None.
+
+    There must be only one, and its values must be numbers or lists of numbers.
+    """
     settings = [condition["settings"] for condition in study["conditions"].values()]
     keys = {key for of_condition in settings for key in of_condition}
     if len(keys) != 1:
@@ -174,7 +184,7 @@ def _single_axis(study: Study) -> str | None:
 
 
 def _first(value: Any) -> Any:
-    """A number; of one number an iteration the first."""
+    """Return the value itself, or the first value if it is a list with one value per iteration."""
     return value[0] if isinstance(value, list) else value
 
 

@@ -1,4 +1,4 @@
-"""What is done in a run directory, and what is next."""
+"""The state of a run: which stages are finished, and which one is next."""
 
 from __future__ import annotations
 
@@ -8,12 +8,21 @@ from tpaw.storage.run_directory import RunDirectory
 
 
 def done_and_next(run: RunDirectory, config: RunConfig) -> tuple[list[str], str | None]:
-    """Lines on what is published, and the stage that comes next (None: all done)."""
+    """List the stages of a run.
+
+    Args:
+        run: the run directory.
+        config: the run's configuration.
+
+    Returns:
+        The names of the finished stages, and the name of the next stage with its progress so far.
+        The next stage is None if all are finished.
+    """
     done: list[str] = []
     upcoming: str | None = None
     has_heldout = is_published(run.inputs) and read_manifest(run.inputs)["heldout_rows"] > 0
     for i in range(config.iterations + 1):
-        for stage, is_done, note in _stages(run, i, config.method, has_heldout):
+        for stage, is_done, note in _stages(run, i, config, has_heldout):
             if is_done and upcoming is None:
                 done.append(stage)
             elif upcoming is None:
@@ -22,18 +31,21 @@ def done_and_next(run: RunDirectory, config: RunConfig) -> tuple[list[str], str 
 
 
 def _stages(
-    run: RunDirectory, i: int, method: str, has_heldout: bool
+    run: RunDirectory, i: int, config: RunConfig, has_heldout: bool
 ) -> list[tuple[str, bool, str]]:
+    """Return name, state and progress note of each stage of iteration i."""
+    position = f"[{i}/{config.iterations}]"
     stages = []
     if i > 0:
         trained = is_published(run.checkpoint(i))
-        if method == "self_play":
-            answered = is_published(run.responses(i))
-            stages.append((f"θ_{i - 1} answers the prompts", answered, _shards_note(run, i)))
-        what = "train" if method == "sft" else "score and train"
-        stages.append((f"{what} θ_{i}", trained, _steps_note(run, i)))
+        if config.method == "self_play":
+            generated = is_published(run.responses(i))
+            name = f"{position} generate with θ_{i - 1}"
+            stages.append((name, generated, _shards_note(run, i)))
+        what = "train" if config.method == "sft" else "score and train"
+        stages.append((f"{position} {what} θ_{i}", trained, _steps_note(run, i)))
     if has_heldout:
-        stages.append((f"evaluate θ_{i}", is_published(run.evaluation(i)), ""))
+        stages.append((f"{position} evaluate θ_{i}", is_published(run.evaluation(i)), ""))
     return stages
 
 
@@ -42,7 +54,7 @@ def _shards_note(run: RunDirectory, i: int) -> str:
     if not partial.exists():
         return ""
     shards = read_json(partial)["files"]
-    return f" ({sum(shard['rows'] for shard in shards)} done)"
+    return f" ({sum(shard['rows'] for shard in shards)} prompts done)"
 
 
 def _steps_note(run: RunDirectory, i: int) -> str:

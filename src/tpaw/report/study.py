@@ -1,4 +1,4 @@
-"""What a person reads of a study: tables in the terminal, report.md, and the figures."""
+"""The report of a study: tables in the terminal, and report.md."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ Rows = list[list[str]]
 
 
 def study_tables(study: Study) -> list[Table]:
-    """The primary measure by iteration, and the comparisons."""
+    """Build tables for the terminal: the primary measure by iteration, and the comparisons.
+
+    Args:
+        study: the content of study.json.
+    """
     tables = []
     for title, headings, rows in _tables(study):
         table = Table(title=title, title_style="")
@@ -28,7 +32,11 @@ def study_tables(study: Study) -> list[Table]:
 
 
 def sentences(study: Study) -> list[str]:
-    """What the numbers do not allow to say, and what went wrong."""
+    """Return warnings about what the numbers cannot show, and the runs that failed.
+
+    Args:
+        study: the content of study.json.
+    """
     found = list(dict.fromkeys(c["caution"] for c in study["comparisons"] if c["caution"]))
     found += [
         f"{c['condition']}: {c['note']}"
@@ -40,7 +48,15 @@ def sentences(study: Study) -> list[str]:
 
 
 def study_report(study: Study, figures: Sequence[Path]) -> str:
-    """The report as Markdown; figures lie in `figures/` beside it."""
+    """Write the report as Markdown.
+
+    Args:
+        study: the content of study.json.
+        figures: the SVG files. The report refers to them as figures/NAME.
+
+    Returns:
+        The text of report.md.
+    """
     machine = study["machine"]
     seeds = ", ".join(map(str, study["seeds"]))
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())

@@ -1,4 +1,4 @@
-"""summary.json: what a run has shown so far, gathered from what it published."""
+"""summary.json: the results of a run so far, collected from its published files."""
 
 from __future__ import annotations
 
@@ -14,16 +14,26 @@ from tpaw.storage.run_directory import RunDirectory
 
 
 def write_summary(run: RunDirectory, config: RunConfig) -> None:
-    """Write summary.json."""
+    """Write summary.json of a run; see `summarise`."""
     write_json(run.summary_file, summarise(run, config))
 
 
 def summarise(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
-    """One entry an iteration, 0 being the SFT model; what is not there yet is absent.
+    """Collect the results of a run.
 
-    Each may hold `evaluation` (see `evaluation.heldout`), `responses` (counts of D_{i-1}),
-    `training` (means over the last half of its steps), `seconds` by stage, and `checkpoint`, which
-    is relative to the run.
+    Args:
+        run: the run directory.
+        config: the run's configuration.
+
+    Returns:
+        The content of summary.json. `players` has one entry for each iteration; entry 0 is the SFT
+        model. Results that do not exist yet are absent. An entry may hold `evaluation` (see
+        `evaluation/heldout.py`), `responses` (counts of D_{i-1}), `training` (means over the last
+        half of the steps), `sequences_scored`, `seconds` for each stage, and `checkpoint` (a path
+        relative to the run).
+
+    Raises:
+        ArtifactError: a checkpoint is published, but its training.jsonl is missing.
     """
     iterations = [_iteration(run, i) for i in range(config.iterations + 1)]
     skipped = read_manifest(run.inputs)["skipped"] if is_published(run.inputs) else {}
@@ -71,10 +81,12 @@ def _scored(run: RunDirectory, i: int) -> list[dict[str, Any]]:
 
 
 def _late_means(run: RunDirectory, i: int) -> dict[str, float]:
-    """Means of what was logged over the last half of the steps; a single line is too noisy."""
+    """Compute means of the metrics over the last half of the steps. A single line is too noisy."""
     log = run.training_log(i)
     if not log.is_file():
-        raise ArtifactError(f"{log}: missing, though θ_{i} is published")
+        raise ArtifactError(
+            f"{log}: missing, although θ_{i} is published; restore this file from a copy"
+        )
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     steps = lines[-1]["step"]
     late = [(b["step"] - a["step"], b) for a, b in pairwise([{"step": 0}, *lines])]

@@ -1,4 +1,4 @@
-"""Tables for the terminal. Text that a model generated never gets here."""
+"""Tables for the terminal. They never contain text that a model generated."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from tpaw.errors import printable
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
-    """A row a checkpoint: is it better, and what did its training look like."""
-    title = (
-        "θ_0 is the SFT model; accuracy with its 95 % interval; rewards over the last half of steps"
+    """Build a table with one line for each checkpoint: evaluation and training metrics.
+
+    Args:
+        summary: the content of summary.json.
+    """
+    caption = (
+        "θ_0 is the SFT model. Accuracy has a 95 % interval; p compares it with θ_0. "
+        "Rewards are means over the last half of the steps."
     )
-    table = Table(title=title, title_style="")
+    table = Table(caption=caption, caption_style="", caption_justify="left")
     for heading in ("iteration", "accuracy", "p vs θ_0", "held-out margin", "target reward"):
         table.add_column(heading, justify="right")
     for heading in ("margin", "identical", "truncated", "seconds"):
@@ -31,14 +36,18 @@ def summary_table(summary: dict[str, Any]) -> Table:
 
 
 def suite_table(results: Sequence[dict[str, Any]]) -> Table:
-    """A row a checkpoint, a column a benchmark, and the suite's score; all in percent."""
+    """Build a table with one line for each checkpoint and one column for each benchmark.
+
+    Args:
+        results: the content of each checkpoint's results.json, for one suite.
+    """
     first = results[0]
     shots = {task["benchmark"]: task["num_fewshot"] for task in first["tasks"].values()}
-    title = (
-        f"{first['suite']}, in percent, with 95 % interval or standard error; "
-        f"lm-eval {first['versions']['lm_eval']}"
+    caption = (
+        f"Scores of {first['suite']} in percent, by lm-eval {first['versions']['lm_eval']}. "
+        "[…] is a 95 % interval, ± a standard error."
     )
-    table = Table(title=escape(title), title_style="")
+    table = Table(caption=escape(caption), caption_style="", caption_justify="left")
     table.add_column("checkpoint")
     for name in first["benchmarks"]:
         table.add_column(f"{name} ({shots[name]}-shot)", justify="right")
@@ -50,11 +59,12 @@ def suite_table(results: Sequence[dict[str, Any]]) -> Table:
 
 
 def plan_table(plans: Sequence[IterationPlan]) -> Table:
-    """A row an iteration: lineage and cost."""
-    table = Table(title="θ_0 is the SFT model; players newest first", title_style="")
-    for heading in ("makes", "starts from", "opponents", "main players"):
+    """Build a table with one line for each iteration: its players and its cost."""
+    caption = "θ_0 is the SFT model. Players are listed newest first."
+    table = Table(caption=caption, caption_style="", caption_justify="left")
+    for heading in ("trains", "starts from", "opponents", "main players"):
         table.add_column(heading)
-    for heading in ("triples", "steps", "learning rate", "λ", "epochs", "generate", "score ≤"):
+    for heading in ("triples", "steps", "learning rate", "λ", "epochs", "generate", "score (max)"):
         table.add_column(heading, justify="right")
     for plan in plans:
         table.add_row(
@@ -74,7 +84,11 @@ def plan_table(plans: Sequence[IterationPlan]) -> Table:
 
 
 def win_rate_table(results: dict[str, Any]) -> Table:
-    """The one row of a comparison by a judge."""
+    """Build a table with one line: the result of a comparison by a judge.
+
+    Args:
+        results: the content of results.json.
+    """
     table = Table(title=Text(printable(results["measure"])), title_style="")
     headings = ("A", "B", "win rate of A", "wins", "losses", "ties", "identical", "invalid")
     for heading in (*headings, "pairs", "prompts"):

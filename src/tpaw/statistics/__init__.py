@@ -1,1 +1,1 @@
-"""Intervals and tests, over items and over seeds."""
+"""Confidence intervals and tests, over items and over seeds."""

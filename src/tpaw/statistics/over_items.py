@@ -1,7 +1,7 @@
-"""Intervals and tests over per-item outcomes.
+"""Confidence intervals and tests over items.
 
-Two systems answer the same items, so every test is paired. What is drawn at random is drawn from a
-fixed seed: the same outcomes give the same numbers.
+Both systems are evaluated on the same items, so every test is paired. Resampling uses a fixed seed,
+so the same scores always give the same numbers.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest, bootstrap, permutation_test
 
-RESAMPLES = 9_999  # so that the smallest p-value of a drawn test is 2 / 10,000
-_ENUMERATED = 20  # up to here all 2^n sign patterns are tried: a million sums
-_NUMBERS_AT_ONCE = 1_000_000  # of a resampling; its memory
+RESAMPLES = 9_999  # the smallest p-value of a resampling test is then 2 / 10,000
+# Up to this many items, the sign-flip test enumerates all 2^n patterns: about a million sums.
+_ENUMERATED = 20
+_NUMBERS_AT_ONCE = 1_000_000  # of one batch of resampling; limits its memory
 _SEED = 0
 
 
@@ -27,12 +28,12 @@ class Interval(NamedTuple):
 
 
 class McNemar(NamedTuple):
-    """Exact McNemar test of two systems on the same items.
+    """Result of the exact McNemar test of two systems on the same items.
 
     Attributes:
-        only_first: items that the first system alone got right.
-        only_second: items that the second system alone got right.
-        p_value: two-sided; 1 where the systems never disagree.
+        only_first: number of items that only the first system solved.
+        only_second: number of items that only the second system solved.
+        p_value: two-sided; 1 if the systems never disagree.
     """
 
     only_first: int
@@ -41,12 +42,12 @@ class McNemar(NamedTuple):
 
 
 class PairedDifference(NamedTuple):
-    """Continuous scores of two systems on the same items.
+    """Comparison of the continuous scores of two systems on the same items.
 
     Attributes:
         difference: mean of second − first, in the unit of the scores.
-        interval_95: of the difference, by bootstrap over items.
-        p_value: two-sided, by sign flips; 1 where every item has the same score twice.
+        interval_95: bootstrap interval of the difference, over items.
+        p_value: two-sided, by the sign-flip test; 1 if both systems have equal scores on all items.
     """
 
     difference: float
@@ -55,13 +56,25 @@ class PairedDifference(NamedTuple):
 
 
 def wilson_interval(correct: int, count: int) -> Interval:
-    """Wilson's score interval of a proportion (count ≥ 1)."""
+    """Compute the 95 % Wilson score interval of a proportion.
+
+    Args:
+        correct: number of successes.
+        count: number of trials, at least 1.
+
+    Returns:
+        An interval within [0, 1].
+    """
     interval = binomtest(correct, count).proportion_ci(confidence_level=0.95, method="wilson")
     return Interval(float(interval.low), float(interval.high))
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
-    """Compare outcomes item by item; both in the same order of the same items."""
+    """Compare the right-or-wrong outcomes of two systems.
+
+    Args:
+        first, second: one outcome for each item, in the same order of the same items.
+    """
     only_first = sum(a and not b for a, b in zip(first, second, strict=True))
     only_second = sum(b and not a for a, b in zip(first, second, strict=True))
     discordant = only_first + only_second
@@ -70,21 +83,27 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
 
 
 def mean_interval(values: Sequence[float] | NDArray[np.float64]) -> Interval:
-    """Interval of a mean over items: BCa bootstrap (Efron 1987), 9,999 resamples.
+    """Compute the 95 % interval of a mean by BCa bootstrap (Efron 1987) with 9,999 resamples.
 
-    Values that are all alike have an interval of no width.
+    If all values are equal, the interval has width 0.
+
+    Args:
+        values: one value for each item.
+
+    Returns:
+        The interval, in the unit of the values.
 
     Raises:
-        ValueError: fewer than two values, or one that is not finite.
+        ValueError: there are fewer than two values, or a value is not finite.
     """
     data = _finite(values)
     if len(data) < 2:
-        raise ValueError(f"{len(data)} value: an interval needs two")
+        raise ValueError(f"{len(data)} value: an interval needs two or more")
     scale = float(np.abs(data).max())
-    if np.ptp(data) <= 1e-9 * scale:  # BCa divides by the spread
+    if np.ptp(data) <= 1e-9 * scale:  # BCa divides by the spread, which is 0 here
         return Interval(float(data.mean()), float(data.mean()))
     found = bootstrap(
-        (data / scale,),  # the third power of a tiny spread would be 0
+        (data / scale,),  # without the scale, the third power of a tiny spread underflows to 0
         np.mean,
         n_resamples=RESAMPLES,
         batch=max(1, _NUMBERS_AT_ONCE // len(data)),
@@ -95,13 +114,19 @@ def mean_interval(values: Sequence[float] | NDArray[np.float64]) -> Interval:
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> PairedDifference:
-    """Compare scores item by item; both in the same order of the same items.
+    """Compare the continuous scores of two systems.
+
+    Args:
+        first, second: one score for each item, in the same order of the same items.
 
     Raises:
-        ValueError: see `mean_interval`; or the lengths differ.
+        ValueError: the lengths differ, there are fewer than two scores, or a score is not finite.
     """
     if len(first) != len(second):
-        raise ValueError(f"{len(first)} scores and {len(second)}: not of the same items")
+        raise ValueError(
+            f"{len(first)} scores and {len(second)}: not of the same items; "
+            "give one score of each system for each item"
+        )
     differences = _finite(second) - _finite(first)
     return PairedDifference(
         float(differences.mean()), mean_interval(differences), sign_flip_p_value(differences)
@@ -109,13 +134,20 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Paired
 
 
 def sign_flip_p_value(differences: Sequence[float] | NDArray[np.float64]) -> float:
-    """Is the mean difference 0? Two-sided permutation test that flips the sign of each difference.
+    """Test whether the mean difference is 0. The test flips the sign of each difference.
 
-    Exact for up to 20 differences, where all 2^n patterns are tried and no p-value is below 2/2^n;
-    beyond that 9,999 patterns are drawn and none is below 2/10,000.
+    Up to 20 differences the test is exact: it enumerates all 2^n sign patterns, and the smallest
+    possible p-value is 2/2^n. For more differences it samples 9,999 patterns, and the smallest
+    possible p-value is 2/10,000.
+
+    Args:
+        differences: one difference for each item.
+
+    Returns:
+        The two-sided p-value.
 
     Raises:
-        ValueError: no difference, or one that is not finite.
+        ValueError: there is no difference, or one is not finite.
     """
     data = _finite(differences)
     if len(data) > _ENUMERATED:
@@ -131,19 +163,24 @@ def sign_flip_p_value(differences: Sequence[float] | NDArray[np.float64]) -> flo
     sums = np.zeros(1)
     for difference in data:
         sums = np.concatenate([sums + difference, sums - difference])
-    rounding = 1e-9 * np.abs(data).sum()  # equal sums in another order are equal
+    # Two sums of the same numbers in another order may differ by rounding, but must count as equal.
+    rounding = 1e-9 * np.abs(data).sum()
     return float(np.mean(np.abs(sums) >= abs(data.sum()) - rounding))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment of a family of p-values, in the order given (Holm 1979).
+    """Correct a family of p-values by Holm's step-down method (Holm 1979).
 
-    The smallest of m is multiplied by m, the next by m − 1, and so on; none gets smaller than the
-    one before it, or larger than 1. Rejecting what stays below 0.05 is wrong about any true
-    hypothesis of the family with a probability of 0.05 at most, however they depend on each other.
+    The smallest of m p-values is multiplied by m, the next one by m − 1, and so on. A corrected
+    value is never smaller than the one before it and never larger than 1. If all hypotheses with a
+    corrected p-value below 0.05 are rejected, the probability of one or more false rejections is at
+    most 0.05. The tests may depend on each other in any way.
+
+    Returns:
+        The corrected p-values, in the order given.
 
     Raises:
-        ValueError: a value outside [0, 1].
+        ValueError: a value is outside [0, 1].
     """
     adjusted, largest = [0.0] * len(p_values), 0.0
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
@@ -158,7 +195,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def _finite(values: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
     data = np.asarray(values, dtype=np.float64)
     if not len(data):
-        raise ValueError("no values")
+        raise ValueError("no values; at least one is needed")
     if not np.isfinite(data).all():
         raise ValueError(f"{data[~np.isfinite(data)][0]}: values must be finite")
     return data

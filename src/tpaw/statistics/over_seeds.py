@@ -1,7 +1,7 @@
-"""Statistics over seeds: one number a run, runs of one seed being pairs.
+"""Statistics over seeds: each run gives one score, and runs with the same seed form a pair.
 
-A seed is the unit here, not an item: these intervals say what another run would give, those of
-`statistics` what other items would.
+The unit is a seed, not an item. The intervals in this file say what other seeds would give. The
+intervals in `over_items.py` say what other items would give.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from scipy.stats import ttest_1samp
 from tpaw.statistics.over_items import Interval, sign_flip_p_value
 
 ALPHA = 0.05
-_ROUNDING = 1e-12  # of the largest score; a smaller spread is none
+_ROUNDING = 1e-12  # relative to the largest score; a smaller spread counts as 0
 
 
 class OverSeeds(NamedTuple):
-    """One method's scores over seeds.
+    """Scores of one method over seeds.
 
     Attributes:
-        seeds: how many.
+        seeds: number of seeds.
         mean: in the unit of the scores.
-        sd: standard deviation, ddof 1; None with one seed.
-        interval_95: of the mean, by Student's t with seeds − 1 degrees of freedom; None with one
-            seed, and of no width where all seeds agree.
+        sd: standard deviation with ddof 1; None for one seed.
+        interval_95: interval of the mean, by Student's t with seeds − 1 degrees of freedom. None
+            for one seed; its width is 0 if all scores are equal.
     """
 
     seeds: int
@@ -40,22 +40,23 @@ class OverSeeds(NamedTuple):
 
 
 class SeedDifference(NamedTuple):
-    """A method against a baseline over the same seeds.
+    """Comparison of a method with a baseline over the same seeds.
 
     Attributes:
-        seeds: how many pairs.
+        seeds: number of pairs.
         difference: mean of method − baseline, in the unit of the scores.
-        sd: standard deviation of the differences, ddof 1; None with one seed.
-        interval_95: of the difference, by Student's t; None with one seed.
-        g_z: mean over standard deviation of the differences, d_z, times Hedges' correction for
-            few seeds. 0 for identical runs; otherwise None with fewer than three seeds, whose
-            correction is 0, and where every seed shows the same difference: d_z is infinite.
-        t_p_value: paired t-test, two-sided. 1 for identical runs; None with one seed and where
-            every seed shows the same difference: there is no spread to test it against, and the
-            formula's 0 would be a certainty that nothing supports.
-        sign_flip_p_value: exact for up to 20 seeds, two-sided; see `statistics`.
-        smallest_p_value: the least that the sign flips could give with so many seeds, 2/2^n.
-        note: a sentence on what cannot be said, or None.
+        sd: standard deviation of the differences with ddof 1; None for one seed.
+        interval_95: interval of the difference, by Student's t; None for one seed.
+        g_z: effect size: d_z (mean / standard deviation of the differences) times Hedges'
+            correction for few seeds. 0 if the runs are identical. Otherwise None for fewer than
+            three seeds, because the correction is then 0, and None if all differences are equal,
+            because d_z is then infinite.
+        t_p_value: two-sided paired t-test. 1 if the runs are identical. None for one seed, and None
+            if all differences are equal: the test has no spread to compare with, and a p-value of 0
+            would claim too much.
+        sign_flip_p_value: two-sided; exact for up to 20 seeds. See `over_items.sign_flip_p_value`.
+        smallest_p_value: the smallest possible p-value of an exact sign-flip test, 2/2^n.
+        note: a warning about what the numbers cannot show, or None.
     """
 
     seeds: int
@@ -70,10 +71,13 @@ class SeedDifference(NamedTuple):
 
 
 def over_seeds(scores: Sequence[float]) -> OverSeeds:
-    """Mean, spread and interval of one method.
+    """Compute mean, standard deviation and interval of one method.
+
+    Args:
+        scores: one score for each seed.
 
     Raises:
-        ValueError: no score, or one that is not finite.
+        ValueError: there is no score, or one is not finite.
     """
     data = _finite(scores)
     spread = _spread(data, float(np.abs(data).max()))
@@ -81,13 +85,19 @@ def over_seeds(scores: Sequence[float]) -> OverSeeds:
 
 
 def seed_difference(baseline: Sequence[float], method: Sequence[float]) -> SeedDifference:
-    """Compare two methods seed by seed; both in the same order of the same seeds.
+    """Compare a method with a baseline.
+
+    Args:
+        baseline, method: one score for each seed, in the same order of the same seeds.
 
     Raises:
-        ValueError: the lengths differ, no score, or one that is not finite.
+        ValueError: the lengths differ, there is no score, or one is not finite.
     """
     if len(baseline) != len(method):
-        raise ValueError(f"{len(baseline)} scores and {len(method)}: not of the same seeds")
+        raise ValueError(
+            f"{len(baseline)} scores and {len(method)}: not of the same seeds; "
+            "give one score of each method for each seed"
+        )
     first, second = _finite(baseline), _finite(method)
     data = second - first
     seeds, mean = len(data), float(data.mean())
@@ -101,8 +111,8 @@ def seed_difference(baseline: Sequence[float], method: Sequence[float]) -> SeedD
         g_z, t_p_value = 0.0, 1.0
     elif sd == 0:
         notes.append(
-            "Every seed shows the same difference: without spread d_z is infinite and there is no "
-            "t-test. Check that the seed changes anything."
+            "All seeds show the same difference, so d_z is infinite and there is no t-test. "
+            "Check that the seed changes the run."
         )
     elif sd is not None:
         g_z = mean / sd * hedges_correction(seeds - 1) if seeds > 2 else None
@@ -121,21 +131,32 @@ def seed_difference(baseline: Sequence[float], method: Sequence[float]) -> SeedD
 
 
 def hedges_correction(degrees_of_freedom: int) -> float:
-    """J(m) = Γ(m/2) / (√(m/2) Γ((m−1)/2)), exactly (Hedges 1981); 0 for m = 1."""
+    """Compute Hedges' correction J(m) = Γ(m/2) / (√(m/2) Γ((m−1)/2)) exactly (Hedges 1981).
+
+    Args:
+        degrees_of_freedom: m.
+
+    Returns:
+        A factor below 1; 0 for m = 1.
+    """
     half = degrees_of_freedom / 2
     return float(np.exp(gammaln(half) - gammaln(half - 0.5)) / math.sqrt(half))
 
 
 def smallest_p_value(seeds: int) -> float:
-    """The least two-sided p-value of an exact paired test over signs: two patterns of 2^n."""
+    """Return the smallest possible two-sided p-value of an exact sign-flip test.
+
+    It is 2/2^n, because at least two of the 2^n patterns are as extreme as the observed one.
+    """
     return 2.0 ** (1 - seeds)
 
 
 def too_few_seeds(seeds: int, tests: int = 1) -> str | None:
-    """A sentence where so many seeds cannot show anything, or None.
+    """Return a warning if no exact test can reach 0.05 with this number of seeds, else None.
 
     Args:
-        tests: size of the family that Holm's adjustment covers.
+        seeds: number of seeds.
+        tests: number of tests that Holm's correction covers.
     """
     if seeds == 1:
         return "1 seed: nothing is known of the spread between runs, so no difference can be told."
@@ -159,7 +180,7 @@ def _t_interval(data: NDArray[np.float64], sd: float | None) -> Interval | None:
 
 
 def _spread(data: NDArray[np.float64], largest: float) -> float | None:
-    """Standard deviation; 0 where only rounding tells the values apart."""
+    """Compute the standard deviation; 0 if the values differ only by rounding."""
     if len(data) < 2:
         return None
     return float(data.std(ddof=1)) if np.ptp(data) > _ROUNDING * largest else 0.0
@@ -168,5 +189,5 @@ def _spread(data: NDArray[np.float64], largest: float) -> float | None:
 def _finite(scores: Sequence[float]) -> NDArray[np.float64]:
     data = np.asarray(scores, dtype=np.float64)
     if not len(data) or not np.isfinite(data).all():
-        raise ValueError(f"{list(scores)}: finite scores are needed, and at least one")
+        raise ValueError(f"{list(scores)}: finite scores are needed, at least one")
     return data

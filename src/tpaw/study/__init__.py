@@ -1,1 +1,1 @@
-"""Studies: methods × settings × seeds over one recipe, with statistics."""
+"""Studies: methods × settings × seeds of one recipe, with statistics over seeds."""

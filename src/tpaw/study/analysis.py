@@ -1,4 +1,4 @@
-"""From the results of runs to what can be said: study.json."""
+"""Compute the statistics of a study from the results of its runs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,20 @@ from tpaw.study.results import Results, measures_in
 def analyse(
     conditions: Sequence[Condition], results: Results, baseline: str | None
 ) -> dict[str, Any]:
-    """Statistics over seeds, in plain types.
+    """Compute statistics over seeds.
 
-    `conditions` holds, by name, `by_iteration` (for each measure mean, SD and interval over seeds)
-    and the `runs`. `comparisons` sets every condition against the baseline after the last
-    iteration: by `primary`, the measure that was chosen beforehand (accuracy where there is one,
-    else the gap), on the seeds that both have. Both kinds of p-value are adjusted over them.
+    Args:
+        conditions: the conditions of the study.
+        results: see `results.collect`.
+        baseline: name of the condition that the others are compared with; None means the first.
+
+    Returns:
+        Plain values for study.json. `conditions` holds, by name, the `runs` and `by_iteration`:
+        mean, standard deviation and interval over seeds of each measure. `comparisons` compares
+        each other condition with the baseline after the last iteration, on the seeds that both
+        have. The compared measure is `primary`, which does not depend on the results: accuracy if
+        the runs have it, else the gap. Holm's correction covers all comparisons, separately for
+        both kinds of p-value.
     """
     measures = measures_in(results)
     primary = "accuracy" if "accuracy" in measures else "gap"

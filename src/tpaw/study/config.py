@@ -1,15 +1,15 @@
-"""What a study is: methods × settings × seeds over one recipe. No torch.
+"""The configuration of a study: methods × settings × seeds of one recipe. It does not import torch.
 
-recipe: starter                     # or a list, later ones over earlier
-methods: [tpaw, spin]               # recipes that go on top, or names of your own:
+recipe: starter                     # a recipe or a list; later ones override earlier ones
+methods: [tpaw, spin]               # recipes that override `recipe`; or a mapping from names:
 methods:
   SPIN as published: [spin, spin_schedule]
   TPAW, η = 4: {objective: {eta: 4.0}}
-vary:                               # every combination of the values of these settings
+vary:                               # settings and values; every combination is run
   objective.gamma: [0.0, 0.5]
-  team.opponents.last, team.main_players.last: [1, 2]      # the two together
-seeds: 6                            # 0 … 5, or a list
-set: {iterations: 4}                # over every run
+  team.opponents.last, team.main_players.last: [1, 2]      # both settings get the same value
+seeds: 6                            # seeds 0 … 5; or a list of seeds
+set: {iterations: 4}                # settings of every run
 """
 
 from __future__ import annotations
@@ -52,25 +52,26 @@ def _as_tuples(value: Any) -> Any:
 
 
 class StudyConfig(Section):
-    """A whole study. `read_study` reads one."""
+    """The configuration of a study. `read_study` reads it from a file."""
 
-    recipe: Strings = Field(description="Recipes or files, later ones over earlier ones.")
+    recipe: Strings = Field(description="Recipes or files. Later ones override earlier ones.")
     methods: Annotated[Mapping[str, tuple[Source, ...]], BeforeValidator(_as_methods)] = Field(
         {"tpaw": ("tpaw",)},
-        description="Recipes that go on top; or names of your own, each with recipes, files or "
-        "settings.",
+        description="Recipes that override `recipe`; or a mapping from your own names to recipes, "
+        "files or settings.",
     )
     vary: Annotated[Mapping[str, tuple[Any, ...]], BeforeValidator(_as_tuples)] = Field(
         {},
-        description="Settings and their values; every combination is run. Keys with a comma "
-        "between them take the same value.",
+        description="Settings and their values. Every combination is run. Keys separated by a "
+        "comma get the same value.",
     )
     seeds: Annotated[tuple[int, ...], BeforeValidator(_as_seeds)] = Field(
         tuple(range(6)),
-        description="How many, or which. With fewer than six no exact paired test can reach 0.05.",
+        description="Number of seeds, or a list of seeds. With fewer than six seeds no exact "
+        "paired test can reach 0.05.",
     )
     set_: Mapping[str, Any] = Field(
-        {}, alias="set", description="Settings of every run; methods go over them."
+        {}, alias="set", description="Settings of every run. Methods override them."
     )
     baseline: str | None = Field(
         None, description="The condition that the others are compared with. Default: the first."
@@ -79,23 +80,23 @@ class StudyConfig(Section):
     @model_validator(mode="after")
     def _fits(self) -> StudyConfig:
         if not self.methods or not self.seeds:
-            raise ValueError("methods and seeds: at least one of each")
+            raise ValueError("methods and seeds: empty; give at least one of each")
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds: {list(self.seeds)}: one stands twice")
+            raise ValueError(f"seeds: {list(self.seeds)}: a seed occurs twice; remove it")
         empty = [key for key, values in self.vary.items() if not values]
         if empty:
-            raise ValueError(f"vary.{empty[0]}: no values")
+            raise ValueError(f"vary.{empty[0]}: no values; give at least one")
         return self
 
 
 class Condition(NamedTuple):
-    """What the runs of all seeds have in common.
+    """A method with one combination of varied settings. It has one run for each seed.
 
     Attributes:
-        name: for tables and figures.
+        name: name in tables and figures.
         method: name of the method.
-        settings: the varied settings.
-        sources: the configuration but for the seed.
+        settings: the varied settings and their values.
+        sources: recipes, files and settings of the configuration, without the seed.
     """
 
     name: str
@@ -105,25 +106,31 @@ class Condition(NamedTuple):
 
     @property
     def folder(self) -> str:
-        """The name as a folder's."""
+        """The name of the condition's folder."""
         return re.sub(r"[^\w.=+-]+", "-", self.name.replace(" = ", "=")).strip("-.")
 
     def config(self, seed: int) -> RunConfig:
-        """The run of one seed."""
+        """Return the configuration of the run with this seed."""
         return RunConfig.load(*self.sources, {"seed": seed})
 
 
 def study_names() -> list[str]:
-    """Names of the studies that come with the package."""
+    """Return the names of the studies in the package."""
     folder = files("tpaw") / "study" / "studies"
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name[-5:] == ".yaml")
 
 
 def read_study(source: str) -> tuple[StudyConfig, list[Condition]]:
-    """Read and validate a study, by file or by the name of one that comes with the package.
+    """Read and validate a study.
+
+    Args:
+        source: path of a YAML file, or name of a study in the package.
+
+    Returns:
+        The configuration of the study, and its conditions.
 
     Raises:
-        InputError: naming the key; also for any run whose configuration is not valid.
+        InputError: the study or the configuration of a run is not valid. The error names the key.
     """
     path = Path(source)
     if not path.is_file():
@@ -133,7 +140,10 @@ def read_study(source: str) -> tuple[StudyConfig, list[Condition]]:
     conditions = list(_conditions(study, path.parent))
     folders = [condition.folder for condition in conditions]
     if len(set(folders)) < len(folders) or not all(folders):
-        raise InputError(f"{source}: names of methods that make the same folder: {folders}")
+        raise InputError(
+            f"{source}: methods: two names give the same folder: {folders}; use names with other "
+            "letters or digits"
+        )
     for condition in conditions:
         try:
             config = condition.config(study.seeds[0])
@@ -141,8 +151,8 @@ def read_study(source: str) -> tuple[StudyConfig, list[Condition]]:
             raise InputError(f"{source}: {condition.name}: {error}") from None
         if config.evaluate.data is None:
             raise InputError(
-                f"{source}: {condition.name}: evaluate.data: missing; a study compares what "
-                "checkpoints do on held-out rows"
+                f"{source}: {condition.name}: evaluate.data: missing; a study needs held-out "
+                "records to compare checkpoints"
             )
     if study.baseline is not None:
         explain_unknown(f"{source}: baseline", [study.baseline], [c.name for c in conditions])
@@ -165,7 +175,10 @@ def _conditions(study: StudyConfig, folder: Path) -> Iterator[Condition]:
 
 
 def _short(keys: str) -> str:
-    """The last part of a setting's name, the first where several take one value."""
+    """Shorten the name of a setting for tables: objective.gamma → gamma.
+
+    If several keys get the same value: team.opponents.last, team.main_players.last → team.last.
+    """
     section, _, key = keys.partition(",")[0].strip().rpartition(".")
     return key if "," not in keys else f"{section.partition('.')[0]}.{key}"
 

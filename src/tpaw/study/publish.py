@@ -1,4 +1,4 @@
-"""study.json, report.md and figures/: what a study leaves for people and for other programs."""
+"""Write the results of a study: study.json, report.md and figures/."""
 
 from __future__ import annotations
 
@@ -27,7 +27,20 @@ def publish_study(
     output: Path,
     jobs: int,
 ) -> dict[str, Any]:
-    """Gather what the runs have shown, and write it; returns what study.json holds."""
+    """Collect the results of the runs, compute the statistics and write the files.
+
+    Args:
+        source: path or name of the study.
+        study: the configuration of the study.
+        conditions: the conditions of the study.
+        runs: all runs. Only finished ones count.
+        failures: names of failed runs, with the reason.
+        output: folder of the study.
+        jobs: number of runs at a time.
+
+    Returns:
+        The content of study.json.
+    """
     content = {
         "name": Path(source).stem,
         "command": f"tpaw study {shlex.quote(source)} --jobs {jobs}",

@@ -1,10 +1,17 @@
-"""What the runs of a study have shown, run by run; the statistics over them are elsewhere.
+"""Collect the results of the runs of a study. `analysis.py` computes the statistics.
 
-Measures of a checkpoint on the held-out rows: `accuracy` (greedy exact match, where targets have
-answers), `target_logp_per_token` (nats), `gap` (log π(y) − log π(y_0), nats; y_0 is what θ_0 of
-that seed answered, one fixed set for all conditions) and `nonpositive_gap_share`. Of its training:
-`target_reward` and `reward_margin` over the last half of the steps, and the share of its opponents'
-newest answers that were `identical` to the target.
+Measures of a checkpoint on the held-out records:
+
+- `accuracy`: exact match of greedy responses, in [0, 1], if targets have answers.
+- `target_logp_per_token`: nats.
+- `gap`: log π(y) − log π(y_0), nats. y_0 is the response of θ_0 with the same seed. It is the same
+  for all conditions.
+- `nonpositive_gap_share`: share of the gaps that are not positive, in [0, 1].
+
+Measures of its training:
+
+- `target_reward`, `reward_margin`: means over the last half of the steps, in nats × λ.
+- `identical`: share of the responses of the newest opponent that equal the target, in [0, 1].
 """
 
 from __future__ import annotations
@@ -17,8 +24,8 @@ from tpaw.report.summary import summarise
 from tpaw.storage.run_directory import RunDirectory
 from tpaw.study.runner import StudyRun
 
-# By condition and seed: `iterations` (from θ_0 on, measures by name), `curve` ([step, target
-# reward] of the last iteration, where there is one) and `seconds`.
+# Results of each run, by condition and seed: `iterations` (measures by name, for θ_0, θ_1, …),
+# `curve` (pairs of step and target reward in the last iteration; may be empty) and `seconds`.
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
 HELD_OUT = ("accuracy", "gap", "nonpositive_gap_share", "target_logp_per_token")
@@ -27,7 +34,7 @@ MEASURES = HELD_OUT + TRAINING
 
 
 def collect(runs: Sequence[StudyRun]) -> Results:
-    """Everything that the runs which came to their end have shown."""
+    """Collect the results of all finished runs. A condition without a finished run is empty."""
     results: dict[str, dict[int, Mapping[str, Any]]] = {}
     for run in runs:
         of_condition = results.setdefault(run.condition.name, {})
@@ -37,7 +44,7 @@ def collect(runs: Sequence[StudyRun]) -> Results:
 
 
 def measures_in(results: Results) -> list[str]:
-    """The measures that some checkpoint has, in their order."""
+    """Return the measures that at least one checkpoint has, in the order of `MEASURES`."""
     found = {
         name
         for by_seed in results.values()

@@ -1,7 +1,7 @@
-"""What the runs of one seed have in common is computed once: inputs, θ_0's answers and scores.
+"""Compute once what the runs of one seed share: inputs, θ_0's responses, log-probs and evaluation.
 
-It lies in a run directory of its own, which never trains. A run begins by linking to it; stages
-skip what is published, so nothing else knows of this.
+A shared run directory holds these files; it never trains. Each run begins with hard links to these
+files. Stages skip published files, so no other code needs to know about sharing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tpaw.runtime.interrupt import StopSignal
 from tpaw.storage.artifacts import TEMPORARY_PREFIX, remove_temporaries
 from tpaw.storage.run_directory import RunDirectory, open_run
 
-# Settings that have a say before the first training.
+# Settings that affect the work before the first training.
 _DECISIVE: Any = {
     "model": True,
     "data": True,
@@ -26,7 +26,7 @@ _DECISIVE: Any = {
     "generate": True,
     "score": True,
     "evaluate": True,
-    "train": {"weights"},  # players are scored with them
+    "train": {"weights"},  # decides the precision of the weights when players are scored
     "seed": True,
     "precision": True,
     "device": True,
@@ -35,32 +35,45 @@ _DECISIVE: Any = {
 
 
 def shared_name(config: RunConfig) -> str:
-    """Configurations with the same name share; it is a folder's."""
+    """Return the name of the shared run directory. Configurations with the same name share it."""
     decisive = config.model_dump(mode="json", include=_DECISIVE)
-    decisive["pairs"] = config.method == "dpo"  # whose inputs hold both answers
+    decisive["pairs"] = config.method == "dpo"  # the inputs of DPO also hold rejected responses
     text = json.dumps(decisive, sort_keys=True)
     return f"seed-{config.seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def begin_shared(config: RunConfig, folder: Path) -> None:
-    """Make the run directory of what is shared, for `prepare_shared`.
+    """Create the shared run directory, for `prepare_shared`.
+
+    Args:
+        config: the configuration of a run that shares the directory.
+        folder: the shared run directory.
 
     Raises:
-        RunLockedError: another process is about it.
+        RunLockedError: another process works on it.
     """
     run = RunDirectory(folder)
-    # Whoever began it, all who share it agree in what matters here.
+    # An existing directory may have the configuration of another run. Its decisive settings are
+    # equal, so keep it.
     with open_run(folder, run.load_config() if run.has_begun() else config):
         pass
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether `prepare_shared` has come to its end."""
+    """Whether `prepare_shared` has finished."""
     return (folder / "prepared").exists()
 
 
 def prepare_shared(folder: Path, stop: StopSignal) -> None:
-    """Do all that comes before the first training."""
+    """Do all work before the first training: generate, evaluate and score with θ_0.
+
+    Args:
+        folder: the shared run directory; see `begin_shared`.
+        stop: tells whether the user asked for a stop.
+
+    Raises:
+        Interrupted: the user asked for a stop; published files stay.
+    """
     from tpaw.pipeline.stages import opened_stages
 
     config = RunDirectory(folder).load_config()
@@ -75,11 +88,18 @@ def prepare_shared(folder: Path, stop: StopSignal) -> None:
 
 
 def begin_run(config: RunConfig, output: Path, shared: Path) -> None:
-    """Begin a run with links to what is shared; one that trains already is left alone.
+    """Create a run directory with links to the shared files.
+
+    A run whose training has begun is not changed.
+
+    Args:
+        config: the run's configuration.
+        output: the run directory.
+        shared: the shared run directory.
 
     Raises:
         InputError: `output` holds a run of another configuration.
-        RunLockedError: another process works on it.
+        RunLockedError: another process works on the run.
     """
     with open_run(output, config) as run:
         if run.iterations_begun() > 0:
@@ -99,9 +119,9 @@ def _link_folder(folder: Path, target: Path) -> None:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = temporary / path.relative_to(folder)
         name.parent.mkdir(parents=True, exist_ok=True)
-        # Published files are replaced and never written to, so one may have two names.
+        # A hard link is safe: published files are only replaced, never changed in place.
         try:
             os.link(path, name)
-        except OSError:  # a file system without links
+        except OSError:  # the file system has no hard links
             shutil.copy2(path, name)
     os.replace(temporary, target)

@@ -1,7 +1,7 @@
-"""Settings of one iteration as transformers' TrainingArguments, and whether they can work.
+"""Build transformers' TrainingArguments for an iteration, and check them before a run begins.
 
-What transformers would only refuse after hours of generation and scoring is tried here beforehand,
-on a model of one parameter.
+transformers refuses some settings only when training starts, after hours of generation and scoring.
+`check_training` tries them first, on a model with one weight.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tpaw.models.loading import pick_device
 from tpaw.training.split_weights import SplitRMSprop
 from tpaw.training.trl import sft_arguments
 
-# TrainingArguments that a setting of ours decides: use that setting.
+# TrainingArguments that another setting decides. The value names this setting.
 USE_INSTEAD: Mapping[str, str] = {
     "output_dir": "--output",
     "num_train_epochs": "train.epochs",
@@ -58,7 +58,7 @@ USE_INSTEAD: Mapping[str, str] = {
     "train_sampling_strategy": "train.group_by_prompt",
 }
 
-# TrainingArguments that cannot be set, and why.
+# TrainingArguments that cannot be set. The value says why.
 CANNOT_BE_SET: Mapping[str, str] = {
     "logging_nan_inf_filter": "TPAW never filters a NaN out of the log",
     "ignore_data_skip": "a resumed iteration sees each batch exactly once",
@@ -75,24 +75,29 @@ CANNOT_BE_SET: Mapping[str, str] = {
     "label_smoothing_factor": "the objective has no labels",
     "neftune_noise_alpha": "the policy must start as its newest player",
     "include_num_input_tokens_seen": "training.jsonl reports log-probs per token instead",
-    "use_liger_kernel": "TPAW never holds the logits, so the kernel would change nothing",
-    "deepspeed": "a run uses one process so far",
-    "fsdp": "a run uses one process so far",
-    "fsdp_config": "a run uses one process so far",
-    "parallelism_config": "a run uses one process so far",
+    "use_liger_kernel": "TPAW has its own fused head and never stores all logits",
+    "deepspeed": "a run uses only one process",
+    "fsdp": "a run uses only one process",
+    "fsdp_config": "a run uses only one process",
+    "parallelism_config": "a run uses only one process",
 }
 
 RESERVED = (*USE_INSTEAD, *CANNOT_BE_SET)
 
-# They follow a metric of evaluations during training, and there are none.
+# These schedules need an evaluation metric during training. TPAW evaluates only after training.
 _SCHEDULES_BY_METRIC = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 
 
 def training_arguments(config: RunConfig, t: int, output: Path) -> TrainingArguments:
-    """The arguments of the iteration that trains θ_{t+1}.
+    """Build the arguments of the iteration that trains θ_{t+1}.
+
+    Args:
+        config: the run's configuration.
+        t: iteration, counted from 0.
+        output: folder for saved steps.
 
     Raises:
-        InputError: transformers refuses them.
+        InputError: transformers refuses them, or more than one GPU is visible.
     """
     train = config.train
     kind: type[TrainingArguments] = TrainingArguments
@@ -124,8 +129,8 @@ def training_arguments(config: RunConfig, t: int, output: Path) -> TrainingArgum
         raise InputError(f"train.training_arguments: {error}") from None
     if arguments.n_gpu > 1:
         raise InputError(
-            f"device: {arguments.n_gpu} GPUs are visible to one process, which would multiply "
-            "train.batch_size; set CUDA_VISIBLE_DEVICES to one of them"
+            f"device: {arguments.n_gpu} GPUs are visible, but a run uses one; "
+            "set CUDA_VISIBLE_DEVICES to the number of one GPU"
         )
     return arguments
 
@@ -133,17 +138,25 @@ def training_arguments(config: RunConfig, t: int, output: Path) -> TrainingArgum
 def split_optimizer(
     config: RunConfig, arguments: TrainingArguments
 ) -> tuple[type[SplitRMSprop], dict[str, Any]] | None:
-    """The optimizer of `train.weights: split` and its options; None where transformers chooses."""
+    """Return the optimizer class and its options for `train.weights: split`.
+
+    Args:
+        config: the run's configuration.
+        arguments: see `training_arguments`.
+
+    Returns:
+        None for `train.weights: fp32`, where transformers chooses the optimizer.
+    """
     if config.train.weights == "fp32":
         return None
     return SplitRMSprop, Trainer.get_optimizer_cls_and_kwargs(arguments)[1]
 
 
 def check_training(config: RunConfig) -> None:
-    """Refuse an optimizer, schedule, tracker or passed-through argument that cannot work.
+    """Refuse an optimizer, schedule, tracker or TrainingArgument that cannot work.
 
     Raises:
-        InputError: naming the setting, with what is allowed or what transformers says.
+        InputError: names the setting, and says what is allowed or what transformers reports.
     """
     train = config.train
     _refuse_reserved(train.training_arguments)

@@ -1,4 +1,4 @@
-"""What an iteration does beside its steps: saved steps, the log, progress, stopping."""
+"""What the Trainer does between steps: save steps, write the log, show progress and stop."""
 
 from __future__ import annotations
 
@@ -17,12 +17,20 @@ from tpaw.storage.artifacts import read_manifest, write_manifest
 
 
 def seconds_of(saved_step: Path | None) -> float:
-    """Seconds of training up to a saved step."""
+    """Return the seconds of training up to a saved step; 0 if there is none."""
     return float(read_manifest(saved_step)["seconds"]) if saved_step else 0.0
 
 
 class Recorder(TrainerCallback):
-    """Keeps saved steps whole, writes training.jsonl, shows progress, stops when asked to."""
+    """Publishes saved steps, writes training.jsonl, shows progress, and stops on a signal.
+
+    Args:
+        saved_steps: folder of the saved steps.
+        log_file: path of training.jsonl.
+        advance: moves the progress bar.
+        stop: tells whether the user asked for a stop.
+        seconds_before: seconds of training before the step that is resumed from.
+    """
 
     def __init__(
         self,
@@ -46,10 +54,11 @@ class Recorder(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin the log anew, from what the saved step knew."""
-        # A resumed state brings its old intervals along; those of the configuration hold.
+        """Write the log again from the state of the saved step."""
+        # The saved state holds the old intervals. Those of the configuration apply, because they
+        # may change when a run is resumed.
         state.compute_steps(args, state.max_steps)
-        # What was logged after the step that is resumed from will be logged again.
+        # Drop the lines after the saved step: the resumed training logs these steps again.
         lines = [_json_line(entry) for entry in state.log_history if "loss" in entry]
         self.log_file.write_text("".join(lines), encoding="utf-8")
         self.advance(state.global_step, "")
@@ -57,13 +66,14 @@ class Recorder(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Decide about logging, saving and stopping; move the bar."""
+        """Decide whether to log, save and stop, and move the progress bar."""
         if state.global_step == state.max_steps:
             control.should_log = True
-            control.should_save = False  # θ_t itself is published next
+            # The caller publishes the trained player next, so a saved step is not needed.
+            control.should_save = False
         elif self.stop.signal_number is not None:
             control.should_save = control.should_training_stop = True
-        # A line at each saved step: what is summed up for the next one does not survive a crash.
+        # Log at each saved step: the metric sums for the next line are not part of a saved step.
         control.should_log = control.should_log or control.should_save
         self.advance(1, "")
         return control
@@ -76,7 +86,7 @@ class Recorder(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write a line of training.jsonl."""
+        """Append a line to training.jsonl and show the loss beside the progress bar."""
         if not logs or "loss" not in logs:
             return
         with self.log_file.open("a", encoding="utf-8") as file:
@@ -89,20 +99,20 @@ class Recorder(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Publish the saved step, then remove the older ones."""
+        """Publish the saved step, then remove older saved steps."""
         saved = self.saved_steps / f"checkpoint-{state.global_step}"
         write_manifest(saved, {"seconds": self.seconds})
-        # The older ones go only now that this one is whole.
+        # Remove older steps only after this one is published. A crash before would lose both.
         for path in self.saved_steps.glob("checkpoint-*"):
             if path != saved:
                 shutil.rmtree(path)
 
 
 def _json_line(entry: dict[str, Any]) -> str:
-    # TRL counts its tokens anew after an interruption, so the number would not be one of the run.
+    # TRL restarts its token count when training is resumed, so the number would be wrong.
     entry = {name: value for name, value in entry.items() if name != "num_tokens"}
-    # JSON has no infinity and no NaN; as text, a gradient norm of "nan" is still there to see.
-    honest = {
+    # JSON has no infinity and no NaN. Write them as text, so that a gradient norm of "nan" is seen.
+    readable = {
         k: repr(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()
     }
-    return json.dumps(honest) + "\n"
+    return json.dumps(readable) + "\n"

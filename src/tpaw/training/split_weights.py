@@ -1,20 +1,23 @@
-"""fp32 weights kept in two halves, so that 8B parameters train on one 80 GB card.
+"""fp32 weights stored in two halves, so that a model with 8B parameters trains on one 80 GB GPU.
 
-A weight is a bf16 parameter of the model, its upper half, and 16 bits in the optimizer's state, its
-lower half. A step joins them, makes the ordinary fp32 update and splits again, so the update is
-fp32's at the memory of bf16. Bytes a parameter while training in bf16:
+The upper half of a weight is a bf16 parameter of the model. The lower half is 16 bits in the state
+of the optimizer. A step joins both halves, computes the ordinary fp32 update and splits the result
+again. So the update has fp32 precision, and forward and backward need only the memory of bf16.
+The exception is gradient clipping (`max_grad_norm`): torch clips the gradients in bf16.
+
+Bytes for each parameter during training in bf16:
 
                        fp32 and autocast   split
     weight                     4             2
-    its bf16 copy              2             –    autocast's, kept for the backward pass
+    bf16 copy                  2             –    autocast keeps it for the backward pass
     lower half                 –             2
     gradient                   4             2
     squared gradient           4             2
-    together                  14             8    8.03e9 parameters: 112 GB, 64 GB
+    sum                       14             8    with 8.03e9 parameters: 112 GB, 64 GB
 
-Gradients are the same bf16 numbers either way, as autocast multiplies in bf16; but here they are
-also summed over micro-batches in bf16, which adds an error of about √N/1000 of the sum for N
-micro-batches in a step. Fewer and larger micro-batches have less of it.
+The gradient of one micro-batch is the same in both columns, because autocast multiplies in bf16
+too. But with split weights the sum over micro-batches is bf16 as well. For N micro-batches in a
+step this adds an error of about √N/1000 of the sum. Fewer and larger micro-batches reduce it.
 """
 
 from __future__ import annotations
@@ -25,26 +28,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Elements updated at a time: some 30 bytes each of temporary memory, 0.5 GB in all.
+# Elements that one update handles at a time. Each needs about 30 bytes of temporary memory: 0.5 GB
+# in total.
 SLICE = 2**24
 
 _NAN_BITS = 0x7FC00000
 
 
 def split_fp32(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Split into (upper, lower), of which `join_fp32` makes the same bits again.
+    """Split fp32 weights into two halves. `join_fp32` restores the same bits.
 
-    The upper half is the nearest bf16. Ties go away from zero: the lower half of a tie that went
-    towards it would be +2^15, one more than int16 holds. As in any rounding to nearest, what is
-    more than half a step above the largest bf16 (3.39e38) has an upper half of ±inf; it joins to
-    what it was. ±inf stays so. Every NaN becomes the same one, as the upper half of some would
-    otherwise be infinite or, by overflow, −0.
+    The upper half is the nearest bf16 number. Special cases:
+
+    - A tie rounds away from zero. If it rounded towards zero, the lower half would be +2^15, which
+      int16 cannot hold.
+    - A number more than half a step above the largest bf16 number (3.39e38) has the upper half
+      ±inf. `join_fp32` still restores it.
+    - ±inf stays ±inf.
+    - Every NaN becomes the same NaN. Otherwise the upper half of some NaNs would be infinite or, by
+      overflow, −0.
 
     Args:
         weight: float32, any shape.
 
     Returns:
-        bfloat16 and int16, of the same shape; fp32 bits = (upper bits << 16) + lower.
+        The upper half (bfloat16) and the lower half (int16), both of the same shape.
+        fp32 bits = (upper bits << 16) + lower.
     """
     bits = torch.where(weight.isnan(), _NAN_BITS, weight.view(torch.int32))
     upper = (bits + 0x8000) >> 16
@@ -53,15 +62,30 @@ def split_fp32(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join_fp32(upper: Tensor, lower: Tensor) -> Tensor:
-    """The float32 weight of a bfloat16 upper and an int16 lower half of equal shape."""
+    """Join the halves of `split_fp32`.
+
+    Args:
+        upper: bfloat16, any shape.
+        lower: int16, the same shape.
+
+    Returns:
+        float32, the same shape.
+    """
     bits = upper.view(torch.int16).to(torch.int32) << 16
     return bits.add_(lower).view(torch.float32)
 
 
 def round_stochastically(value: Tensor, generator: torch.Generator) -> Tensor:
-    """Round float32 to one of its two bf16 neighbours, so that the mean is the value.
+    """Round to one of the two nearest bf16 numbers at random, so that the expected value is exact.
 
-    An infinity stays what it is.
+    ±inf stays ±inf.
+
+    Args:
+        value: float32, any shape.
+        generator: gives the random numbers; on the device of `value`.
+
+    Returns:
+        bfloat16, the same shape.
     """
     noise = torch.randint(
         2**16, value.shape, dtype=torch.int32, device=value.device, generator=generator
@@ -71,19 +95,20 @@ def round_stochastically(value: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def round_weights(model: nn.Module) -> None:
-    """Make a fp32 model's parameters the bf16 ones that it trains with when they are split.
+    """Round the parameters of an fp32 model to bf16, in place.
 
-    Buffers stay fp32, as they do in training.
+    The result equals the bf16 parameters that `SplitRMSprop` trains with. Buffers stay fp32, as in
+    training.
     """
     for parameter in model.parameters():
         parameter.data = split_fp32(parameter.data)[0]
 
 
 def restore_fp32(optimizer: torch.optim.Optimizer) -> None:
-    """End the training: make the parameters of a `SplitRMSprop` whole, and empty its state.
+    """Join the parameters of a `SplitRMSprop` to fp32 after training, and empty its state.
 
     Args:
-        optimizer: also one that accelerate has wrapped.
+        optimizer: a `SplitRMSprop`, or accelerate's wrapper of one.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -92,23 +117,24 @@ def restore_fp32(optimizer: torch.optim.Optimizer) -> None:
 
 
 class SplitRMSprop(torch.optim.Optimizer):
-    """torch.optim.RMSprop (without momentum, not centred) over split weights.
+    """torch.optim.RMSprop for split weights, without momentum and not centred.
 
-    The parameters given must be fp32 and become bf16 in place; `restore_fp32` undoes it. With a
-    fp32 state the joined weights are those of torch.optim.RMSprop on fp32 weights, bit for bit.
+    It converts the given fp32 parameters to bf16 in place. `restore_fp32` undoes this. With an fp32
+    state, the joined weights equal those of torch.optim.RMSprop on fp32 weights, bit for bit.
 
-    A bf16 state is rounded stochastically. In one step v moves by 0.01 (g² − v), and the nearest
-    bf16 is up to 0.4 % away: rounding to nearest would leave v where it is for every g² within
-    20 to 40 % of it. The noise is a function of the number of steps, so a resumed run repeats it;
-    it leaves a standard deviation of 1 to 2 % in v, half of that in the length of a step.
+    A bf16 state is rounded stochastically. One step changes the mean of squared gradients v by
+    0.01 (g² − v), but the nearest bf16 number is up to 0.4 % away. With rounding to nearest, v
+    would not change if g² is within 20 to 40 % of v. The random numbers depend only on the number
+    of steps, so a resumed run repeats them. The rounding adds a standard deviation of 1 to 2 % to
+    v, and half of that to the step size.
 
     Args:
-        params: float32 parameters, or groups of them.
-        lr, alpha, eps, weight_decay: as torch.optim.RMSprop.
-        state_dtype: of the squared gradients' mean, bfloat16 or float32.
+        params: float32 parameters, or parameter groups.
+        lr, alpha, eps, weight_decay: as in torch.optim.RMSprop.
+        state_dtype: dtype of v: bfloat16 or float32.
 
     Raises:
-        ValueError: a parameter is not fp32, or a loaded state is not of this optimizer's kind.
+        ValueError: a parameter is not fp32.
     """
 
     def __init__(
@@ -124,10 +150,13 @@ class SplitRMSprop(torch.optim.Optimizer):
         super().__init__(params, defaults)
         for parameter in self._parameters():
             if parameter.dtype != torch.float32:
-                raise ValueError(f"SplitRMSprop splits fp32 parameters, not {parameter.dtype}")
+                raise ValueError(
+                    f"SplitRMSprop splits fp32 parameters, not {parameter.dtype}; "
+                    "load the model in float32"
+                )
         for parameter in self._parameters():
             parameter.data, lower = split_fp32(parameter.data.contiguous())
-            # All at once: what does not fit should fail here and not in the first step.
+            # Allocate the whole state now, so that a lack of memory shows before the first step.
             self.state[parameter] = {
                 "lower": lower,
                 "square_avg": torch.zeros_like(lower, dtype=state_dtype),
@@ -135,7 +164,14 @@ class SplitRMSprop(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss and the gradients; usually None.
+
+        Returns:
+            The loss of the closure, or None.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -156,9 +192,13 @@ class SplitRMSprop(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave, into the tensors that are there.
+        """Copy a state that `state_dict` returned into the existing tensors.
 
-        torch's own would cast the state to the parameters' type, and so destroy the lower halves.
+        torch's own method would cast the state to the dtype of the parameters. This would destroy
+        the lower halves.
+
+        Raises:
+            ValueError: the state lacks a tensor, or a tensor has another dtype or shape.
         """
         state = dict(self.state)
         super().load_state_dict(state_dict | {"state": {}})
@@ -187,7 +227,11 @@ def _update(
     group: dict[str, Any],
     generator: torch.Generator,
 ) -> None:
-    """torch.optim.RMSprop's operations in their order; writes into the first three."""
+    """Update the first three tensors in place.
+
+    The operations and their order are those of torch.optim.RMSprop, so that the results are equal
+    bit for bit.
+    """
     weight, grad, alpha = join_fp32(upper, lower), grad.float(), group["alpha"]
     if group["weight_decay"] != 0:
         grad = grad.add(weight, alpha=group["weight_decay"])

@@ -1,1 +1,1 @@
-"""Suites of lm-evaluation-harness benchmarks."""
+"""Benchmarks: suites of lm-evaluation-harness tasks."""

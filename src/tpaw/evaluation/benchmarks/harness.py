@@ -1,7 +1,8 @@
-"""lm-evaluation-harness: its tasks, prompts, filters and metrics, with our generator under them.
+"""Run lm-evaluation-harness tasks with TPAW's generator.
 
-The only place that imports lm_eval. Log-likelihoods are computed by the harness's own model class;
-greedy answers by `HFGenerator`, which is several times as fast (`benchmarks/exact_match.py`).
+The harness gives tasks, prompts, filters and metrics. Its own model class computes log-likelihoods.
+`HFGenerator` generates greedy responses, because it is several times as fast
+(`benchmarks/exact_match.py` measures it). Only this module imports lm_eval.
 """
 
 from __future__ import annotations
@@ -48,17 +49,24 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from transformers import PreTrainedTokenizerBase
 
-# Shows progress: description, total and unit; the work calls what it is given with a count.
+# Opens a progress bar, given description, total and unit. The work calls the returned function with
+# the number of units done.
 ProgressBar = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
 
-# Some tasks shuffle choices as they are loaded; the harness's own seed.
+# Some tasks shuffle their choices when they are loaded. The harness uses the same seed.
 LOADING_SEED = 0
-# Settings of a task's generation that a greedy answer may have.
+# Generation settings of a task that `HFGenerator` supports.
 GREEDY_SETTINGS = {"do_sample", "temperature", "until"}
 
 
 class LoadedTask(NamedTuple):
-    """A task with its data, and the column of the suite that it belongs to."""
+    """A task whose data is loaded.
+
+    Attributes:
+        name: the harness's name of the task.
+        column: the entry of the suite that the task belongs to.
+        task: the harness's task.
+    """
 
     name: str
     column: SuiteTask
@@ -66,19 +74,22 @@ class LoadedTask(NamedTuple):
 
 
 def harness_version() -> str:
-    """Of the lm_eval that is installed."""
+    """Return the version of the installed lm_eval."""
     return version("lm_eval")
 
 
 def load_tasks(suite: Suite, on_done: OnDone = ignore) -> list[LoadedTask]:
-    """Every task of a suite with its data, downloaded if need be; groups become their subtasks.
+    """Load every task of a suite with its data. Download data that is not there.
+
+    A group is replaced by its subtasks.
 
     Args:
+        suite: a suite that `load_suite` returned.
         on_done: called with the number of columns loaded since the last call.
 
     Raises:
-        InputError: a task, a metric or a bound that does not exist, or data that cannot be had:
-            all such tasks, each with the reason.
+        InputError: a task, metric or lower bound does not exist, or tasks cannot be loaded. The
+            error names every task that cannot be loaded, with the reason.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     names = [column.task for column in suite.tasks if not Path(column.task).is_absolute()]
@@ -87,7 +98,9 @@ def load_tasks(suite: Suite, on_done: OnDone = ignore) -> list[LoadedTask]:
         if name not in manager.all_tasks:
             close = difflib.get_close_matches(name, manager.all_tasks, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise InputError(f"{suite.name}: the harness knows no task {name!r}{hint}")
+            raise InputError(
+                f"{suite.name}: task: {name!r} is not a task of lm-evaluation-harness{hint}"
+            )
     loaded: list[LoadedTask] = []
     failures: list[str] = []
     for column in suite.tasks:
@@ -96,7 +109,8 @@ def load_tasks(suite: Suite, on_done: OnDone = ignore) -> list[LoadedTask]:
         try:
             with contextlib.chdir(folder):
                 found = manager.load([column.task])["tasks"]
-        except Exception as error:  # the hub's, datasets', or the task's own
+        # The hub, the datasets library or code of the task may raise any exception.
+        except Exception as error:
             first_line = str(error).partition("\n")[0]
             failures.append(
                 f"  {column.name} ({column.task}): {type(error).__name__}: {first_line}"
@@ -105,18 +119,20 @@ def load_tasks(suite: Suite, on_done: OnDone = ignore) -> list[LoadedTask]:
         loaded += [LoadedTask(name, column, task) for name, task in found.items()]
         on_done(1)
     if failures:
-        raise InputError(f"{suite.name}: tasks that cannot be loaded:\n" + "\n".join(failures))
+        raise InputError(f"{suite.name}: these tasks cannot be loaded:\n" + "\n".join(failures))
     for name, column, task in loaded:
         _check(name, column, task)
         task.set_config("num_fewshot", column.num_fewshot)
     if repeated := [t.name for t in loaded if sum(t.name == o.name for o in loaded) > 1]:
-        raise InputError(f"{suite.name}: the task {repeated[0]} stands in it twice")
+        raise InputError(f"{suite.name}: the task {repeated[0]} occurs twice; remove one of them")
     return loaded
 
 
 def _check(name: str, column: SuiteTask, task: Task) -> None:
     if getattr(task, "UNSAFE_CODE", False):
-        raise InputError(f"{column.name}: {name} runs code that the model wrote, which is refused")
+        raise InputError(
+            f"{column.name}: {name} runs code that the model wrote; TPAW refuses such tasks"
+        )
     filters = [f["name"] for f in task.get_config("filter_list") or [{"name": "none"}]]
     known = [f"{metric},{of}" for metric in task.aggregation() for of in filters]
     explain_unknown(f"{column.name}: metric", column.metric_keys, known)
@@ -126,7 +142,17 @@ def _check(name: str, column: SuiteTask, task: Task) -> None:
 def run_task(
     model: HarnessModel, loaded: LoadedTask, *, chat: bool, fewshot_seed: int
 ) -> tuple[dict[str, Any], list[Item]]:
-    """Ask a model one task: what results.json says of it, and the outcome of every item."""
+    """Evaluate a model on one task.
+
+    Args:
+        model: the model under evaluation.
+        loaded: the task.
+        chat: whether to render prompts with the chat template.
+        fewshot_seed: seed of the choice of few-shot examples.
+
+    Returns:
+        The task's entry in results.json (see `task_facts`), and its items.
+    """
     name, column, task = loaded
     task.set_fewshot_seed(fewshot_seed)
     found = evaluate(
@@ -142,17 +168,20 @@ def run_task(
 
 
 class HarnessModel(HFLM):
-    """The harness's model over one that is loaded, with our generator for greedy answers.
+    """The harness's model class for a loaded model. `HFGenerator` generates greedy responses.
 
-    The model's generation config is cleared but for what ends an answer: settings are the task's
-    alone. (With a repetition penalty in that file, the harness's own loop would apply it.)
+    All generation settings come from the task. So the model's generation config is replaced by one
+    that holds only the stop tokens. Otherwise the harness would apply settings of that config, for
+    example a repetition penalty.
 
     Args:
-        stop_ids: any of them ends an answer.
-        tokens_per_row: tokens of one forward pass for log-likelihoods.
-        tokens_per_batch: see `SamplingParams`.
-        bar: shows progress; what it gives may raise to stop the work.
-        name: of the model, for progress.
+        model: a loaded model.
+        tokenizer: the model's tokenizer.
+        stop_ids: each of these tokens ends a response.
+        tokens_per_row: token budget of one forward pass for log-likelihoods.
+        tokens_per_batch: token budget of a generation batch; see `HFGenerator`.
+        bar: opens a progress bar. The function that it returns may raise to stop the work.
+        name: name of the model, for progress titles and errors.
     """
 
     def __init__(
@@ -176,37 +205,43 @@ class HarnessModel(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """The harness's, with as many rows at a time as the longest allows."""
+        """Call the harness's method with the largest batch size that `tokens_per_row` allows."""
         longest = max((len(context) + len(rest) for _, context, rest in requests), default=1)
-        rows = max(1, self.tokens_per_row // longest)
-        with self.bar(f"{self.name} scores choices", len(requests), "requests") as on_done:
-            self.cache_hook = _CountingHook(on_done)  # told of every request that is done
+        batch_size = max(1, self.tokens_per_row // longest)
+        title = f"score choices with {self.name}"
+        with self.bar(title, len(requests), "requests") as on_done:
+            # The harness calls the cache hook after each request. So it can count them.
+            self.cache_hook = _CountingHook(on_done)
             found: list[tuple[float, bool]] = super()._loglikelihood_tokens(
-                requests, disable_tqdm=True, override_bs=override_bs or rows
+                requests, disable_tqdm=True, override_bs=override_bs or batch_size
             )
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy answers by our generator; others, of tasks that sample, by the harness's loop."""
+        """Generate greedy responses with `HFGenerator`, sampled ones with the harness's own loop.
+
+        Returns:
+            The texts, in the order of the requests.
+        """
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
-        answers: dict[int, str] = {}
-        with self.bar(f"{self.name} answers", len(requests), "prompts") as on_done:
-            for settings, rows in groups.items():
-                group = [requests[i] for i in rows]
+        responses: dict[int, str] = {}
+        with self.bar(f"generate with {self.name}", len(requests), "prompts") as on_done:
+            for settings, positions in groups.items():
+                group = [requests[i] for i in positions]
                 kwargs = normalize_gen_kwargs(json.loads(settings), self.max_gen_toks)
                 is_greedy = set(kwargs) <= GREEDY_SETTINGS | {"max_gen_toks"}
                 if is_greedy and not kwargs["temperature"] and not kwargs["do_sample"]:
-                    texts = self._answer([r.args[0] for r in group], kwargs, on_done)
+                    texts = self._greedy([r.args[0] for r in group], kwargs, on_done)
                 else:
                     self.model.generation_config = GenerationConfig(eos_token_id=[*self.stop_ids])
                     texts = super().generate_until(group, disable_tqdm=True)
                     on_done(len(group))
-                answers.update(zip(rows, texts, strict=True))
-        return [answers[i] for i in range(len(requests))]
+                responses.update(zip(positions, texts, strict=True))
+        return [responses[i] for i in range(len(requests))]
 
-    def _answer(
+    def _greedy(
         self, contexts: Sequence[str], kwargs: Mapping[str, Any], on_done: Callable[[int], None]
     ) -> list[str]:
         end = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
@@ -215,10 +250,10 @@ class HarnessModel(HFLM):
         room = self.max_length - limit
         if room < 1:
             raise InputError(
-                f"max_gen_toks {limit}: the task leaves no room for a prompt in the "
-                f"{self.max_length} positions of {self.name}"
+                f"max_gen_toks {limit}: there is no room for a prompt in the {self.max_length} "
+                f"positions of {self.name}; choose a task with shorter responses"
             )
-        # What does not fit is cut on the left, as the harness does.
+        # Cut long prompts on the left, as the harness does.
         prompts = [
             token_ids(self.tok_batch_encode([text], left_truncate_len=room)[0][0].tolist())
             for text in contexts
@@ -232,7 +267,7 @@ class HarnessModel(HFLM):
             max_length=self.max_length,
             stop_token_ids=tuple(dict.fromkeys((*self.stop_ids, *special))),
         )
-        # In a text decoded without special tokens they are not to be found.
+        # Decoding removes special tokens, so a special token can only stop by its id.
         strings = [text for text in until if text and self._special_id(text) is None]
         generator = HFGenerator(
             self.model, self.tokens_per_batch, self._ends_with_any(strings) if strings else None
@@ -246,7 +281,8 @@ class HarnessModel(HFLM):
         ]
 
     def _ends_with_any(self, strings: Sequence[str]) -> Callable[[Sequence[int]], bool]:
-        # A token is a byte at least, so this many hold the longest string and what is new.
+        # A token has at least one byte. So this many tokens hold the longest string and all tokens
+        # since the last call.
         window = 8 + max(len(text.encode()) for text in strings)
 
         def is_enough(emitted: Sequence[int]) -> bool:
@@ -261,11 +297,11 @@ class HarnessModel(HFLM):
 
 
 class _CountingHook:
-    """Stands where the harness has its cache of answers."""
+    """Replaces the harness's response cache, to count finished requests."""
 
     def __init__(self, on_done: Callable[[int], None]) -> None:
         self.on_done = on_done
 
     def add_partial(self, attribute: str, request: Any, answer: Any) -> None:
-        """One more is done."""
+        """Count one finished request."""
         self.on_done(1)

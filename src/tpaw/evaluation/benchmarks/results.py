@@ -1,4 +1,4 @@
-"""What is kept of a task: the outcome of every item, and what they come to."""
+"""The results of one task: its items and its entry in results.json."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ Metrics = Mapping[str, float | None]
 
 
 def reported_metrics(results: Mapping[str, Any]) -> Metrics:
-    """Of what the harness reports on a task, its metrics by "metric,filter"."""
+    """Select the metrics from the harness's results of a task.
+
+    Returns:
+        Values by "metric,filter", without the standard errors. None if a value is not a number.
+    """
     return {
         key: _number(value)
         for key, value in results.items()
@@ -31,13 +35,23 @@ def reported_metrics(results: Mapping[str, Any]) -> Metrics:
 def task_facts(
     name: str, column: SuiteTask, version: Any, metrics: Metrics, items: Sequence[Item]
 ) -> dict[str, Any]:
-    """What results.json says of a task.
+    """Build a task's entry in results.json.
 
-    `value` is the harness's own aggregate; `stderr` that of the items' mean, in percent;
-    `interval_95` (Wilson) is of `value`, where every item is right or wrong.
+    Args:
+        name: the harness's name of the task.
+        column: the entry of the suite that the task belongs to.
+        version: version of the task.
+        metrics: see `reported_metrics`.
+        items: see `item_outcomes`.
+
+    Returns:
+        `value`: the harness's own aggregate, in [0, 1]. `score`: see `task_score`, in percent.
+        `stderr`: standard error of the mean over the items, in percent, or None. `interval_95`:
+        Wilson interval of `value`; present only if every item is right or wrong. The other fields
+        describe the task.
 
     Raises:
-        InputError: the harness reports no such metric.
+        InputError: the harness does not report the metric of the column.
     """
     value = statistics.fmean(_known(metrics, key, name) for key in column.metric_keys)
     lower_bound = column.lower_bound_of(name)
@@ -67,12 +81,15 @@ def task_facts(
 def item_outcomes(
     samples: Sequence[Mapping[str, Any]], keys: Sequence[str], kind: str
 ) -> list[Item]:
-    """One item a document, in their order; the harness has one for each filter of it.
+    """Build one item for each document. The harness has one sample for each document and filter.
 
     Args:
-        samples: as the harness logs them.
-        keys: the metrics, "metric,filter", whose mean is the item's score.
-        kind: of the task's output, by the harness's name.
+        samples: the samples that the harness logs.
+        keys: the metrics, "metric,filter". Their mean is the score of an item.
+        kind: the harness's output type, such as "generate_until".
+
+    Returns:
+        The items, in the order of the documents. They hold `correct` only if every score is 0 or 1.
     """
     items: dict[int, Item] = {}
     for sample in samples:
@@ -96,12 +113,16 @@ def item_outcomes(
     if not all("correct" in item for item in items.values()):
         for item in items.values():
             item.pop("correct", None)
-    # Whatever a task has for a target, and the harness's numpy numbers, as JSON.
+    # A target may be any object, and the harness uses numpy numbers. Convert both to JSON types.
     return [json.loads(json.dumps(items[i], default=_plain)) for i in sorted(items)]
 
 
 def _number(value: Any) -> float | None:
-    """A metric of one item; the mean of a list; None where it is no number (F1 has a pair)."""
+    """Convert a metric of one item to a number.
+
+    Returns:
+        The number, the mean of a list of numbers, or None for anything else (F1 has a pair).
+    """
     if isinstance(value, bool | int | float | np.bool_ | np.number):
         return float(value)
     if isinstance(value, list) and value and all(_number(v) is not None for v in value):
@@ -112,7 +133,9 @@ def _number(value: Any) -> float | None:
 def _known(metrics: Metrics, key: str, name: str) -> float:
     value = metrics.get(key)
     if value is None:
-        raise InputError(f"{name}: the harness reports no number as {key}")
+        raise InputError(
+            f"{name}: metric: {key}: the harness reports no number for it; choose another metric"
+        )
     return value
 
 

@@ -1,7 +1,7 @@
-"""A suite of benchmarks over the checkpoints of a run, or over a model.
+"""Evaluate a model, or every checkpoint of a run, on a suite of benchmarks.
 
-Each task is published when it is done, so a kill costs at most one task; a suite that is complete
-is not evaluated again.
+Each task is published as soon as it is finished, so an interruption costs at most one task.
+Finished evaluations are skipped.
 """
 
 from __future__ import annotations
@@ -43,7 +43,12 @@ if TYPE_CHECKING:
 
 
 class Evaluated(NamedTuple):
-    """Where the outcomes of a checkpoint on a suite are; `results.json` and `items/`."""
+    """A finished evaluation of one checkpoint.
+
+    Attributes:
+        folder: holds `results.json` and `items/`.
+        results: the content of `results.json`.
+    """
 
     folder: Path
     results: dict[str, Any]
@@ -53,7 +58,9 @@ class _Work(NamedTuple):
     """A checkpoint to evaluate.
 
     Attributes:
-        origin: what decides its outcomes; equal for all tasks of a folder.
+        checkpoint: the checkpoint.
+        folder: folder of the results.
+        origin: everything that decides the results, equal for all tasks of the folder.
     """
 
     checkpoint: Checkpoint
@@ -64,24 +71,32 @@ class _Work(NamedTuple):
 def evaluate_suite(
     reference: str, suite_name: str, output: Path | None = None, stop: StopSignal | None = None
 ) -> list[Evaluated]:
-    """Evaluate a model, or every checkpoint of a run that has not been, and read the results.
+    """Evaluate a model, or every checkpoint of a run. Skip finished evaluations.
 
     Args:
-        reference: see `checkpoints`.
-        suite_name: see `suites.load_suite`.
-        output: folder for a model's results; default evaluations/MODEL/SUITE.
+        reference: RUN, RUN@3 or MODEL; see `models/references.py`.
+        suite_name: name of a suite or path of a YAML file; see `suite.load_suite`.
+        output: folder for the results of a model. The default is evaluations/MODEL/SUITE.
+        stop: tells whether the user asked for a stop.
+
+    Returns:
+        One evaluation for each checkpoint, θ_0 first.
 
     Raises:
-        InputError: before any model is loaded: unknown names, lm_eval not installed, data that
-            cannot be had, results there that were made another way.
-        ArtifactError: something published is damaged.
+        InputError: a name is unknown, lm_eval is not installed, data cannot be loaded, or the
+            folder holds results of other settings. It is raised before a model is loaded.
+        ArtifactError: a published file is damaged.
         RunLockedError: another process works on the run.
+        Interrupted: the user asked for a stop; finished tasks are published.
     """
     stop = stop or StopSignal()
     suite = load_suite(suite_name)
     checkpoints = find_checkpoints(reference)
     if output is not None and checkpoints[0].run is not None:
-        raise InputError(f"--output {output}: the results of a run lie in the run; leave it out")
+        raise InputError(
+            f"--output {output}: cannot be set for a run: its results are stored in the run; "
+            "remove --output"
+        )
     works = [_work(checkpoint, suite, output) for checkpoint in checkpoints]
     todo = [work for work in works if not is_published(work.folder)]
     for work in works:
@@ -91,7 +106,7 @@ def evaluate_suite(
 
         for work in todo:
             pick_device(_settings(work.checkpoint)[0])
-        with progress("loading tasks", len(suite.tasks), "tasks") as advance:
+        with progress("load tasks", len(suite.tasks), "tasks") as advance:
             tasks = load_tasks(suite, advance)
         for work in todo:
             with _locked(work.checkpoint):
@@ -107,7 +122,8 @@ def _work(checkpoint: Checkpoint, suite: Suite, output: Path | None) -> _Work:
     has_template = tokenizer.chat_template is not None
     if suite.apply_chat_template is True and not has_template:
         raise InputError(
-            f"{suite.name}: apply_chat_template: the tokenizer of {checkpoint.name} has none"
+            f"{suite.name}: apply_chat_template: the tokenizer of {checkpoint.name} has no chat "
+            "template; set it to auto or false"
         )
     run, index = checkpoint.run, checkpoint.player.index
     folder = (
@@ -133,7 +149,12 @@ def _work(checkpoint: Checkpoint, suite: Suite, output: Path | None) -> _Work:
 
 
 def _check_folder(work: _Work) -> None:
-    """Refuse results, or tasks of an unfinished suite, that do not fit what would join them."""
+    """Refuse a folder whose results are damaged or have other settings.
+
+    Raises:
+        InputError: the model, the lm_eval version or a setting differs.
+        ArtifactError: a published file is damaged.
+    """
     folder = work.folder
     refuse_without_manifest(folder)
     for name in (MANIFEST, PARTIAL_MANIFEST):
@@ -146,7 +167,7 @@ def _check_folder(work: _Work) -> None:
                 if new != old:
                     raise InputError(
                         f"{folder}: holds results with another {key}: {old!r:.200}, now "
-                        f"{new!r:.200}; move it away to evaluate again"
+                        f"{new!r:.200}; move this folder away to evaluate again"
                     )
 
 
@@ -219,7 +240,7 @@ def _load(checkpoint: Checkpoint, stop: StopSignal) -> HarnessModel:
 
 
 def _settings(checkpoint: Checkpoint) -> tuple[str, ScoreConfig, GenerateConfig]:
-    """Device and batch sizes of the run, or the defaults."""
+    """Return device, score settings and generation settings: those of the run, or the defaults."""
     if checkpoint.run is None:
         return "auto", ScoreConfig(), GenerateConfig()
     config = checkpoint.run.load_config()
@@ -227,7 +248,10 @@ def _settings(checkpoint: Checkpoint) -> tuple[str, ScoreConfig, GenerateConfig]
 
 
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The run's precision; a model alone has that of its file, as in the harness."""
+    """Return the dtype of a run's precision. For a model, return the dtype of its config.json.
+
+    The harness loads a model in the same dtype.
+    """
     import torch
     from transformers import AutoConfig
 

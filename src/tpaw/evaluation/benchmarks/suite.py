@@ -1,9 +1,9 @@
-"""What a suite of benchmarks is, and how its score comes about. The suites are in `tpaw/suites`.
+"""A suite of benchmarks and its score. The suites of the package are in the folder `suites`.
 
-A suite is a list of tasks of lm-evaluation-harness, each with its own number of few-shot examples.
-A task may be a group with subtasks. A value v in [0, 1] becomes 100 · (v − b) / (1 − b) for its
-lower bound b, and 0 below it; a group's score is the plain mean over its subtasks, the suite's the
-plain mean over its tasks.
+A suite is a list of lm-evaluation-harness tasks. Each task has its own number of few-shot examples.
+A task may be a group of subtasks. A value v in [0, 1] with the lower bound b gets the score
+100 · (v − b) / (1 − b), or 0 if v is below b. The score of a group is the mean over its subtasks.
+The score of a suite is the mean over its tasks.
 """
 
 from __future__ import annotations
@@ -28,41 +28,41 @@ def _as_number(value: Any) -> Any:
     try:
         return float(Fraction(value)) if isinstance(value, str) else value
     except (ValueError, ZeroDivisionError):
-        return value  # text, which is refused as a number
+        return value  # pydantic then refuses the text
 
 
 Bound = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_as_number)]
-# Names become names of folders and files.
+# A name is also used as the name of a folder or file.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
 
 
 class SuiteTask(Section):
-    """A column of the table: a task of the harness, or a group of them."""
+    """An entry of a suite and a column of the table: a task or a group of tasks."""
 
-    name: Name = Field(description="What the table calls it.")
+    name: Name = Field(description="Name of the column in the table.")
     task: str = Field(
-        description="A task or group that the harness knows, or a task's YAML file, beside the "
-        "suite's; the data files that such a file names lie beside it too."
+        description="Name of a task or group of the harness, or path of a task's YAML file. The "
+        "path is relative to the suite's file. Data files in it are relative to the task's file."
     )
-    num_fewshot: int = Field(ge=0, description="Solved examples before each question.")
+    num_fewshot: int = Field(ge=0, description="Number of few-shot examples before each item.")
     metric: Strings = Field(
         min_length=1,
-        description="Of the harness: acc_norm, or exact_match,strict-match with a filter. Of "
-        "several the mean.",
+        description="A metric of the harness, such as acc_norm, or with a filter, such as "
+        "exact_match,strict-match. Several metrics are averaged.",
     )
     lower_bound: Bound | Mapping[str, Bound] = Field(
         0.0,
-        description="What guessing scores, as a number or a fraction such as 1/3; or one for each "
-        "subtask, by name.",
+        description="Score of random guessing, as a number or a fraction such as 1/3. For a group, "
+        "it may be a mapping from subtask names to bounds.",
     )
 
     @property
     def metric_keys(self) -> list[str]:
-        """Names of the metrics as the harness's results have them, "metric,filter"."""
+        """Names of the metrics in the harness's results, "metric,filter"."""
         return [name if "," in name else f"{name},none" for name in self.metric]
 
     def definition(self) -> dict[str, Any]:
-        """All of it, for the record; a task's file is known by its name and content."""
+        """Return all fields for results.json. A task's file is given by name and content hash."""
         facts = self.model_dump(mode="json")
         if Path(self.task).is_absolute():
             digest = hashlib.sha256(Path(self.task).read_bytes()).hexdigest()
@@ -70,60 +70,71 @@ class SuiteTask(Section):
         return facts
 
     def lower_bound_of(self, subtask: str) -> float:
-        """The bound of a subtask.
+        """Return the lower bound of a subtask.
 
         Raises:
-            InputError: there are bounds by subtask, and none for this one.
+            InputError: `lower_bound` is a mapping without this subtask.
         """
         if not isinstance(self.lower_bound, Mapping):
             return self.lower_bound
         if subtask not in self.lower_bound:
-            raise InputError(f"{self.name}: lower_bound: has none for {subtask}")
+            raise InputError(
+                f"{self.name}: lower_bound: has none for {subtask}; add a bound for each subtask"
+            )
         return self.lower_bound[subtask]
 
 
 class Suite(Section):
-    """A list of tasks, and how they are asked."""
+    """A list of tasks and the settings of their prompts."""
 
-    name: Name = Field(description="Of the suite, and of the folder of its results.")
+    name: Name = Field(description="Name of the suite and of the folder of its results.")
     tasks: Annotated[tuple[SuiteTask, ...], Field(strict=False)] = Field(
-        description="The columns of the table."
+        description="The tasks; each is a column of the table."
     )
     apply_chat_template: bool | Literal["auto"] = Field(
         False,
-        description="Render prompts with the tokenizer's chat template, few-shot examples as turns "
-        "of their own. auto: where it has one.",
+        description="Render prompts with the tokenizer's chat template. Each few-shot example is a "
+        "turn of the conversation. auto: only if the tokenizer has a chat template.",
     )
-    fewshot_seed: int = Field(1234, description="Of the choice of examples; the harness's default.")
+    fewshot_seed: int = Field(
+        1234,
+        description="Seed of the choice of few-shot examples. The default is the harness's.",
+    )
 
     @model_validator(mode="after")
     def _tasks_differ(self) -> Suite:
         names = [task.name for task in self.tasks]
         if not names:
-            raise ValueError("tasks: there must be one at least")
+            raise ValueError("tasks: the list is empty; add at least one task")
         if len(set(names)) < len(names):
-            raise ValueError(f"two tasks have one name: {', '.join(names)}")
+            raise ValueError(f"two tasks have one name: {', '.join(names)}; names must differ")
         return self
 
 
 def suite_names() -> list[str]:
-    """Names of the suites that come with the package."""
+    """Return the names of the suites in the package."""
     found = (Path(file.name) for file in (files("tpaw.evaluation.benchmarks") / "suites").iterdir())
     return sorted(file.stem for file in found if file.suffix == ".yaml")
 
 
 def load_suite(name: str) -> Suite:
-    """A suite that comes with the package, or a YAML file of the user's.
+    """Load a suite of the package, or a suite from a YAML file.
 
-    Paths of tasks in it come out absolute.
+    Args:
+        name: name of a suite or path of a YAML file.
+
+    Returns:
+        The suite. Paths of task files in it are absolute.
 
     Raises:
-        InputError: there is none of that name, or the file does not describe one.
+        InputError: there is no such suite, or the file is not a valid suite.
     """
     path = Path(name)
     if not path.is_file():
         if path.suffix in (".yaml", ".yml"):
-            raise InputError(f"--suite {name}: no such file")
+            raise InputError(
+                f"--suite {name}: no such file; suites of the package: {', '.join(suite_names())}"
+            )
         explain_unknown("--suite", [name], suite_names())
         path = Path(str(files("tpaw.evaluation.benchmarks") / "suites" / f"{name}.yaml"))
     suite = validate_as(Suite, read_mapping(path, name), prefix=f"{name}: ")
@@ -132,19 +143,29 @@ def load_suite(name: str) -> Suite:
 
 
 def task_score(value: float, lower_bound: float) -> float:
-    """Percent of the way from the lower bound to 1; 0 below it."""
+    """Convert a value to a score.
+
+    Args:
+        value: in [0, 1].
+        lower_bound: score of random guessing, in [0, 1).
+
+    Returns:
+        100 · (value − lower_bound) / (1 − lower_bound), or 0 if the value is below the bound.
+    """
     return 100 * max(0.0, value - lower_bound) / (1 - lower_bound)
 
 
 def benchmark_scores(suite: Suite, tasks: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Score and standard error of each column, from those of its subtasks.
+    """Compute score and standard error of each column from its tasks.
 
     Args:
-        tasks: by the name of the harness, each with `benchmark`, `score` and `stderr`.
+        suite: gives the columns.
+        tasks: entries of `task_facts`, by the harness's name of the task.
 
     Returns:
-        By the suite's names: `score`, `stderr` (as if subtasks were independent; None where a
-        subtask has none), and, where it is the share of items that are right, `interval_95`.
+        By column name, all in percent: `score`; `stderr`, which assumes that subtasks are
+        independent and is None if a subtask has none; and `interval_95`, present only if the score
+        is a share of right items.
     """
     scores = {}
     for column in suite.tasks:
@@ -156,7 +177,7 @@ def benchmark_scores(suite: Suite, tasks: Mapping[str, Any]) -> dict[str, dict[s
 
 
 def suite_score(benchmarks: Mapping[str, Any]) -> dict[str, Any]:
-    """Score and standard error of the suite."""
+    """Compute score and standard error of the suite, in percent, from those of its columns."""
     return _mean(list(benchmarks.values()))
 
 
@@ -174,5 +195,8 @@ def _located(task: SuiteTask, folder: Path, suite: str) -> SuiteTask:
         return task
     path = (folder / task.task).resolve()
     if not path.is_file():
-        raise InputError(f"{suite}: {task.name}: task: {path}: no such file")
+        raise InputError(
+            f"{suite}: {task.name}: task: {path}: no such file; "
+            "give the path relative to the suite's file"
+        )
     return task.model_copy(update={"task": str(path)})

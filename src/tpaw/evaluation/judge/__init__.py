@@ -1,1 +1,1 @@
-"""Pairwise win rate: a language model says, in both orders, which of two answers is better."""
+"""Pairwise win rate: a judge model compares the responses of two systems, in both orders."""

@@ -1,7 +1,7 @@
-"""A checkpoint's responses to the prompts of a file, in the format that alpaca_eval reads.
+"""Generate a checkpoint's responses to the prompts of a file, in the format of alpaca_eval.
 
-They are made as a run makes its responses: the same templates, tokens, sampling and shards. A kill
-costs at most one shard.
+The responses are generated as in a run: with the same chat template, stop tokens, sampling and
+shards. An interruption costs at most one shard.
 """
 
 from __future__ import annotations
@@ -46,20 +46,24 @@ def answer_rows(
     overrides: Sequence[str],
     stop: StopSignal,
 ) -> Path:
-    """Answer every prompt once, or resume; then write outputs.json.
+    """Generate one response for each prompt, then write outputs.json. Resume unfinished work.
 
     Args:
-        reference: RUN, RUN@3 or MODEL; see `models.references`.
-        data: a file of records; default: the held-out records of the run.
-        output: default answers/NAME.
-        overrides: section.key=value over the run's configuration, or over the defaults.
+        reference: RUN, RUN@3 or MODEL; see `models/references.py`.
+        data: a file of records. The default is the held-out records of the run.
+        output: folder of the responses. The default is answers/NAME.
+        greedy: use greedy decoding instead of sampling.
+        overrides: settings as section.key=value. They override the configuration of the run, or
+            the defaults for a model.
+        stop: tells whether the user asked for a stop.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: before a model is loaded.
-        Interrupted: a stop was asked for; finished shards are published.
+        InputError: a setting, the data or the folder cannot be used. It is raised before a model is
+            loaded.
+        Interrupted: the user asked for a stop; finished shards are published.
     """
     watch = Watch(stop)
     checkpoint = find_checkpoint(reference)
@@ -86,24 +90,28 @@ def answer_rows(
 def _configured(
     checkpoint: Checkpoint, data: str | None, overrides: Sequence[str]
 ) -> tuple[RunConfig, DataConfig]:
-    """The configuration to answer with, whose model is the checkpoint; and the data to answer."""
+    """Return the configuration, with the checkpoint as its model, and the data with the prompts."""
     given: dict[str, Any] = {}
     sources: list[str] = []
     if checkpoint.run is None:
         if data is None:
-            raise InputError("--data: missing; a model has no held-out records of its own")
+            raise InputError("--data: missing; give a file of records, because a model has none")
         given = {"model.path": checkpoint.player.path, "data.path": data, f"{KEY}.path": data}
     else:
         sources = [str(checkpoint.run.config_file)]
         known = checkpoint.run.load_config()
         like = known.evaluate.data or known.data
-        if data is not None:  # another file: read the same way, but with columns of its own
+        if data is not None:
+            # Read another file with the same template. Its columns may have other names.
             other = DataConfig(path=data, template=like.template, turn=like.turn)
             given = {KEY: other.model_dump()}
     first = [f"{key}={json.dumps(value)}" for key, value in given.items()]
     config = RunConfig.load(*sources, overrides=[*first, *overrides])
     if config.evaluate.data is None:
-        raise InputError(f"--data: missing; {checkpoint.name} has no held-out records ({KEY})")
+        raise InputError(
+            f"--data: missing; give a file of records, because the run of {checkpoint.name} has no "
+            f"held-out records ({KEY})"
+        )
     model = config.model.model_copy(update={"path": checkpoint.player.path, "revision": None})
     config = config.model_copy(update={"model": model})
     pick_device(config.device)
@@ -115,7 +123,7 @@ def _configured(
 def _tokenizer(
     checkpoint: Checkpoint, config: RunConfig
 ) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
-    """The tokenizer, and the tokens that end a response: the run's own, if it is one."""
+    """Return the tokenizer and the stop tokens. Those of a run are stored in the run."""
     tokenizer = load_tokenizer(config.model, checkpoint.tokenizer_folder)
     if checkpoint.run is None:
         stop_ids = stop_token_ids(config.model, tokenizer)
@@ -128,7 +136,7 @@ def _tokenizer(
 def _settings(
     checkpoint: Checkpoint, config: RunConfig, examples: Sequence[Example], params: SamplingParams
 ) -> dict[str, Any]:
-    """Everything that decides the responses."""
+    """Return everything that decides the responses, for settings.json."""
     return {
         "name": checkpoint.name,
         "player": checkpoint.player.index if checkpoint.run else None,
@@ -170,7 +178,7 @@ def _generate(
 def _outputs(
     prepared: Prepared, responses: Sequence[Response], generator: str, data: str
 ) -> list[dict[str, Any]]:
-    answered = zip(prepared.examples, prepared.instructions, responses, strict=True)
+    entries = zip(prepared.examples, prepared.instructions, responses, strict=True)
     return [
         {
             "instruction": instruction,
@@ -181,5 +189,5 @@ def _outputs(
             "prompt": example.prompt_text,
             "finish_reason": response.finish_reason,
         }
-        for example, instruction, response in answered
+        for example, instruction, response in entries
     ]

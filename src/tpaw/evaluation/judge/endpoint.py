@@ -1,7 +1,7 @@
-"""Asking a judge, by the openai library, which retries with back-off what may pass.
+"""Send requests to the judge's endpoint with the openai library, which retries temporary errors.
 
-huggingface_hub's InferenceClient does not retry, and its http_backoff refuses a server on this very
-machine where HF_HUB_OFFLINE is set, as it is on machines that have no network.
+huggingface_hub does not fit: its InferenceClient does not retry, and its http_backoff refuses even
+a local server if HF_HUB_OFFLINE is set.
 """
 
 from __future__ import annotations
@@ -11,22 +11,23 @@ from typing import Any, NamedTuple
 
 from tpaw.errors import InputError, JudgeError, printable
 
-# After the first try. The library waits 0.5 s, then twice as long each time up to 8 s, or as long
-# as the server's Retry-After says; it retries no connection, no answer in time, 408, 409, 429, 5xx.
+# Number of retries after the first try. The library waits 0.5 s, then twice as long each time up to
+# 8 s, or as long as the server's Retry-After header says. It retries connection errors, timeouts
+# and the status codes 408, 409, 429 and 5xx.
 RETRIES = 5
 SECONDS_PER_TRY = 300.0
 SECONDS_TO_CONNECT = 10.0
-# What an endpoint says of one request: too long for the judge, or filtered.
+# Status codes that concern one request only: it is too long for the judge, or it was filtered.
 _REFUSALS = (400, 413, 422)
 
 
 class Reply(NamedTuple):
-    """What a judge replied.
+    """A reply of the judge.
 
     Attributes:
         text: may be empty.
-        finish_reason: as the endpoint gives it: "stop", or "length" for a truncated one.
-        model: the judge, as it names itself.
+        finish_reason: the endpoint's own: "stop", or "length" if the reply was truncated.
+        model: the name of the model in the reply.
     """
 
     text: str
@@ -35,18 +36,26 @@ class Reply(NamedTuple):
 
 
 class RefusedError(JudgeError):
-    """The endpoint refuses this one request."""
+    """The endpoint refused one request. Other requests may succeed."""
 
 
 class Endpoint:
-    """An OpenAI-compatible endpoint; threads may share it."""
+    """An OpenAI-compatible endpoint. Several threads may use it at the same time.
+
+    Args:
+        url: base URL; it begins with http:// or https://.
+        api_key: key of the endpoint; None if it needs none.
+
+    Raises:
+        InputError: the openai library is not installed, or the URL is not valid.
+    """
 
     def __init__(self, url: str, api_key: str | None) -> None:
         try:
             import openai
         except ImportError:
             raise InputError(
-                "tpaw judge: needs the openai library: pip install 'tpaw[judge]'"
+                "tpaw judge: the openai library is not installed: pip install 'tpaw[judge]'"
             ) from None
         if not url.startswith(("http://", "https://")):
             raise InputError(f"--endpoint {url}: it must begin with http:// or https://")
@@ -54,18 +63,22 @@ class Endpoint:
         self.url = url
         self._client = openai.OpenAI(
             base_url=url,
-            # The library sends some key always; without one of ours it would look for OpenAI's.
+            # Without a key, the library would read OPENAI_API_KEY and send it to this endpoint.
             api_key=api_key or "none",
             timeout=openai.Timeout(SECONDS_PER_TRY, connect=SECONDS_TO_CONNECT),
             max_retries=RETRIES,
         )
 
     def ask(self, request: Mapping[str, Any]) -> Reply:
-        """Send one request of chat.completions.
+        """Send one chat-completions request.
+
+        Args:
+            request: the body of the request.
 
         Raises:
-            RefusedError: for this request alone.
-            JudgeError: the endpoint is not reached after all retries, or refuses them all.
+            RefusedError: the endpoint refused this request only.
+            JudgeError: the endpoint was not reached after all retries, refuses all requests, or
+                sent no valid reply.
         """
         try:
             found = self._client.chat.completions.create(**request)
@@ -84,6 +97,6 @@ class Endpoint:
             ValueError,
         ) as error:
             raise JudgeError(
-                f"{self.url}: no reply of chat completions: {printable(str(error))}"
+                f"{self.url}: not a chat-completions reply: {printable(str(error))}"
             ) from None
         return Reply(text or "", str(reason), str(model))

@@ -1,4 +1,4 @@
-"""Two systems before a judge: every pair of answers is shown in both orders."""
+"""A match of two systems: the judge compares each pair of responses in both orders."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from tpaw.runtime.progress import OnDone
 
 Outcome = Literal["win", "loss", "tie", "invalid"]
 
-# Sent with every request: greedy, and where a server samples all the same, the same each time.
+# Sent with every request. Greedy decoding, and a fixed seed for servers that sample anyway.
 SAMPLING = {"temperature": 0, "seed": 0}
-# So many refusals and not one reply: it is not about the one request.
+# After this many refusals without any reply, the cause is the endpoint and not one request.
 REFUSALS_THAT_TELL = 8
 
 
 class Judge(NamedTuple):
-    """Everything that decides what a judge is asked.
+    """Everything that decides the content of a request.
 
     Attributes:
-        model: its name at the endpoint.
-        max_tokens: longest reply.
+        model: name of the judge model at the endpoint.
+        prompt: the judge prompt.
+        max_tokens: longest reply in tokens.
     """
 
     model: str
@@ -37,11 +38,16 @@ class Judge(NamedTuple):
 
     @property
     def measure(self) -> str:
-        """What the number is called, always."""
+        """The full name of the measure. Always quote a win rate with it."""
         return f"pairwise win rate, judge = {self.model}, prompt = {self.prompt.sha256[:12]}"
 
     def request(self, instruction: str, first: str, second: str) -> dict[str, Any]:
-        """The body of a request to chat completions."""
+        """Build the body of a chat-completions request.
+
+        Args:
+            instruction: the instruction.
+            first, second: the two responses, in the order in which the judge sees them.
+        """
         return {
             "model": self.model,
             "messages": [{"role": "user", "content": self.prompt.fill(instruction, first, second)}],
@@ -51,12 +57,14 @@ class Judge(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What became of one order of a pair.
+    """The judge's verdict on one order of a pair.
 
     Attributes:
-        reply: the key of the reply.
-        verdict: for the first or the second system, wherever it stood; None is invalid.
-        invalid: why it is: "refused", "truncated" or "unparsable".
+        reply: key of the reply.
+        verdict: which system the judge prefers ("first" or "second" system, not position), or
+            "neither". None if the reply is invalid.
+        invalid: why the reply is invalid: "refused", "truncated" or "unparsable"; None if it is
+            valid.
     """
 
     reply: str
@@ -65,12 +73,13 @@ class Seen(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """What became of a pair.
+    """The outcome of a pair.
 
     Attributes:
-        outcome: for the first system.
-        orders: with the first system's answer first, then with it second; None where the answers
-            are identical, a tie that nobody was asked about.
+        outcome: from the view of the first system.
+        orders: the verdicts with the first system's response in the first position, and in the
+            second position. None if the responses are identical: that is a tie, and the judge is
+            not asked.
     """
 
     outcome: Outcome
@@ -78,7 +87,17 @@ class Judged(NamedTuple):
 
 
 class Match:
-    """The questions about all pairs, and the replies so far."""
+    """The requests for all pairs, and the replies so far.
+
+    Args:
+        pairs: the responses of two systems.
+        judge: decides the content of the requests.
+        replies: the cache of replies.
+
+    Attributes:
+        missing: requests without a cached reply, by key.
+        refused: keys of the requests that the endpoint refused.
+    """
 
     def __init__(self, pairs: Sequence[Pair], judge: Judge, replies: Replies) -> None:
         self.pairs = pairs
@@ -99,17 +118,19 @@ class Match:
                     self._found[key] = reply
 
     def ask(self, endpoint: Endpoint, parallel: int, on_done: OnDone) -> None:
-        """Ask what is missing; every reply is kept the moment it comes.
+        """Send the missing requests. Store every reply as soon as it arrives.
 
         Args:
-            parallel: requests at a time.
-            on_done: called with 1 a request. It may raise to stop; requests under way are awaited.
+            endpoint: the judge's endpoint.
+            parallel: number of requests at a time.
+            on_done: called with 1 after each request. It may raise to stop the work; running
+                requests are then finished first.
 
         Raises:
             JudgeError: see `Endpoint.ask`.
         """
         waiting = deque(self.missing)
-        answered: SimpleQueue[tuple[str, Reply | Exception]] = SimpleQueue()
+        finished: SimpleQueue[tuple[str, Reply | Exception]] = SimpleQueue()
 
         def work() -> None:
             with contextlib.suppress(IndexError):
@@ -118,17 +139,17 @@ class Match:
                     try:
                         reply = endpoint.ask(self.missing[key])
                         self.replies.put(key, reply)
-                        answered.put((key, reply))
-                    except Exception as error:  # raised where it is taken
-                        answered.put((key, error))
+                        finished.put((key, reply))
+                    except Exception as error:  # `_take` raises it in the main thread
+                        finished.put((key, error))
 
-        # Daemons, so that nothing awaits them where a second Ctrl-C asks for a stop at once.
+        # Daemon threads, so that the process does not wait for them after a second Ctrl-C.
         workers = [Thread(target=work, daemon=True) for _ in range(min(parallel, len(waiting)))]
         for worker in workers:
             worker.start()
         try:
             for _ in self.missing:
-                self._take(*answered.get())
+                self._take(*finished.get())
                 on_done(1)
         except BaseException as reason:
             waiting.clear()
@@ -137,11 +158,11 @@ class Match:
             raise
 
     def judged(self) -> list[Judged]:
-        """What became of every pair, in their order; everything must have been asked."""
+        """Return the outcome of every pair, in the order of the pairs. Call `ask` first."""
         return [self._judged(pair) for pair in self.pairs]
 
     def models(self) -> dict[str, int]:
-        """How many replies the judge gave under which name of its own."""
+        """Count the replies by the model name in them."""
         return dict(Counter(reply.model for reply in self._found.values()))
 
     def _take(self, key: str, reply: Reply | Exception) -> None:

@@ -1,7 +1,7 @@
-"""Answers of one system, in the format that alpaca_eval reads, and those of two side by side.
+"""Read the responses of a system in alpaca_eval's format, and pair the responses of two systems.
 
-The format is a JSON list of {"instruction", "output", "generator"}, with "dataset" where there is
-one (tatsu-lab/alpaca_eval, `evaluate`); more keys do no harm there, so `tpaw answer` adds its own.
+The format is a JSON list of {"instruction", "output", "generator"}, optionally with "dataset"
+(tatsu-lab/alpaca_eval, `evaluate`). alpaca_eval ignores other keys, so `tpaw answer` adds some.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ OUTPUTS = "outputs.json"
 
 
 class Outputs(NamedTuple):
-    """What one system answered.
+    """The responses of one system.
 
     Attributes:
-        name: the system's, as the file says, or the file's own.
-        sha256: of the instructions and answers, in their order.
-        answers: pairs of instruction and answer.
+        name: the key `generator` of the file, or the name of the file.
+        sha256: hash of the instructions and responses, in their order.
+        answers: pairs of instruction and response.
     """
 
     name: str
@@ -34,10 +34,11 @@ class Outputs(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two answers to one instruction.
+    """Two responses to one instruction.
 
     Attributes:
-        first, second: of the first and the second system.
+        instruction: the instruction.
+        first, second: the response of the first and of the second system.
     """
 
     instruction: str
@@ -48,61 +49,74 @@ class Pair(NamedTuple):
 def read_outputs(path: str, argument: str) -> Outputs:
     """Read a folder of `tpaw answer`, or any file with the columns `instruction` and `output`.
 
-    A column `input`, as older files have it, belongs to the instruction.
+    Older files also have a column `input`. It is appended to the instruction.
 
     Args:
-        argument: what the command line calls it, for errors.
+        path: the folder or file.
+        argument: name of the argument on the command line, for errors.
 
     Raises:
-        InputError: nothing there, not finished, or a row without text.
+        InputError: there is no such file, the folder is not finished, or a record has no text.
     """
     file = Path(path)
     if file.is_dir():
         unfinished = (file / SETTINGS).is_file() and not (file / OUTPUTS).is_file()
         if unfinished:
-            raise InputError(f"{argument}: {path}: not finished; go on with `tpaw answer` first")
+            raise InputError(f"{argument}: {path}: not finished; resume it with `tpaw answer`")
         file /= OUTPUTS
     if not file.is_file():
-        raise InputError(f"{argument}: {path}: no answers there ({OUTPUTS} of `tpaw answer`)")
-    rows = read_records(DataConfig(path=str(file)), argument)
+        raise InputError(
+            f"{argument}: {path}: no such file; give a folder of `tpaw answer` (with {OUTPUTS}) "
+            "or a file of responses"
+        )
+    records = read_records(DataConfig(path=str(file)), argument)
     answers, digest = [], hashlib.sha256()
-    for number, row in enumerate(rows, start=1):
-        texts = [row.get("instruction"), row.get("input") or "", row.get("output")]
+    for number, record in enumerate(records, start=1):
+        texts = [record.get("instruction"), record.get("input") or "", record.get("output")]
         for text in texts:
             if not isinstance(text, str) or not _is_whole(text):
                 raise InputError(
-                    f"{argument}: {path}: row {number}: `instruction` and `output` must be text, "
-                    f"not {printable(repr(text), 60)}"
+                    f"{argument}: {path}: record {number}: `instruction` and `output` must be "
+                    f"text, not {printable(repr(text), 60)}"
                 )
         instruction, extra, output = map(str, texts)
         answers.append((f"{instruction}\n{extra}" if extra.strip() else instruction, output))
         digest.update("".join(f"{len(text)}:{text}" for text in answers[-1]).encode())
-    names = {row.get("generator") for row in rows}
+    names = {record.get("generator") for record in records}
     name = names.pop() if len(names) == 1 else None
     known = name if isinstance(name, str) and name else label(path)
     return Outputs(printable(known, 80), digest.hexdigest(), answers)
 
 
 def label(path: str) -> str:
-    """A folder's name, or a file's without its suffix."""
+    """Return the name of a folder, or the name of a file without its suffix."""
     whole = Path(path).resolve()
     return whole.name if whole.is_dir() else whole.stem
 
 
 def pair_up(first: Outputs, second: Outputs) -> list[Pair]:
-    """The answers of two systems to the same instructions, in the order of the first.
+    """Pair the responses of two systems to the same instructions.
 
-    Where an instruction has several answers, the k-th of one stands against the k-th of the other.
+    If an instruction has several responses, the k-th response of one system is paired with the k-th
+    response of the other.
+
+    Args:
+        first: the responses of the first system.
+        second: the responses of the second system, in any order.
+
+    Returns:
+        The pairs, in the order of the first system.
 
     Raises:
-        InputError: one has an instruction that the other lacks, or has it more often.
+        InputError: an instruction does not occur equally often in both systems.
     """
-    asked, answered = (Counter(text for text, _ in side.answers) for side in (first, second))
-    if uneven := (asked - answered) + (answered - asked):
+    counts_a, counts_b = (Counter(text for text, _ in side.answers) for side in (first, second))
+    if uneven := (counts_a - counts_b) + (counts_b - counts_a):
         raise InputError(
-            f"A and B answer other instructions: {first.name} has {len(first.answers)} answers, "
-            f"{second.name} {len(second.answers)}; {uneven.total()} without a counterpart, "
-            f"such as {printable(repr(next(iter(uneven))), 120)}"
+            f"A and B have different instructions: {first.name} has {len(first.answers)} "
+            f"responses, {second.name} has {len(second.answers)}; without a counterpart: "
+            f"{uneven.total()}, such as {printable(repr(next(iter(uneven))), 120)}; "
+            "give both the same instructions"
         )
     waiting: dict[str, list[str]] = defaultdict(list)
     for instruction, answer in reversed(second.answers):
@@ -111,5 +125,5 @@ def pair_up(first: Outputs, second: Outputs) -> list[Pair]:
 
 
 def _is_whole(text: str) -> bool:
-    """Whether it can be written as UTF-8: JSON may bring half a surrogate pair."""
+    """Whether the text can be written as UTF-8. JSON may contain half of a surrogate pair."""
     return not any("\ud800" <= character <= "\udfff" for character in text)

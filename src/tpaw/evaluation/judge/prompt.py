@@ -1,12 +1,11 @@
-"""What the judge is asked, and what counts as its verdict.
+"""The judge prompt, and the rule that finds the verdict in a reply.
 
-A prompt is a text with {{instruction}}, {{answer_a}} and {{answer_b}}, each once or more, and where
-it likes {{mark}}: a few characters that depend on what stands between the delimiters, so that an
-answer cannot hold the line that would end it. The prompt that comes with the package, prompt.txt,
-was written for it.
+A prompt is a text with the placeholders {{instruction}}, {{answer_a}} and {{answer_b}}, each at
+least once. It may also contain {{mark}}, for delimiters. The mark is a hash of the three texts. So
+a response cannot contain the delimiter that ends it. prompt.txt is the prompt of the package.
 
-A verdict is the last line of a reply that is not empty, and must be [[A]], [[B]] or [[C]] (neither
-is better) and nothing else. Marks elsewhere, as in an answer that the judge quotes, do not count.
+The verdict is the last line of a reply that is not empty. It must be exactly [[A]], [[B]] or [[C]]
+(neither is better). Other lines do not count, because the judge may quote a response.
 """
 
 from __future__ import annotations
@@ -27,29 +26,42 @@ _NEEDED = ("instruction", "answer_a", "answer_b")
 
 
 class JudgePrompt(NamedTuple):
-    """The text with its places still open."""
+    """A judge prompt.
+
+    Attributes:
+        text: with placeholders.
+    """
 
     text: str
 
     @property
     def sha256(self) -> str:
-        """Names the prompt."""
+        """Hash of the text. It identifies the prompt in results."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
     def fill(self, instruction: str, first: str, second: str) -> str:
-        """The question about two answers, in this order."""
+        """Replace the placeholders.
+
+        Args:
+            instruction: the instruction.
+            first, second: the two responses, in the order in which the judge sees them.
+        """
         texts = {"instruction": instruction, "answer_a": first, "answer_b": second}
         lengths = "".join(f"{len(text)}:{text}" for text in texts.values())
         texts["mark"] = hashlib.sha256(lengths.encode()).hexdigest()[:16]
-        # In one pass: an answer that holds {{answer_b}} stays as it is.
+        # Replace all placeholders in one pass, so that a response that contains {{answer_b}} is not
+        # changed.
         return _PLACE.sub(lambda place: texts[place[1]], self.text)
 
 
 def load_prompt(path: Path | None) -> JudgePrompt:
-    """Read a prompt; None is the one that comes with the package.
+    """Read a judge prompt.
+
+    Args:
+        path: a text file; None means the prompt of the package.
 
     Raises:
-        InputError: nothing there, a place is missing, or there is one of another name.
+        InputError: the file cannot be read, a placeholder is missing, or a placeholder is unknown.
     """
     if path is None:
         return JudgePrompt(
@@ -58,18 +70,19 @@ def load_prompt(path: Path | None) -> JudgePrompt:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompt {path}: cannot be read as text: {error}") from None
+        raise InputError(f"--prompt {path}: cannot be read as UTF-8 text: {error}") from None
     places = set(_PLACE.findall(text))
     missing = [name for name in _NEEDED if name not in places]
     foreign = sorted(places.difference(_NEEDED, ["mark"]))
     if missing or foreign:
         wrong = [f"lacks {{{{{name}}}}}" for name in missing]
-        wrong += [f"has {{{{{name}}}}}, which nothing fills" for name in foreign]
-        raise InputError(f"--prompt {path}: {'; '.join(wrong)}")
+        wrong += [f"has {{{{{name}}}}}, which is not a known placeholder" for name in foreign]
+        allowed = ", ".join(f"{{{{{name}}}}}" for name in (*_NEEDED, "mark"))
+        raise InputError(f"--prompt {path}: {'; '.join(wrong)}; placeholders are {allowed}")
     return JudgePrompt(text)
 
 
 def parse_verdict(reply: str) -> Verdict | None:
-    """The verdict of a reply; None where it gives none in the form asked for."""
+    """Return the verdict of a reply, or None if its last line is not a verdict."""
     lines = [line.strip() for line in reply.splitlines() if line.strip()]
     return _VERDICTS.get(lines[-1]) if lines else None

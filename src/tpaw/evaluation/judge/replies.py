@@ -1,7 +1,7 @@
-"""Replies on disk, each under the hash of its request: what was asked once is not asked again.
+"""A cache of replies on disk. The key is the hash of the request, so nothing is asked twice.
 
-The request names the judge and holds the whole question, so another prompt, answer or order is
-another request. Where the judge is reached is no part of it.
+A request contains the name of the judge and the complete prompt. So another prompt, response or
+order gives another key. The URL of the endpoint is not part of the key.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from tpaw.storage.artifacts import read_json, write_json
 
 
 def request_key(request: Mapping[str, Any]) -> str:
-    """sha256 of a request."""
+    """Return the sha256 of a request, which is the key of its reply."""
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
 class Replies:
-    """A folder of replies, one file each; processes may share it."""
+    """A folder with one file for each reply. Several processes may use it at the same time."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder.absolute()  # threads may outlive a change of directory
+        # An absolute path stays valid if the working directory changes while threads run.
+        self.folder = folder.absolute()
 
     def get(self, key: str) -> Reply | None:
-        """The reply, if there is one.
+        """Return a stored reply, or None if there is none.
 
         Raises:
             ArtifactError: the file is damaged.
@@ -41,10 +42,12 @@ class Replies:
         try:
             return Reply(*(str(found[field]) for field in Reply._fields))
         except (KeyError, TypeError):
-            raise ArtifactError(f"{path}: damaged: not a reply; remove it to ask again") from None
+            raise ArtifactError(
+                f"{path}: damaged: not a reply; remove this file to ask again"
+            ) from None
 
     def put(self, key: str, reply: Reply) -> None:
-        """Keep a reply."""
+        """Store a reply."""
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, reply._asdict())

@@ -1,4 +1,4 @@
-"""A comparison by a judge, from two files of answers to results on disk."""
+"""Compare two files of responses with a judge, and write the results."""
 
 from __future__ import annotations
 
@@ -21,15 +21,21 @@ from tpaw.storage.run_directory import environment
 
 
 def key_from(variable: str | None) -> str | None:
-    """The endpoint's key, from the environment variable of that name.
+    """Read the endpoint's API key from an environment variable.
+
+    Args:
+        variable: name of the environment variable; None means no key.
 
     Raises:
-        InputError: a variable is named and not set.
+        InputError: the variable is not set or empty.
     """
     if variable is None:
         return None
     if not os.environ.get(variable):
-        raise InputError(f"--key-env {variable}: no such environment variable, or empty")
+        raise InputError(
+            f"--key-env {variable}: this environment variable is not set or is empty; "
+            "set it to the endpoint's key"
+        )
     return os.environ[variable]
 
 
@@ -44,21 +50,25 @@ def judge_outputs(
     parallel: int,
     stop: StopSignal,
 ) -> tuple[Path, dict[str, Any]]:
-    """Ask what no earlier call has asked; then write results.json and verdicts.jsonl.
+    """Send the requests that have no cached reply, then write results.json and verdicts.jsonl.
 
     Args:
-        paths: A and B; see `outputs.read_outputs`.
-        endpoint: URL; never stored.
-        output: default judgements/A-vs-B.
-        cache: folder of replies, for any number of comparisons.
-        parallel: requests at a time.
+        paths: the responses of A and B; see `outputs.read_outputs`.
+        judge: decides the content of the requests.
+        endpoint: URL. It is never stored.
+        api_key: key of the endpoint; None if it needs none. It is never stored.
+        output: folder of the results. The default is judgements/A-vs-B.
+        cache: folder of replies. All comparisons may share it.
+        parallel: number of requests at a time.
+        stop: tells whether the user asked for a stop.
 
     Returns:
-        The folder, and what its results.json holds.
+        The folder, and the content of its results.json.
 
     Raises:
-        InputError: the answers, the endpoint's URL or the folder cannot be used.
-        JudgeError: the endpoint cannot be reached, or refuses. What it replied is kept.
+        InputError: the responses, the endpoint's URL or the folder cannot be used.
+        JudgeError: the endpoint cannot be reached, or refuses requests. Earlier replies are stored.
+        Interrupted: the user asked for a stop; replies are stored.
     """
     a, b = (read_outputs(path, name) for path, name in zip(paths, "AB", strict=True))
     pairs = pair_up(a, b)

@@ -1,4 +1,4 @@
-"""From outcomes to a win rate, with an interval that knows which pairs share a prompt."""
+"""The win rate and its interval. The interval is clustered by prompt."""
 
 from __future__ import annotations
 
@@ -14,16 +14,23 @@ from tpaw.evaluation.judge.outputs import Pair
 from tpaw.statistics.over_items import Interval
 
 SCORES = {"win": 1.0, "tie": 0.5, "loss": 0.0}
-_ADDED = (1.0, 1.0, 0.0, 0.0)
+_ADDED = (1.0, 1.0, 0.0, 0.0)  # two wins and two losses; see `clustered_interval`
 
 
 def clustered_interval(scores: Sequence[float], clusters: Sequence[str]) -> Interval:
-    """95 % interval of a mean of scores in [0, 1], of which some share a cluster.
+    """Compute the 95 % interval of the mean of scores, where scores of one cluster are dependent.
 
-    The cluster-robust t interval of a ratio estimator (Liang & Zeger 1986, with the factor
-    G/(G−1) and G−1 degrees of freedom for G clusters), after two wins and two losses are added as
-    clusters of the mean size (Agresti & Coull 1998). So it is never of width zero, all wins or all
-    ties included, and stays within [0, 1].
+    It is the cluster-robust t interval of a ratio estimator (Liang & Zeger 1986, with the factor
+    G/(G−1) and G−1 degrees of freedom for G clusters). Before that, two wins and two losses are
+    added as clusters of the mean size (Agresti & Coull 1998). So the width is never 0, even if all
+    pairs are wins or all are ties.
+
+    Args:
+        scores: one score in [0, 1] for each pair, at least one.
+        clusters: for each score, the name of its cluster.
+
+    Returns:
+        An interval within [0, 1].
     """
     names, of_cluster = np.unique(np.array(clusters), return_inverse=True)
     added_size = len(scores) / len(names)
@@ -38,9 +45,15 @@ def clustered_interval(scores: Sequence[float], clusters: Sequence[str]) -> Inte
 
 
 def win_rate(pairs: Sequence[Pair], judged: Sequence[Judged]) -> dict[str, Any]:
-    """Counts, and (wins + ½ ties) / valid pairs of the first system with its interval.
+    """Compute the win rate of the first system, (wins + ½ ties) / valid pairs, and counts.
 
-    Where no pair is valid there is no rate: it and its interval are null, and `note` says so.
+    Args:
+        pairs: the pairs of responses.
+        judged: the outcome of each pair, in the same order.
+
+    Returns:
+        Counts, `win_rate` in [0, 1] and its `interval_95`. Both are None if no pair is valid;
+        `note` then says so.
     """
     outcomes = Counter(item.outcome for item in judged)
     valid = [
@@ -61,7 +74,7 @@ def win_rate(pairs: Sequence[Pair], judged: Sequence[Judged]) -> dict[str, Any]:
                 i.outcome == "tie" and _verdicts(i) != ("neither", "neither") for i in asked
             ),
         },
-        # Both times the answer that stood in the same place: what position alone decides.
+        # Pairs for which the judge preferred the same position in both orders: a position bias.
         "disagreements": {
             "always_first_place": sum(_verdicts(i) == ("first", "second") for i in asked),
             "always_second_place": sum(_verdicts(i) == ("second", "first") for i in asked),
