@@ -11,6 +11,7 @@ from tpaw.runtime.interrupt import StopSignal
 from tpaw.team import Player, Team
 
 if TYPE_CHECKING:
+    from tpaw.generation.generator import OpenGenerator
     from tpaw.pipeline.stages import Stages
 
 
@@ -33,13 +34,19 @@ def algorithm_1(config: RunConfig, stages: Stages) -> Player:
     return history[-1]
 
 
-def self_play(config: RunConfig, output: str | Path, stop: StopSignal | None = None) -> Player:
+def self_play(
+    config: RunConfig,
+    output: str | Path,
+    stop: StopSignal | None = None,
+    open_generator: OpenGenerator | None = None,
+) -> Player:
     """Run self-play or the baseline that `config.method` names, or resume the run in `output`.
 
     Args:
         config: the configuration of the run.
         output: the run directory. It is created if it does not exist.
         stop: a signal that stops the run at its next safe point.
+        open_generator: opens whatever generates responses. Default: the Hugging Face model.
 
     Returns:
         The last checkpoint, θ_T.
@@ -50,6 +57,6 @@ def self_play(config: RunConfig, output: str | Path, stop: StopSignal | None = N
     """
     from tpaw.pipeline.stages import opened_stages
 
-    with opened_stages(config, output, stop or StopSignal()) as stages:
+    with opened_stages(config, output, stop or StopSignal(), open_generator) as stages:
         run = algorithm_1 if config.method == "self_play" else baseline
         return run(config, stages)

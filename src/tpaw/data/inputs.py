@@ -62,8 +62,8 @@ class Inputs(NamedTuple):
 
     def heldout_prompts_in_training(self) -> int:
         """Number of held-out examples whose prompt is also a training prompt."""
-        known = {example.prompt_ids.tobytes() for example in self.examples}
-        return sum(example.prompt_ids.tobytes() in known for example in self.heldout)
+        known = {example.prompt_key for example in self.examples}
+        return sum(example.prompt_key in known for example in self.heldout)
 
 
 def publish_inputs(folder: Path, inputs: Inputs) -> None:
