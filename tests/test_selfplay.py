@@ -408,6 +408,7 @@ def test_bf16_and_activation_checkpointing_run_through(settings, tmp_path):
     assert next(model.parameters()).dtype == torch.float32
 
 
+@pytest.mark.process
 def test_algorithm_1_imports_no_torch_and_fits_one_screen():
     imports = "import sys, tpaw.selfplay, tpaw.cli.main, tpaw.config.plan, tpaw.report.status"
     subprocess.run(

@@ -142,6 +142,7 @@ with open_run(sys.argv[1], RunConfig.load(sys.argv[2])):
 """
 
 
+@pytest.mark.process
 def test_a_second_process_is_refused_with_host_and_pid_until_the_first_ends(tmp_path, config):
     with open_run(tmp_path / "r", config) as run:
         pass

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import shutil
-import subprocess
 import sys
 
 import pytest
 import yaml
 from builders import save_model, sums, write_jsonl
+from fork_server import Forked
 
 pytest.importorskip("lm_eval")  # in the extra "evaluate"
 
@@ -155,27 +154,12 @@ def test_a_run_is_evaluated_checkpoint_by_checkpoint_and_once(
     assert all_[3].folder / "manifest.json" in manifests  # tpaw run names it too
 
 
-KILLED = """
-import os, signal, sys
-import tpaw.evaluation.benchmarks.harness as harness
-from tpaw.data.readers import read_records
-from tpaw.evaluation.benchmarks.run import evaluate_suite
-run_task, seen = harness.run_task, []
-def run_one(model, task, **options):
-    if seen:
-        os.kill(os.getpid(), signal.SIGKILL)
-    seen.append(task)
-    return run_task(model, task, **options)
-harness.run_task = run_one
-evaluate_suite(*sys.argv[1:3], output=__import__("pathlib").Path(sys.argv[3]))
-"""
-
-
+@pytest.mark.process
+@pytest.mark.usefixtures("forks")
 def test_killed_between_tasks_it_goes_on(suite, model_folder, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    command = [sys.executable, "-c", KILLED, str(model_folder), str(suite), str(out)]
-    done = subprocess.run(command, check=False, capture_output=True, env=os.environ)
-    assert done.returncode == -9, done.stderr
+    call, log = "kill_driver:evaluate_one_task", tmp_path / "killed.txt"
+    assert Forked(call, model_folder, suite, out, out=log).wait(120) == -9, log.read_text()
     assert not is_published(out)
     (out / "items" / ".tmp-parity.jsonl").write_text("half")  # as if killed a moment later
     ran = []
