@@ -13,12 +13,57 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are too small to sha
 import pytest
 from builders import run_settings, save_model, sums, write_jsonl
 from fork_server import fork_server
+from messages import GOLDEN
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--update-messages", action="store_true", help="Write messages.yaml anew.")
+
+
+def pytest_configure(config):
+    GOLDEN.updates = config.getoption("--update-messages")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
     """Files with slow tests come first, so that no worker is left alone with one at the end."""
     slow = {item.path for item in items if item.get_closest_marker("process")}
     items.sort(key=lambda item: item.path not in slow)
+    if GOLDEN.updates:
+        items[:] = [item for item in items if "from messages import" in item.path.read_text()]
+    whole = not any("::" in argument for argument in config.args)
+    for item in items:
+        if whole:
+            GOLDEN.collected.setdefault(item.nodeid.partition("::")[0], []).append(item.nodeid)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    with GOLDEN.telling(item.nodeid):
+        return (yield)
+
+
+def pytest_sessionfinish(session):
+    """Workers hand over what was said; the file is written once."""
+    if not GOLDEN.updates:
+        return
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["messages"] = [GOLDEN.said, GOLDEN.collected]
+    else:
+        GOLDEN.write()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    if GOLDEN.updates:
+        said, collected = getattr(node, "workeroutput", {}).get("messages", ({}, {}))
+        GOLDEN.said |= said
+        GOLDEN.collected |= collected
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nameless_folders(tmp_path_factory):
+    GOLDEN.folders[str(tmp_path_factory.getbasetemp())] = "<tmp>"
 
 
 @pytest.fixture(scope="session")
