@@ -64,6 +64,7 @@ class Golden:
         for folder, name in self.folders.items():
             # Below the folder of a session, each test has one of its own.
             text = re.sub(re.escape(folder) + (r"/[\w-]+" if name == "<tmp>" else ""), name, text)
+        text = re.sub(r"\b(?=[0-9a-f]*\d)[0-9a-f]{12,64}\b", "<hash>", text)
         said = self.said[self.node]
         said.append(text)
         if self.updates:
@@ -145,3 +146,11 @@ def refused(*parts, error=InputError, hide=None):
 def by_first(names, cases):
     """Parametrize; a case is called by its first value, and not by what is said of it."""
     return pytest.mark.parametrize(names, cases, ids=[str(case[0]) for case in cases])
+
+
+def complains(err, *parts, hide=None):
+    """The same of what a command prints when it refuses: without progress and without traceback."""
+    assert "Traceback" not in err
+    assert "\x1b" not in err
+    [text] = re.findall(r"^tpaw: .*", err, re.DOTALL | re.MULTILINE)
+    says(text.rstrip("\n"), *parts, hide=hide)
