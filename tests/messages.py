@@ -21,6 +21,9 @@ from tpaw.errors import InputError
 
 TESTS = Path(__file__).parent
 FILE = TESTS / "messages.yaml"
+# What differs between machines, or is worded by other libraries.
+DIFFERENCE = {"difference": re.compile(r"(?<=by )[\d.e-]+")}
+IN_BRACKETS = {"reason": re.compile(r"(?<=\().*(?=\))")}
 HEADER = "# What people are told, by test. Written by `make messages`; review its difference.\n"
 
 
@@ -64,6 +67,7 @@ class Golden:
         for folder, name in self.folders.items():
             # Below the folder of a session, each test has one of its own.
             text = re.sub(re.escape(folder) + (r"/[\w-]+" if name == "<tmp>" else ""), name, text)
+        text = re.sub(r"0x[0-9a-f]+", "<address>", text)
         text = re.sub(r"\b(?=[0-9a-f]*\d)[0-9a-f]{12,64}\b", "<hash>", text)
         said = self.said[self.node]
         said.append(text)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from messages import refused
+from messages import DIFFERENCE, refused
 from oracles import oracle
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -342,7 +342,7 @@ def test_training_raises_the_targets_of_the_training_rows(finished, model_folder
 def test_a_policy_that_is_not_its_newest_player_stops_the_run(settings, tmp_path, monkeypatch):
     original = LogprobStore.logps
     monkeypatch.setattr(LogprobStore, "logps", lambda store, keys: original(store, keys) - 3.0)
-    with refused(error=PolicyMismatchError):
+    with refused(error=PolicyMismatchError, hide=DIFFERENCE):
         self_play(RunConfig.load(settings), tmp_path / "r")
     assert not (tmp_path / "r" / "iterations" / "1" / "checkpoint").exists()
 

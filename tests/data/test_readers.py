@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from builders import sums, write_jsonl
 from datasets import Dataset, DatasetDict
-from messages import refused
+from messages import IN_BRACKETS, refused
 
 from tpaw.config.schema import DataConfig
 from tpaw.data.formats import Dialogue, Unusable, shape_of
@@ -108,7 +108,7 @@ def test_a_missing_file(path):
 
 
 def test_a_hub_id_that_cannot_be_had_says_so():
-    with refused("data.path", "nobody/nothing", hide={"reason": re.compile(r"(?<=\().*(?=\))")}):
+    with refused("data.path", "nobody/nothing", hide=IN_BRACKETS):
         read_records(DataConfig(path="nobody/nothing"), "data")
 
 

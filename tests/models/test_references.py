@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 
-from messages import refused
+from messages import IN_BRACKETS, refused
 
 from tpaw.models.fingerprint import fingerprint
 from tpaw.models.references import find_checkpoint, find_checkpoints
@@ -44,5 +43,5 @@ def test_all_of_a_run_that_are_whole(finished, tmp_path):
 def test_what_is_neither_is_refused(tmp_path):
     with refused(tmp_path):
         find_checkpoint(str(tmp_path))
-    with refused("nobody/nothing", hide={"reason": re.compile(r"(?<=\().*(?=\))")}):
+    with refused("nobody/nothing", hide=IN_BRACKETS):
         find_checkpoint("nobody/nothing")

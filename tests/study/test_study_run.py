@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 from fork_server import Forked
+from messages import says
 
 import tpaw.study.runner
 from tpaw.study.runner import launch_process, run_study
@@ -144,7 +145,8 @@ def test_a_run_that_fails_does_not_stop_the_others(study, tmp_path, tpaw_, monke
     assert code == 1
     assert "failed and left out: hopeless, seed 0" in text
     found = json.loads((tmp_path / "out" / "study.json").read_text())
-    assert "no number" in found["failures"]["hopeless, seed 0"]
+    said = found["failures"]["hopeless, seed 0"]
+    says(said, "train.learning_rate", tmp_path / "out", "--restart-iteration 1")
     assert len(found["conditions"]["tpaw"]["runs"]) == 1
     assert found["conditions"]["hopeless"]["runs"] == {}
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from builders import PAPER, arguments, make_model, score, train, triples
-from messages import refused
+from messages import DIFFERENCE, refused
 from oracles import oracle, paper_loss
 from transformers import TrainerCallback
 
@@ -164,7 +164,7 @@ def test_the_first_step_check_stops_a_policy_that_is_not_its_newest_player(tmp_p
         start_column=0,
         first_step_tolerance=tolerance,
     )
-    with refused(error=PolicyMismatchError):
+    with refused(error=PolicyMismatchError, hide=DIFFERENCE):
         train(
             make_model(seed=2),
             rows,
