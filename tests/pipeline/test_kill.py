@@ -86,7 +86,7 @@ def test_a_baseline_killed_in_every_stage(tmp_path, settings, method, points):
             for i, r in enumerate(sums(24))
         ]
         settings["data"] = {"path": str(write_jsonl(tmp_path / "pairs.jsonl", rows))}
-        settings["train"]["tokens_per_row"] = 512
+        settings["train"]["tokens_per_row"] = 96  # steps of four rows or so
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(settings))
     assert run(tmp_path / "whole", config) == []
