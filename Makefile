@@ -2,17 +2,25 @@
 PYTHON ?= python3
 SHARED ?= ../shared
 BIN := .venv/bin
+# Files go whole to one worker for each core, the slow ones first; eight workers are enough.
+PARALLEL := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 READY := .venv/.installed
 
-.PHONY: demo test lowest check format lint types starter clean
+.PHONY: demo test quick messages lowest check format lint types starter clean
 
 demo: $(READY)  ## The starter: four iterations of self-play, ending with the table.
 	$(BIN)/tpaw run starter --output runs/starter
 
 test: $(READY)  ## Every test; the repository's own checks too where their files are.
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest $(PARALLEL) tests
 	@if [ -d "$(SHARED)" ]; then SHARED="$(SHARED)" $(BIN)/python -m pytest checks; \
 	else echo "checks/ not run: they need the folder $(SHARED) (make test SHARED=...)"; fi
+
+quick: $(READY)  ## The tests that start no process of their own.
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not process' tests
+
+messages: $(READY)  ## Write tests/messages.yaml anew, what people are told; review its difference.
+	$(BIN)/python -m pytest $(PARALLEL) --update-messages tests
 
 check: format lint types test
 

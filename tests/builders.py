@@ -249,3 +249,27 @@ def stopped_at_step(steps, config, folder):
         patch.setattr(tpaw.pipeline.stages, "train_iteration", stopping)
         with pytest.raises(Interrupted):
             self_play(config, folder, stop)
+
+
+def run_settings(model: Path, data: Path, heldout: Path) -> dict:
+    """A whole run that takes seconds, as the nested mapping of its YAML file."""
+    return {
+        "model": {"path": str(model)},
+        "data": {"path": str(data)},
+        "iterations": 3,
+        "max_length": 128,
+        "generate": {"max_new_tokens": 12, "tokens_per_batch": 256, "shard_size": 10},
+        "score": {"tokens_per_row": 512, "shard_size": 20},
+        "train": {
+            "learning_rate": 1e-3,
+            "epochs": 1,
+            "batch_size": 8,
+            "tokens_per_row": 256,
+            "save_every": 2,
+            "log_every": 1,
+        },
+        "evaluate": {"data": {"path": str(heldout)}},
+        "precision": "fp32",
+        "device": "cpu",
+        "deterministic": True,
+    }

@@ -11,7 +11,59 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are too small to share out
 
 import pytest
-from builders import save_model, sums, write_jsonl
+from builders import run_settings, save_model, sums, write_jsonl
+from fork_server import fork_server
+from messages import GOLDEN
+
+
+def pytest_addoption(parser):
+    parser.addoption("--update-messages", action="store_true", help="Write messages.yaml anew.")
+
+
+def pytest_configure(config):
+    GOLDEN.updates = config.getoption("--update-messages")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Files with slow tests come first, so that no worker is left alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("process")}
+    items.sort(key=lambda item: item.path not in slow)
+    if GOLDEN.updates:
+        items[:] = [item for item in items if "from messages import" in item.path.read_text()]
+    whole = not any("::" in argument for argument in config.args)
+    for item in items:
+        if whole:
+            GOLDEN.collected.setdefault(item.nodeid.partition("::")[0], []).append(item.nodeid)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    with GOLDEN.telling(item.nodeid):
+        return (yield)
+
+
+def pytest_sessionfinish(session):
+    """Workers hand over what was said; the file is written once."""
+    if not GOLDEN.updates:
+        return
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["messages"] = [GOLDEN.said, GOLDEN.collected]
+    else:
+        GOLDEN.write()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    if GOLDEN.updates:
+        said, collected = getattr(node, "workeroutput", {}).get("messages", ({}, {}))
+        GOLDEN.said |= said
+        GOLDEN.collected |= collected
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nameless_folders(tmp_path_factory):
+    GOLDEN.folders[str(tmp_path_factory.getbasetemp())] = "<tmp>"
 
 
 @pytest.fixture(scope="session")
@@ -35,26 +87,7 @@ def heldout_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def settings(model_folder: Path, data_file: Path, heldout_file: Path) -> dict:
     """A whole run that takes seconds, as the nested mapping of its YAML file."""
-    return {
-        "model": {"path": str(model_folder)},
-        "data": {"path": str(data_file)},
-        "iterations": 3,
-        "max_length": 128,
-        "generate": {"max_new_tokens": 12, "tokens_per_batch": 256, "shard_size": 10},
-        "score": {"tokens_per_row": 512, "shard_size": 20},
-        "train": {
-            "learning_rate": 1e-3,
-            "epochs": 1,
-            "batch_size": 8,
-            "tokens_per_row": 256,
-            "save_every": 2,
-            "log_every": 1,
-        },
-        "evaluate": {"data": {"path": str(heldout_file)}},
-        "precision": "fp32",
-        "device": "cpu",
-        "deterministic": True,
-    }
+    return run_settings(model_folder, data_file, heldout_file)
 
 
 @pytest.fixture(scope="session")
@@ -104,6 +137,14 @@ def tpaw_(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """The server behind `fork_server.Forked`; gives its process id."""
+    with fork_server() as (path, pid), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FORK_SERVER", path)
+        yield pid
 
 
 @pytest.fixture

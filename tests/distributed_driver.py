@@ -1,4 +1,4 @@
-"""A few steps of TeamTrainer: `torchrun distributed_driver.py OUT OPTIONS`."""
+"""A few steps of TeamTrainer: one of the processes that write OUT, with OPTIONS as JSON."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def fail_on_one_rank(folder, fault):
     return {"error": None}
 
 
-if __name__ == "__main__":
+def main():
     torch.set_num_threads(1)
     out, options = Path(sys.argv[1]), json.loads(sys.argv[2])
     if "dtype" in options:
@@ -114,3 +114,7 @@ if __name__ == "__main__":
     elif (found := losses(out.parent, **options)) and torch.distributed.get_rank() == 0:
         out.write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """Runs a configuration in child processes, each killed with SIGKILL at a chosen point.
 
-    python kill_driver.py CONFIG OUTPUT POINT...
+Called by a fork server with CONFIG OUTPUT POINT...
 
 A point is PLACE:N, the Nth time that the child comes by the place. After the last point a child
 runs to the end. Prints one line a child: "killed", or "exit CODE".
@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -58,8 +59,6 @@ def kill_at(place: str, count: int) -> None:
 def main() -> None:
     config_path, output, *points = sys.argv[1:]
     config = RunConfig.load(config_path)
-    if config.method != "self_play":
-        from trl import SFTTrainer  # noqa: F401  once, for all the children
     for point in [*points, ""]:
         # Nothing was computed in this process, so no thread pool is there to be lost in the fork.
         child = os.fork()
@@ -78,5 +77,19 @@ def main() -> None:
         print("killed" if killed else f"exit {os.waitstatus_to_exitcode(status)}", flush=True)
 
 
-if __name__ == "__main__":
-    main()
+def evaluate_one_task() -> None:
+    """Evaluate MODEL on SUITE into FOLDER; killed when the second task begins."""
+    import tpaw.evaluation.benchmarks.harness as harness
+    from tpaw.evaluation.benchmarks.run import evaluate_suite
+
+    run_task, seen = harness.run_task, []
+
+    def run_one(model: Any, task: Any, **options: Any) -> Any:
+        if seen:
+            os.kill(os.getpid(), signal.SIGKILL)
+        seen.append(task)
+        return run_task(model, task, **options)
+
+    harness.run_task = run_one
+    model, suite, folder = sys.argv[1:]
+    evaluate_suite(model, suite, output=Path(folder))

@@ -51,6 +51,7 @@ def run(name, folder, capsys):
     return code, printed, json.loads(file.read_text())["results"] if file.exists() else None
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", SMOKE)
 def test_it_runs_and_writes_what_it_measured(name, tmp_path, capsys):
     code, printed, results = run(name, tmp_path, capsys)
@@ -166,11 +167,13 @@ def test_contenders_alternate_and_ratios_are_within_a_repeat():
     assert common.ratios([2.0, 30.0, 8.0], [1.0, 10.0, 8.0]) == common.Spread(2.0, 1.0, 3.0)
 
 
+@pytest.mark.process
 def test_peak_memory_is_that_of_the_work_alone():
     # The kernel adds up what its cores count some 64 pages at a time.
     assert 63 <= peak_bytes(memory_driver.keeps_little, 64) / 2**20 < 80
 
 
+@pytest.mark.process
 def test_peak_memory_of_training_holds_gradients_and_optimizer_state():
     shape = replace(SHAPES["tiny"], vocab=50_000)
     weights_bytes = 4 * shape.parameters

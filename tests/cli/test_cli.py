@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import yaml
-from builders import contents, make_model, make_tokenizer, save_model, sums, write_jsonl
+from builders import (
+    contents,
+    make_model,
+    make_tokenizer,
+    run_settings,
+    save_model,
+    sums,
+    write_jsonl,
+)
+from fork_server import CLI, Forked
 from transformers import AutoModelForCausalLM
 
 import tpaw.pipeline.players
@@ -308,19 +315,19 @@ def test_a_run_without_output_is_named_after_its_configuration(
     assert [str(output) for output in outputs] == ["runs/config-spin"]
 
 
-def tpaw_process(config, output):
-    command = [
-        sys.executable,
-        "-c",
-        "from tpaw.cli.main import main; main()",
-        "run",
-        str(config),
-        "-o",
-        str(output),
-    ]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+@pytest.fixture(scope="module")
+def long_training(tmp_path_factory, forks, model_folder, data_file, heldout_file):
+    """A configuration that trains long enough to be stopped, and what an unbroken run gives."""
+    folder = tmp_path_factory.mktemp("long-training")
+    settings = run_settings(model_folder, data_file, heldout_file) | {"iterations": 2}
+    settings["train"] |= {"epochs": 6}
+    config = write_config(folder, settings)
+    process = Forked(CLI, "run", config, "-o", folder / "whole", out=folder / "whole.txt")
+    assert process.wait(timeout=300) == 0, process.out.read_text()
+    return config, contents(folder / "whole")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("number", "code", "stage"),
     [
@@ -329,28 +336,25 @@ def tpaw_process(config, output):
     ],
 )
 def test_a_signal_stops_at_a_safe_point_and_says_how_to_go_on(
-    number, code, stage, settings, tmp_path
+    number, code, stage, long_training, tmp_path
 ):
-    settings["train"] |= {"epochs": 20}
-    settings["iterations"] = 2
-    config = write_config(tmp_path, settings)
-    with tpaw_process(config, tmp_path / "r") as process:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "r" / stage).exists():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        process.send_signal(number)
-        _, err = process.communicate(timeout=120)
-    assert process.returncode == code, err
-    assert err.splitlines()[-1] == f"stopped; go on with: tpaw run {tmp_path / 'r'}"
+    config, whole = long_training
+    output = tmp_path / "r"
+    process = Forked(
+        CLI, "run", config, "-o", output, out=tmp_path / "out.txt", err=tmp_path / "err.txt"
+    )
+    deadline = time.monotonic() + 120
+    while not (output / stage).exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(number)
+    found, err = process.wait(timeout=120), process.err.read_text()
+    assert found == code, err
+    assert err.splitlines()[-1] == f"stopped; go on with: tpaw run {output}"
     assert "Traceback" not in err
     if stage.endswith("training.jsonl"):
-        assert list(
-            (tmp_path / "r" / "iterations" / "1" / "training").glob("checkpoint-*/manifest.json")
-        )
-    for output in ("r", "whole"):
-        with tpaw_process(config, tmp_path / output) as process:
-            process.communicate(timeout=300)
-        assert process.returncode == 0
-    assert contents(tmp_path / "r") == contents(tmp_path / "whole")
+        assert list((output / "iterations" / "1" / "training").glob("checkpoint-*/manifest.json"))
+    again = Forked(CLI, "run", config, "-o", output, out=tmp_path / "again.txt")
+    assert again.wait(timeout=300) == 0, again.out.read_text()
+    assert contents(output) == whole

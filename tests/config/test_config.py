@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from messages import by_first, refused
 from pydantic import ValidationError
 
 from tpaw.config.changes import differences
 from tpaw.config.files import recipe_names, to_yaml
 from tpaw.config.schema import ObjectiveConfig, RunConfig
-from tpaw.errors import InputError
 
 PAPER_RECIPES = {
     "ultrachat-qwen2.5-1.5b": ((1e-6, 1e-6, 1e-7, 1e-7), (2, 2, 2, 1)),
@@ -102,71 +102,50 @@ def test_baselines_go_on_top_of_a_recipe(base, name, method, iterations, epochs)
 
 
 def test_a_variant_alone_says_what_it_lacks():
-    with pytest.raises(InputError, match="model: missing"):
+    with refused("model"):
         RunConfig.load("spin")
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
+@by_first(
+    ("override", "parts"),
     [
-        (
-            "train.leraning_rate=1",
-            "train.leraning_rate: unknown key; did you mean train.learning_rate?",
-        ),
-        ("trian.epochs=1", "trian: unknown key; did you mean train?"),
-        ("evaluate.data.pth=x", "evaluate.data.pth: unknown key; did you mean evaluate.data.path?"),
-        (
-            "train.learning_rate=-1",
-            "train.learning_rate: -1 is not allowed: input should be greater than 0",
-        ),
-        (
-            "train.learning_rate=[1e-6, 1e-7]",
-            r"lists 2 values (\[1e-06, 1e-07\]); give one, or one for each of the 4 iterations",
-        ),
-        ("train.epochs=[1,1,1,1,1]", "train.epochs lists 5 values"),
-        ("objective.lambda=[1,2]", "objective.lambda lists 2 values"),
-        ("objective.lambda=[1,2,-3,4]", r"objective.lambda\[2\]: -3 is not allowed"),
-        ("train.epochs=1.5", "train.epochs: 1.5 is not allowed: input should be a valid integer"),
-        ("train.epochs=0", "train.epochs: 0 is not allowed"),
-        (
-            "objective.eta=0.5",
-            "objective.eta: 0.5 is not allowed: input should be greater than or equal to 1",
-        ),
-        ("objective.gamma=.nan", "objective.gamma: nan is not allowed"),
-        (
-            "objective.target_weight=two",
-            "'two' is not allowed: input should be 'adaptive' or 'one'",
-        ),
-        ("precision=fp16", "precision: 'fp16' is not allowed: input should be 'fp32' or 'bf16'"),
-        ("iterations=true", "iterations: True is not allowed"),
-        ("iterations='4'", "iterations: '4' is not allowed"),
-        ("team.opponents.last=0", "team.opponents.last: 0 is not allowed"),
-        ("generate.max_new_tokens=256", "leaves no room for a prompt"),
-        ("data.columns={prompt: a}", "data.columns: give prompt and target, or messages alone"),
-        ("data.columns={prompt: a, messages: c}", "data.columns: give prompt and target, or"),
-        ("data.columns={prompt: a, target: b, messages: c}", "give prompt and target, or messages"),
-        ("data.columns={}", "data.columns: give prompt and target, or messages alone"),
-        (
-            "generate.temperature=0",
-            "generate.temperature: 0 is not allowed: input should be greater than 0",
-        ),
-        ("model=null", "model: None is not allowed"),
-        ("objective.min_player_weight=0.4", "with 3 main players every weight could be below it"),
-        ("nonsense", "--set nonsense: write it as section.key=value"),
-        ("a..b=1", "write it as section.key=value"),
-        ("train.epochs=[1", "is not a YAML value"),
+        ("train.leraning_rate=1", ["train.leraning_rate", "train.learning_rate"]),
+        ("trian.epochs=1", ["trian", "train"]),
+        ("evaluate.data.pth=x", ["evaluate.data.pth", "evaluate.data.path"]),
+        ("train.learning_rate=-1", ["train.learning_rate", -1, 0]),
+        ("train.learning_rate=[1e-6, 1e-7]", ["train.learning_rate", 2, "[1e-06, 1e-07]", 4]),
+        ("train.epochs=[1,1,1,1,1]", ["train.epochs", 5, 4]),
+        ("objective.lambda=[1,2]", ["objective.lambda", 2, 4]),
+        ("objective.lambda=[1,2,-3,4]", ["objective.lambda[2]", -3]),
+        ("train.epochs=1.5", ["train.epochs", 1.5]),
+        ("train.epochs=0", ["train.epochs", 0]),
+        ("objective.eta=0.5", ["objective.eta", 0.5, 1]),
+        ("objective.gamma=.nan", ["objective.gamma", "nan"]),
+        ("objective.target_weight=two", ["objective.target_weight", "'two'", "adaptive", "one"]),
+        ("precision=fp16", ["precision", "'fp16'", "fp32", "bf16"]),
+        ("iterations=true", ["iterations", "True"]),
+        ("iterations='4'", ["iterations", "'4'"]),
+        ("team.opponents.last=0", ["team.opponents.last", 0]),
+        ("generate.max_new_tokens=256", ["generate.max_new_tokens", 256]),
+        ("data.columns={prompt: a}", ["data.columns", "prompt", "target", "messages"]),
+        ("data.columns={prompt: a, messages: c}", ["data.columns", "target"]),
+        ("data.columns={prompt: a, target: b, messages: c}", ["data.columns", "messages"]),
+        ("data.columns={}", ["data.columns", "prompt", "target", "messages"]),
+        ("generate.temperature=0", ["generate.temperature", 0]),
+        ("model=null", ["model", "None"]),
+        ("objective.min_player_weight=0.4", ["objective.min_player_weight", 0.4, 3]),
+        ("nonsense", ["--set", "nonsense", "section.key=value"]),
+        ("a..b=1", ["--set", "a..b=1", "section.key=value"]),
+        ("train.epochs=[1", ["train.epochs", "[1", "YAML"]),
     ],
 )
-def test_every_error_names_the_key_the_value_and_what_is_allowed(override, message):
-    with pytest.raises(
-        InputError,
-        match=message.replace("(\\[", r"\(\[").replace("\\])", r"\]\)").replace("?", r"\?"),
-    ):
+def test_every_error_names_the_key_the_value_and_what_is_allowed(override, parts):
+    with refused(*parts):
         RunConfig.load("starter", overrides=[override])
 
 
 def test_all_problems_are_reported_at_once():
-    with pytest.raises(InputError) as caught:
+    with refused("objective.eta", "train.epochs", "sed") as caught:
         RunConfig.load("starter", overrides=["objective.eta=0", "train.epochs=0", "sed=1"])
     assert len(str(caught.value).splitlines()) == 3
 
@@ -195,27 +174,27 @@ def test_extends_merges_in_order_and_finds_files_beside(tmp_path):
     assert (config.train.epochs, config.train.warmup) == (4, 0.2)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
+@by_first(
+    ("text", "parts"),
     [
-        ("train: [", "not valid YAML"),
-        ("- 1", "a configuration is a mapping"),
-        ("seed: 1\nseed: 2", "the key 'seed' stands twice"),
-        ("extends: 3", "extends: 3; it must be a name"),
-        ("extends: staretr", "staretr: no such file or recipe; did you mean starter"),
+        ("train: [", ["run.yaml", "YAML"]),
+        ("- 1", ["run.yaml", "[1]"]),
+        ("seed: 1\nseed: 2", ["run.yaml", "'seed'"]),
+        ("extends: 3", ["run.yaml", "extends", 3]),
+        ("extends: staretr", ["staretr", "starter"]),
     ],
 )
-def test_files_that_are_not_configurations(tmp_path, text, message):
+def test_files_that_are_not_configurations(tmp_path, text, parts):
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    with pytest.raises(InputError, match=message):
+    with refused(*parts):
         RunConfig.load(str(path))
 
 
 def test_a_file_that_extends_itself(tmp_path):
     (tmp_path / "a.yaml").write_text("extends: b.yaml")
     (tmp_path / "b.yaml").write_text("extends: a.yaml")
-    with pytest.raises(InputError, match="extends itself"):
+    with refused(tmp_path / "a.yaml"):
         RunConfig.load(str(tmp_path / "a.yaml"))
 
 

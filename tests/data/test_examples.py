@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 from builders import make_model, make_tokenizer, save_model, sums, write_jsonl
+from messages import refused
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tpaw.config.schema import DataConfig, RunConfig
 from tpaw.data.examples import prepare_examples, read_examples, write_examples
 from tpaw.data.inputs import Inputs
-from tpaw.errors import InputError
 from tpaw.pipeline.preflight import read_inputs
 
 END = 4  # <|end|> in the tests' tokenizers
@@ -97,7 +97,7 @@ def test_templates_are_used_as_asked(tmp_path):
 def test_messages_need_a_chat_template(tmp_path):
     row = {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}
     path = write_jsonl(tmp_path / "a.jsonl", [row])
-    with pytest.raises(InputError, match="the tokenizer has no chat template"):
+    with refused("data.template"):
         prepare(path, make_tokenizer(chat=False))
     plain = prepare(write_jsonl(tmp_path / "b.jsonl", sums(1)), make_tokenizer(chat=False))
     assert plain.examples[0].prompt_text == sums(1)[0]["question"]
@@ -106,16 +106,14 @@ def test_messages_need_a_chat_template(tmp_path):
 def test_a_template_that_never_ends_a_turn(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
-    with pytest.raises(
-        InputError, match=r"none of the end-of-sequence tokens \['<\|end\|>'\]; set model.eos"
-    ):
+    with refused("data.template", "<|end|>", "model.eos_token"):
         prepare(write_jsonl(tmp_path / "a.jsonl", sums(1)), tokenizer)
 
 
 def test_a_template_that_rewrites_the_prompt(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ messages|length }}" + tokenizer.chat_template
-    with pytest.raises(InputError, match="renders a prompt differently once an answer follows"):
+    with refused("data.path", tmp_path / "a.jsonl", "1 of 1", "row 1"):
         prepare(write_jsonl(tmp_path / "a.jsonl", sums(1)), tokenizer)
 
 
@@ -143,12 +141,8 @@ def test_a_token_across_the_border_does_not_change_the_prompt(tmp_path):
 def test_skipped_rows_are_counted_by_reason_and_too_many_are_an_error(tmp_path):
     rows = [*sums(98), {"question": "", "answer": "a"}, {"question": "x " * 200, "answer": "y"}]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    with pytest.raises(InputError) as caught:
+    with refused("2 of 100", "2.0%", "data.max_skipped", "1.0%", "row 99", 128, "row 100"):
         prepare(path)
-    message = str(caught.value)
-    assert "2 of 100 rows (2.0%) cannot be used, data.max_skipped allows 1.0%" in message
-    assert "the prompt is empty: 1 (first: row 99)" in message
-    assert "longer than max_length 128: 1 (first: row 100)" in message
     prepared = prepare(path, max_skipped=0.02)
     assert len(prepared.examples) == 98
     assert prepared.skipped == {"the prompt is empty": 1, "longer than max_length 128": 1}
@@ -159,15 +153,13 @@ def test_max_length_itself_is_not_too_long(tmp_path):
     example = prepare(path).examples[0]
     length = len(example.prompt_ids) + len(example.target_ids)
     assert len(prepare(path, max_length=length).examples) == 1
-    with pytest.raises(InputError, match=f"longer than max_length {length - 1}: 1"):
+    with refused("max_length", length - 1):
         prepare(path, max_length=length - 1)
 
 
 def test_every_target_too_long_is_an_error_even_if_skipping_is_allowed(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", sums(5))
-    with pytest.raises(
-        InputError, match=r"5 of 5 rows .* none is left: longer than max_length 4: 5"
-    ):
+    with refused("5 of 5", "max_length", 4):
         prepare(path, max_length=4, max_skipped=1.0)
 
 
@@ -212,7 +204,7 @@ def test_the_last_token_of_the_vocabulary_may_be_used_and_no_later_one(settings,
     make_model(vocab_size=used + 1).save_pretrained(tmp_path / "m")
     assert len(read_inputs(RunConfig.load(settings)).examples) == len(examples)
     make_model(vocab_size=used).save_pretrained(tmp_path / "m")
-    with pytest.raises(InputError, match=f"gives token id {used}, the model has {used} tokens"):
+    with refused("model.path", tmp_path / "m", used):
         read_inputs(RunConfig.load(settings))
 
 

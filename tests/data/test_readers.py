@@ -2,17 +2,18 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from builders import sums, write_jsonl
 from datasets import Dataset, DatasetDict
+from messages import IN_BRACKETS, refused
 
 from tpaw.config.schema import DataConfig
 from tpaw.data.formats import Dialogue, Unusable, shape_of
 from tpaw.data.readers import read_records
-from tpaw.errors import InputError
 
 USER, SYSTEM, ASSISTANT = ({"role": r, "content": r[0]} for r in ("user", "system", "assistant"))
 
@@ -66,25 +67,29 @@ def test_limit_takes_the_first_rows(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
+    ("name", "text", "parts"),
     [
-        ("a.jsonl", '{"a": 1}\n\n{"a": 2\n', "line 3: malformed JSON"),
-        ("a.jsonl", '{"a": 1}\n[1]\n', r"line 2: a row is a JSON object, not \[1\]"),
-        ("a.jsonl", "", "holds no rows"),
-        ("a.json", '[{"a": 1}, 3]', "row 2: a row is a JSON object, not 3"),
-        ("a.json", '[{"a": 1},', "malformed JSON"),
-        ("a.json", "[]", "holds no rows"),
-        ("a.csv", "question,answer\n1,2\n3\n", "line 3: not 2 fields"),
-        ("a.csv", "question,answer\n1,2,3\n", "line 2: not 2 fields"),
-        ("a.parquet", "nonsense", "not a readable parquet file"),
-        ("a.arrow", "nonsense", "not a readable arrow file"),
-        ("a.txt", "nonsense", "not one of .json, .jsonl"),
+        pytest.param(name, text, parts, id=f"{name}-{what}")
+        for name, text, what, *parts in [
+            ("a.jsonl", '{"a": 1}\n\n{"a": 2\n', "half", "line 3", "JSON"),
+            ("a.jsonl", '{"a": 1}\n[1]\n', "list", "line 2", "[1]"),
+            ("a.jsonl", "", "empty"),
+            ("a.json", '[{"a": 1}, 3]', "number", "row 2", "3"),
+            ("a.json", '[{"a": 1},', "half", "JSON"),
+            ("a.json", "[]", "empty"),
+            ("a.csv", "question,answer\n1,2\n3\n", "short", "line 3", "2"),
+            ("a.csv", "question,answer\n1,2,3\n", "long", "line 2", "2"),
+            ("a.parquet", "nonsense", "nonsense", "parquet"),
+            ("a.arrow", "nonsense", "nonsense", "arrow"),
+            ("a.txt", "nonsense", "nonsense", ".json", ".jsonl"),
+        ]
     ],
 )
-def test_bad_files_are_named_with_the_place(tmp_path, name, text, message):
+def test_bad_files_are_named_with_the_place(tmp_path, name, text, parts):
     path = tmp_path / name
     path.write_text(text)
-    with pytest.raises(InputError, match=message) as caught:
+    libraries = re.compile(r"(?<=malformed JSON: ).*|(?<= file: ).*")
+    with refused(*parts, hide={"reason": libraries}) as caught:
         read_records(DataConfig(path=str(path)), "data")
     assert str(caught.value).startswith(f"data.path: {path}")
 
@@ -92,20 +97,18 @@ def test_bad_files_are_named_with_the_place(tmp_path, name, text, message):
 def test_bytes_that_are_not_text(tmp_path):
     for name in ("a.jsonl", "a.json"):
         (tmp_path / name).write_bytes(b'\xff\xfe{"a": 1}')
-        with pytest.raises(InputError, match="not UTF-8"):
+        with refused("data.path", tmp_path / name, "UTF-8"):
             read_records(DataConfig(path=str(tmp_path / name)), "data")
 
 
 @pytest.mark.parametrize("path", ["missing.jsonl", "./missing", "/missing/folder"])
 def test_a_missing_file(path):
-    with pytest.raises(InputError, match="no such file"):
+    with refused("data.path", path):
         read_records(DataConfig(path=path), "data")
 
 
 def test_a_hub_id_that_cannot_be_had_says_so():
-    with pytest.raises(
-        InputError, match="neither a file or folder here, nor a dataset that the hub"
-    ):
+    with refused("data.path", "nobody/nothing", hide=IN_BRACKETS):
         read_records(DataConfig(path="nobody/nothing"), "data")
 
 
@@ -125,10 +128,10 @@ def test_a_hub_id_is_loaded_with_split_and_revision(monkeypatch):
 
 
 def test_a_folder_that_is_no_dataset_and_a_split_that_is_not_there(tmp_path):
-    with pytest.raises(InputError, match="not a saved dataset"):
+    with refused("data.path", tmp_path):
         read_records(DataConfig(path=str(tmp_path)), "data")
     DatasetDict(train=Dataset.from_list(sums(1))).save_to_disk(str(tmp_path / "d"))
-    with pytest.raises(InputError, match="no split 'test'; there are train"):
+    with refused("data.path", "'test'", "train"):
         read_records(DataConfig(path=str(tmp_path / "d"), split="test"), "data")
 
 
@@ -227,11 +230,9 @@ def test_a_shape_fits_if_all_its_columns_are_there():
 
 
 def test_columns_that_do_not_fit():
-    with pytest.raises(
-        InputError, match="columns text are none of chosen/rejected, prompt/completion"
-    ):
+    with refused("data", "text"):
         convert({"text": "x"})
-    with pytest.raises(InputError, match="no column 'q'; there are answer, question"):
+    with refused("data.path", "'q'", "answer, question"):
         convert({"question": "x", "answer": "y"}, columns={"prompt": "q", "target": "answer"})
 
 

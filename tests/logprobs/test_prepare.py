@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from builders import LAYOUTS, make_model
+from messages import refused
 from oracles import expected_logps, ragged_team
 
 from tpaw.logprobs.packing import PACKED_LAYOUT, PADDED_LAYOUT, packed_batch
@@ -210,7 +211,7 @@ def test_a_log_prob_that_is_no_number_is_not_taken_for_a_changed_head():
 def test_virtual_tokens_are_refused():
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     model = peft.get_peft_model(make_model("llama"), config)
-    with pytest.raises(ValueError, match="virtual tokens"):
+    with refused("virtual tokens", error=ValueError):
         prepare_for_logprobs(model, 99)
 
 

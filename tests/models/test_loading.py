@@ -1,17 +1,19 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 import transformers
 from builders import make_model, make_tokenizer, save_model
+from messages import IN_BRACKETS, refused
 from safetensors.torch import save_file
 from transformers import BertConfig, Qwen2ForSequenceClassification, T5Config
 
 from tpaw.config.schema import ModelConfig, RunConfig
-from tpaw.errors import ArtifactError, InputError
+from tpaw.errors import ArtifactError
 from tpaw.models.checks import check_model
 from tpaw.models.fingerprint import fingerprint
 from tpaw.models.initial import initial_player
@@ -35,25 +37,25 @@ def test_decoders_pass(settings, tmp_path):
 
 def test_models_that_cannot_play(settings, tmp_path, model_folder):
     T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path / "t5")
-    with pytest.raises(InputError, match="t5 is an encoder-decoder"):
+    with refused(tmp_path / "t5", "model.path"):
         check(settings, tmp_path / "t5")
     config = make_model().config
     Qwen2ForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
-    with pytest.raises(InputError, match="Qwen2ForSequenceClassification is not a causal language"):
+    with refused("Qwen2ForSequenceClassification", "model.path"):
         check(settings, tmp_path / "classifier")
     BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(tmp_path / "bert")
-    with pytest.raises(InputError, match="BertForMaskedLM is not a causal language model"):
+    with refused("BertForMaskedLM", "model.path"):
         check(settings, tmp_path / "bert")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    with pytest.raises(InputError, match="an adapter, not a model; merge it"):
+    with refused(tmp_path / "adapter", "model.path"):
         check(settings, tmp_path / "adapter")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="without config.json"):
+    with refused(tmp_path / "empty", "config.json"):
         check(settings, tmp_path / "empty")
-    with pytest.raises(InputError, match="neither a model folder here nor a model that the hub"):
+    with refused(tmp_path / "missing", "model.path", hide=IN_BRACKETS):
         check(settings, tmp_path / "missing")
-    with pytest.raises(InputError, match="max_length: 300 is beyond the 256 positions"):
+    with refused("max_length", 300, 256):
         check(settings, model_folder, max_length=300)
     check(settings, model_folder, max_length=256)  # all of them may be used
 
@@ -72,7 +74,7 @@ def test_the_fingerprint_is_of_the_weights_and_not_of_their_place_or_shards(tmp_
     make_model(seed=1).to(torch.bfloat16).save_pretrained(tmp_path / "other_dtype")
     assert fingerprint(tmp_path / "edited") not in same
     assert fingerprint(tmp_path / "other_dtype") not in same
-    with pytest.raises(InputError, match="holds no weights"):
+    with refused(tmp_path):
         fingerprint(tmp_path)
 
 
@@ -119,12 +121,12 @@ def test_the_initial_player_is_recorded_and_edited_weights_are_refused(tmp_path)
     assert initial_player(config, record) == player
     assert not load_model(player, config, dtype=torch.float32, device=CPU).training
     make_model(seed=9).save_pretrained(folder)
-    with pytest.raises(InputError, match="its weights are not those that this run began with"):
+    with refused(folder):
         initial_player(config, record)
     shutil.rmtree(folder)
     absent = initial_player(config, record)
     assert absent.fingerprint == player.fingerprint
-    with pytest.raises(InputError, match="not there, but θ_0 is needed"):
+    with refused(folder, "θ_0"):
         load_model(absent, config, dtype=torch.float32, device=CPU)
 
 
@@ -133,7 +135,7 @@ def test_absent_weights_are_an_error_and_not_random_numbers(tmp_path):
     state = {k: v for k, v in model.state_dict().items() if "layers.1.mlp" not in k}
     model.save_pretrained(tmp_path, state_dict=state)
     player = Player(0, str(tmp_path), "")
-    with pytest.raises(ArtifactError, match=r"lacks weights of the model: model.layers.1.mlp"):
+    with refused("model.layers.1.mlp", tmp_path, error=ArtifactError):
         load_model(player, ModelConfig(path="x"), dtype=torch.float32, device=CPU)
 
 
@@ -184,7 +186,7 @@ def test_rope_that_depends_on_the_batch_is_refused(settings, tmp_path):
         rope |= {"original_max_position_embeddings": 128}
         (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
         check(settings, folder, max_length=128)
-        with pytest.raises(InputError, match=f"max_length: 200: beyond 128 tokens this .* {kind}"):
+        with refused("max_length", 200, 128, kind):
             check(settings, folder, max_length=200)
 
 
@@ -193,20 +195,22 @@ def test_damaged_weights_are_refused_before_anything_is_written(settings, tmp_pa
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-500])
-    with pytest.raises(InputError, match=r"model.safetensors: damaged: \d+ bytes; its header says"):
+    with refused("model.safetensors"):
         check(settings, folder)
     weights.write_bytes(b"nonsense" + whole[8:])
-    with pytest.raises(InputError, match="damaged"):
+    with refused("model.safetensors"):
         check(settings, folder)
     weights.unlink()
-    with pytest.raises(InputError, match="holds no weights"):
+    with refused(folder):
         check(settings, folder)
 
 
 def test_an_attention_that_is_not_there(settings, model_folder):
     for name in ("foo", "flash_attention_2"):
         settings["model"] = {"path": str(model_folder), "attn_implementation": name}
-        with pytest.raises(InputError, match=f"model.attn_implementation: '{name}' cannot be used"):
+        with refused(
+            "model.attn_implementation", name, hide={"reason": re.compile("(?<=used: ).*")}
+        ):
             check_model(RunConfig.load(settings))
 
 
@@ -214,7 +218,7 @@ def test_an_unreadable_generation_config_is_not_taken_for_an_absent_one(tmp_path
     folder = save_model(tmp_path / "m")
     (folder / "generation_config.json").write_text("{")
     config = ModelConfig(path=str(folder))
-    with pytest.raises(InputError, match=r"generation_config.json"):
+    with refused(folder, "generation_config.json", hide={"reason": re.compile("(?<=json: ).*")}):
         stop_token_ids(config, load_tokenizer(config))
 
 
@@ -227,7 +231,7 @@ def test_stop_tokens_are_the_tokenizers_and_the_generation_configs(tmp_path):
     assert stop_token_ids(config, load_tokenizer(config)) == (4, 0)
     chosen = ModelConfig(path=str(folder), eos_token="<|bos|>")
     assert stop_token_ids(chosen, load_tokenizer(chosen)) == (5, 4, 0)
-    with pytest.raises(InputError, match="model.eos_token: '<nope>' is not in the vocabulary"):
+    with refused("model.eos_token", "<nope>"):
         load_tokenizer(ModelConfig(path=str(folder), eos_token="<nope>"))
 
 
@@ -236,18 +240,18 @@ def test_no_end_of_sequence_token_at_all(tmp_path):
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path)
     config = ModelConfig(path=str(tmp_path))
-    with pytest.raises(InputError, match="has no end-of-sequence token; set model.eos_token"):
+    with refused("model.eos_token"):
         stop_token_ids(config, load_tokenizer(config))
 
 
 def test_a_folder_without_a_tokenizer(tmp_path):
     make_model().save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="tokenizer knows no text"):
+    with refused(tmp_path):
         load_tokenizer(ModelConfig(path=str(tmp_path)))
 
 
 def test_a_device_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device("auto").type == "cpu"
-    with pytest.raises(InputError, match="device: 'cuda' is not there"):
+    with refused("device", "cuda"):
         pick_device("cuda")

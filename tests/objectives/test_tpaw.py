@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from builders import PAPER, make_model, make_tokenizer
+from messages import refused
 from oracles import paper_loss
 
 from tpaw.objectives.tpaw import team_loss
@@ -91,7 +92,7 @@ def test_a_player_weight_of_exactly_the_smallest_stays():
 
 def test_a_team_without_players_is_refused():
     logps, nobody = torch.zeros(2), torch.zeros(2, 0)
-    with pytest.raises(ValueError, match=r"it must be \(B, K\), K ≥ 1"):
+    with refused("(B, K)", error=ValueError):
         team_loss(logps, logps, nobody, nobody, **PAPER)
 
 
@@ -193,26 +194,26 @@ def test_variants_switch_the_weights_off():
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "value", "bound"),
     [
-        ({"eta": 0.99}, "eta is 0.99; it must be at least 1"),
-        ({"eta": math.nan}, "eta is nan"),
-        ({"eta": math.inf}, "finite"),
-        ({"lambda_": math.inf}, "finite"),
-        ({"gamma": math.inf}, "finite"),
-        ({"gamma": -0.1}, "gamma is -0.1; it must be at least 0"),
-        ({"lambda_": 0.0}, "lambda_ is 0.0; it must be greater than 0"),
-        ({"lambda_": -1.0}, "lambda_ is -1.0"),
-        ({"min_player_weight": 0.4}, "with 3 players at most 1/3"),
-        ({"min_player_weight": -0.1}, "min_player_weight is -0.1"),
-        ({"min_player_weight": 1.0}, r"min_player_weight is 1.0; it must be in \[0, 1\)"),
-        ({"target_weight": "two"}, "target_weight is 'two'"),
-        ({"player_weight": "max"}, "player_weight is 'max'"),
+        ("eta", 0.99, "1"),
+        ("eta", math.nan, ""),
+        ("eta", math.inf, ""),
+        ("lambda_", math.inf, ""),
+        ("gamma", math.inf, ""),
+        ("gamma", -0.1, "0"),
+        ("lambda_", 0.0, "0"),
+        ("lambda_", -1.0, "0"),
+        ("min_player_weight", 0.4, "1/3"),
+        ("min_player_weight", -0.1, "[0, 1)"),
+        ("min_player_weight", 1.0, "[0, 1)"),
+        ("target_weight", "two", "adaptive"),
+        ("player_weight", "max", "softmax"),
     ],
 )
-def test_refuses_settings_out_of_range(change, message):
-    with pytest.raises(ValueError, match=message):
-        team_loss(*random_batch(2, 3, seed=0), **(PAPER | change))
+def test_refuses_settings_out_of_range(name, value, bound):
+    with refused(name, repr(value), bound, error=ValueError):
+        team_loss(*random_batch(2, 3, seed=0), **(PAPER | {name: value}))
 
 
 @pytest.mark.parametrize("argument", range(4))
@@ -220,13 +221,13 @@ def test_refuses_nan_shapes_and_integers(argument):
     good = random_batch(3, 2, seed=0)
     with_nan = [t.clone() for t in good]
     with_nan[argument].view(-1)[1] = math.nan
-    with pytest.raises(ValueError, match="is NaN or infinite in 1 places"):
+    with refused(1, error=ValueError):
         team_loss(*with_nan, **PAPER)
     misshapen = list(good)
     misshapen[argument] = good[argument][:2] if argument else good[argument][:, None]
-    with pytest.raises(ValueError, match="shape"):
+    with refused(error=ValueError):
         team_loss(*misshapen, **PAPER)
     integers = list(good)
     integers[argument] = good[argument].long()
-    with pytest.raises(ValueError, match="floating point"):
+    with refused(error=ValueError):
         team_loss(*integers, **PAPER)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
-from builders import contents, sums, write_jsonl
-
-DRIVER = Path(__file__).parents[1] / "kill_driver.py"
+from builders import contents, run_settings, sums, write_jsonl
+from fork_server import Forked
 
 # Points of one run directory, one after the other; counts begin anew with each process.
 IN_EACH_STAGE = [
@@ -32,27 +28,27 @@ IN_EACH_STAGE = [
 ]
 
 
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("forks")]
+
+
 def run(folder, config, *points):
-    command = [sys.executable, str(DRIVER), str(config), str(folder), *points]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.split("\n")[:-1]
-    assert lines[-1] == "exit 0", done.stderr
+    out, err = (folder.with_name(f"{folder.name}-{name}.txt") for name in ("out", "err"))
+    driver = Forked("kill_driver:main", config, folder, *points, out=out, err=err)
+    assert driver.wait(timeout=600) == 0, err.read_text()
+    lines = out.read_text().split("\n")[:-1]
+    assert lines[-1] == "exit 0", err.read_text()
     return lines[:-1]
 
 
-@pytest.fixture
-def config(tmp_path, settings):
-    settings["iterations"] = 2
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
-
-
-@pytest.fixture
-def uninterrupted(tmp_path, config):
-    assert run(tmp_path / "whole", config) == []
-    files = contents(tmp_path / "whole")
+@pytest.fixture(scope="module")
+def two_iterations(tmp_path_factory, forks, model_folder, data_file, heldout_file):
+    """A configuration, and what a run of it gives that was never interrupted."""
+    folder = tmp_path_factory.mktemp("two-iterations")
+    settings = run_settings(model_folder, data_file, heldout_file) | {"iterations": 2}
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    assert run(folder / "whole", config) == []
+    files = contents(folder / "whole")
     for kind in (
         "1/checkpoint/model.safetensors",
         "2/checkpoint/model.safetensors",
@@ -60,10 +56,11 @@ def uninterrupted(tmp_path, config):
     ):
         assert f"iterations/{kind}" in files
     assert any(name.startswith("logprobs/") for name in files)
-    return files
+    return config, files
 
 
-def test_killed_in_every_stage(tmp_path, config, uninterrupted):
+def test_killed_in_every_stage(tmp_path, two_iterations):
+    config, uninterrupted = two_iterations
     outcomes = run(tmp_path / "killed", config, *IN_EACH_STAGE)
     assert outcomes == ["killed"] * len(IN_EACH_STAGE)
     assert contents(tmp_path / "killed") == uninterrupted
@@ -89,7 +86,7 @@ def test_a_baseline_killed_in_every_stage(tmp_path, settings, method, points):
             for i, r in enumerate(sums(24))
         ]
         settings["data"] = {"path": str(write_jsonl(tmp_path / "pairs.jsonl", rows))}
-        settings["train"]["tokens_per_row"] = 512
+        settings["train"]["tokens_per_row"] = 96  # steps of four rows or so
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(settings))
     assert run(tmp_path / "whole", config) == []
@@ -104,7 +101,8 @@ def test_a_baseline_killed_in_every_stage(tmp_path, settings, method, points):
         assert whole == killed
 
 
-def test_killed_between_any_two_publications(tmp_path, config, uninterrupted):
+def test_killed_between_any_two_publications(tmp_path, two_iterations):
+    config, uninterrupted = two_iterations
     # Each process publishes three more files and dies, before or after the rename.
     points = ["publish:4", "published:3"] * 30
     outcomes = run(tmp_path / "killed", config, *points)

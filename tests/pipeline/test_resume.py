@@ -9,12 +9,13 @@ import shutil
 
 import pytest
 from builders import stopped_at_step
+from messages import refused
 
 import tpaw.pipeline.players
 import tpaw.pipeline.stages
 import tpaw.training.iteration
 from tpaw.config.schema import RunConfig
-from tpaw.errors import ArtifactError, DivergenceError, InputError, TpawError
+from tpaw.errors import ArtifactError, DivergenceError, TpawError
 from tpaw.selfplay import self_play
 from tpaw.storage.run_directory import RunDirectory, restart_iteration
 from tpaw.training.trainer import TeamTrainer
@@ -62,7 +63,7 @@ def test_a_damaged_artifact_is_named_and_refused_and_not_redone(finished, tmp_pa
     else:
         path.unlink()
     damaged = path.read_bytes() if path.exists() else None
-    with pytest.raises(ArtifactError, match=path.name):
+    with refused(path.name, error=ArtifactError):
         self_play(config, tmp_path / "run")
     assert (path.read_bytes() if path.exists() else None) == damaged
 
@@ -93,7 +94,7 @@ def test_a_saved_step_that_is_damaged_is_refused_too(settings, tmp_path):
     content = bytearray(state.read_bytes())
     content[100] ^= 1
     state.write_bytes(content)
-    with pytest.raises(ArtifactError, match=r"checkpoint-1/optimizer.pt: damaged"):
+    with refused("checkpoint-1/optimizer.pt", error=ArtifactError):
         self_play(config, tmp_path / "r", stop)
 
 
@@ -104,7 +105,7 @@ def test_a_lost_manifest_is_named_and_nothing_is_redone_over_it(finished, tmp_pa
         shutil.copytree(run.root, copy)
         (copy / name / "manifest.json").unlink()
         before = {path: path.read_bytes() for path in copy.rglob("*.safetensors")}
-        with pytest.raises(ArtifactError, match=f"{name}: its manifest.json is missing"):
+        with refused(copy / name, "manifest.json", error=ArtifactError):
             self_play(config, copy)
         assert before == {path: path.read_bytes() for path in copy.rglob("*.safetensors")}
 
@@ -130,7 +131,7 @@ def test_a_missing_or_unfinite_log_is_said_and_no_crash(finished, tmp_path):
     summary = summarise(RunDirectory(tmp_path / "run"), config)
     assert math.isnan(summary["players"][2]["training"]["rewards/target"])
     log.unlink()
-    with pytest.raises(ArtifactError, match=r"2/training.jsonl: missing, though θ_2 is published"):
+    with refused("2/training.jsonl", "θ_2", error=ArtifactError):
         self_play(config, tmp_path / "run")
 
 
@@ -165,7 +166,7 @@ def test_a_model_that_moved_is_found_by_its_weights(settings, tmp_path, model_fo
     settings["model"] = {"path": str(tmp_path / "here")}
     stopped_at_step(2, RunConfig.load(settings), tmp_path / "r")
     (tmp_path / "here").rename(tmp_path / "there")
-    with pytest.raises(TpawError, match="not there, but θ_0 is needed"):
+    with refused(tmp_path / "here", "θ_0", error=TpawError):
         self_play(RunConfig.load(settings), tmp_path / "r")
     settings["model"] = {"path": str(tmp_path / "there")}
     assert self_play(RunConfig.load(settings), tmp_path / "r").index == 2
@@ -184,13 +185,13 @@ def test_divergence_publishes_nothing_and_can_be_left(settings, tmp_path, monkey
     monkeypatch.setattr(TeamTrainer, "compute_loss", poisoned)
     run = tmp_path / "r"
     advice = f"tpaw run {run} --restart-iteration 1"
-    with pytest.raises(DivergenceError, match=f"train.learning_rate.*{advice}"):
+    with refused("train.learning_rate", advice, error=DivergenceError):
         self_play(RunConfig.load(settings), run)
     assert not (run / "iterations" / "1" / "checkpoint").exists()
     monkeypatch.undo()
     shards = {path: path.read_bytes() for path in run.rglob("*.parquet")}
     settings["train"] |= {"learning_rate": [1e-4]}
-    with pytest.raises(InputError, match=r"train\.learning_rate"):
+    with refused("train.learning_rate"):
         self_play(RunConfig.load(settings), run)  # the iteration has begun
     restart_iteration(run, 1)
     assert self_play(RunConfig.load(settings), run).index == 1
@@ -201,10 +202,10 @@ def test_divergence_publishes_nothing_and_can_be_left(settings, tmp_path, monkey
 def test_only_an_iteration_that_is_under_way_can_be_restarted(finished, number):
     run, _ = finished
     checkpoints = [run.checkpoint(i) for i in range(1, 5)]
-    with pytest.raises(InputError, match=f"--restart-iteration {number}"):
+    with refused(f"--restart-iteration {number}"):
         restart_iteration(run.root, number)
     assert all(checkpoint.exists() for checkpoint in checkpoints)
-    with pytest.raises(InputError, match="is not a run directory"):
+    with refused(run.root / "nowhere"):
         restart_iteration(run.root / "nowhere", number)
 
 

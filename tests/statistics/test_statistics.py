@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 import pytest
+from messages import refused
 from scipy import stats
 
 from tpaw.statistics.over_items import holm, mean_interval, paired_difference, sign_flip_p_value
@@ -43,7 +44,7 @@ def test_holm_is_closed_testing_with_bonferroni():
 
 @pytest.mark.parametrize("wrong", [-0.1, 1.1, math.nan])
 def test_holm_refuses_what_is_no_p_value(wrong):
-    with pytest.raises(ValueError, match=r"lies in \[0, 1\]"):
+    with refused(wrong, "[0, 1]", error=ValueError):
         holm([0.5, wrong])
 
 
@@ -123,13 +124,13 @@ def test_identical_scores_and_a_known_shift():
 
 
 def test_scores_that_cannot_be_compared():
-    with pytest.raises(ValueError, match="2 scores and 1: not of the same items"):
+    with refused(2, 1, error=ValueError):
         paired_difference([1, 2], [1])
-    with pytest.raises(ValueError, match="1 value: an interval needs two"):
+    with refused(1, error=ValueError):
         paired_difference([1], [1])
-    with pytest.raises(ValueError, match="nan: values must be finite"):
+    with refused("nan", error=ValueError):
         paired_difference([1, math.nan], [1, 2])
-    with pytest.raises(ValueError, match="no values"):
+    with refused(error=ValueError):
         sign_flip_p_value([])
 
 
@@ -144,7 +145,7 @@ def test_one_method_over_seeds():
     assert over_seeds([0.1 + 0.2, 0.3]).sd == 0.0
     assert over_seeds([0.5] * 6) == (6, 0.5, 0.0, (0.5, 0.5))
     for wrong in ([], [1.0, math.inf]):
-        with pytest.raises(ValueError, match="finite scores are needed"):
+        with refused(wrong, error=ValueError):
             over_seeds(wrong)
 
 
@@ -210,5 +211,5 @@ def test_too_few_seeds_are_said_to_be():
 
 
 def test_seeds_that_are_no_pairs():
-    with pytest.raises(ValueError, match="2 scores and 3: not of the same seeds"):
+    with refused(2, 3, error=ValueError):
         seed_difference([1, 2], [1, 2, 3])

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
+from messages import refused
 
 import tpaw.storage.artifacts
 from tpaw.errors import ArtifactError
@@ -91,26 +93,23 @@ def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("name", "content"),
     [
-        (lambda f: (f / "a.txt").write_text("two"), "a.txt: damaged: its content differs"),
-        (lambda f: (f / "a.txt").write_text("on"), "a.txt: 2 bytes; published with 3"),
-        (lambda f: (f / "sub" / "b.bin").unlink(), "b.bin: missing, though manifest.json lists it"),
-        (lambda f: (f / MANIFEST).write_text("{"), "manifest.json: damaged or unreadable"),
-        (lambda f: (f / MANIFEST).write_text("{}"), "it lists no files"),
-        (lambda f: (f / MANIFEST).write_text('{"files": [{"path": 1}]}'), "it lists no files"),
-        (
-            lambda f: (f / MANIFEST).write_text(
-                '{"files": [{"path": 1, "bytes": 3, "sha256": "a"}]}'
-            ),
-            "it lists no files",
-        ),
+        ("a.txt", "two"),
+        ("a.txt", "on"),
+        ("sub/b.bin", None),
+        (MANIFEST, "{"),
+        (MANIFEST, "{}"),
+        (MANIFEST, '{"files": [{"path": 1}]}'),
+        (MANIFEST, '{"files": [{"path": 1, "bytes": 3, "sha256": "a"}]}'),
     ],
 )
-def test_damage_is_named(tmp_path, damage, message):
+def test_damage_is_named(tmp_path, name, content):
     folder = publish(tmp_path / "x")
-    damage(folder)
-    with pytest.raises(ArtifactError, match=message):
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(content)
+    with refused(folder / name, error=ArtifactError, hide={"reason": re.compile("Expecting.*")}):
         verify(folder / MANIFEST)
 
 

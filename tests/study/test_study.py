@@ -7,9 +7,9 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 import yaml
+from messages import refused
 
 from tpaw.config.schema import RunConfig
-from tpaw.errors import InputError
 from tpaw.report.figures import draw_figures
 from tpaw.report.study import sentences, study_report, study_tables
 from tpaw.runtime.interrupt import StopSignal
@@ -70,29 +70,32 @@ def test_methods_may_have_names_recipes_and_settings_of_their_own(write):
 
 
 @pytest.mark.parametrize(
-    ("study", "message"),
+    ("study", "parts"),
     [
-        ({"methods": ["tpa"]}, r"tpa: tpa: no such file or recipe; did you mean tpaw\?"),
-        ({"method": ["tpaw"]}, r"method: unknown key; did you mean methods\?"),
-        ({"vary": {"objective.etaa": [1]}}, r"unknown key; did you mean objective.eta\?"),
-        ({"vary": {"objective.eta": []}}, r"vary.objective.eta: no values"),
-        ({"vary": {"objective.eta": [0.5]}}, r"eta = 0.5: objective.eta: 0.5 is not allowed"),
-        ({"vary": {"objective.eta": 3}}, r"vary"),
-        ({"seeds": [1, 1]}, r"seeds: \[1, 1\]: one stands twice"),
-        ({"seeds": 0}, r"at least one of each"),
-        ({"baseline": "spi"}, r"baseline: 'spi' is not known; did you mean spin\?"),
-        ({"set": {"evaluate": None}}, r"evaluate"),
-        ({"set": {"evaluate": {"data": None}}}, r"tpaw: evaluate.data: missing; a study compares"),
-        ({"methods": {"a b": "tpaw", "a-b": "spin"}}, r"make the same folder"),
+        pytest.param(study, parts, id=name)
+        for name, study, *parts in [
+            ("recipe", {"methods": ["tpa"]}, "tpa", "tpaw"),
+            ("key", {"method": ["tpaw"]}, "method", "methods"),
+            ("setting", {"vary": {"objective.etaa": [1]}}, "objective.etaa", "objective.eta"),
+            ("no value", {"vary": {"objective.eta": []}}, "vary.objective.eta"),
+            ("bad value", {"vary": {"objective.eta": [0.5]}}, "eta = 0.5", "objective.eta"),
+            ("no list", {"vary": {"objective.eta": 3}}, "vary", 3),
+            ("seeds twice", {"seeds": [1, 1]}, "seeds", "[1, 1]"),
+            ("no seeds", {"seeds": 0}, "seeds"),
+            ("baseline", {"baseline": "spi"}, "baseline", "'spi'", "spin"),
+            ("no evaluation", {"set": {"evaluate": None}}, "evaluate"),
+            ("no rows", {"set": {"evaluate": {"data": None}}}, "tpaw", "evaluate.data"),
+            ("one folder", {"methods": {"a b": "tpaw", "a-b": "spin"}}, "a-b"),
+        ]
     ],
 )
-def test_bad_studies(write, study, message):
-    with pytest.raises(InputError, match=message):
+def test_bad_studies(write, study, parts):
+    with refused(*parts):
         read_study(write(**({"methods": ["tpaw", "spin"]} | study)))
 
 
 def test_an_unknown_study():
-    with pytest.raises(InputError, match="study: 'method' is not known; did you mean"):
+    with refused("study", "'method'"):
         read_study("method")
 
 
@@ -140,7 +143,7 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_one_of_the_study(writ
         write(set={"iterations": 1, "objective": {"eta": 2.0}}, seeds=[0])
     )
     changed = runs_of(conditions, study.seeds, tmp_path / "study")
-    with pytest.raises(InputError, match=r"other settings:\n  objective.eta: 6.0 .* 2.0"):
+    with refused("objective.eta: 6.0", "2.0"):
         run_study(changed, tmp_path / "study", 1, StopSignal())
 
 

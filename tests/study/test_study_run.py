@@ -1,58 +1,54 @@
-"""A study on the starter through the command line: killed, resumed, and the same."""
+"""A study through the command line: killed, resumed, and the same."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import subprocess
-import sys
 import time
+from typing import NamedTuple
 
 import pytest
 import yaml
+from fork_server import Forked
+from messages import says
 
-CODE = "from tpaw.cli.main import main; main()"
+import tpaw.study.runner
+from tpaw.study.runner import launch_process, run_study
+
 STUDY = {
-    "recipe": "starter",
+    "recipe": "recipe.yaml",
     "methods": ["tpaw", "spin"],
     "seeds": 2,
-    "set": {
-        "iterations": 2,
-        "data": {"limit": 128},
-        "evaluate": {"data": {"limit": 60}},
-        "train": {"learning_rate": 1e-4, "epochs": 1, "batch_size": 16, "log_every": 2},
-    },
+    "set": {"iterations": 2, "train": {"epochs": 4}},
 }
 
 
 @pytest.fixture
-def study(tmp_path):
+def study(tmp_path, settings):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(STUDY))
     return path
 
 
 def start(study, output):
-    # Four at a time: on machines of few cores each has one thread, as so small a model likes best.
-    return subprocess.Popen(
-        [sys.executable, "-c", CODE, "study", str(study), "-o", str(output), "--jobs", "4"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    arguments = ("study", study, "-o", output, "--jobs", 4)
+    log = study.parent / f"{output.name}-{time.monotonic_ns()}.txt"
+    return Forked("study_driver:study", *arguments, out=log)
 
 
 def finish(process, expected=0):
-    text, _ = process.communicate(timeout=900)
-    assert process.returncode == expected, text
-    return text
+    assert process.wait(timeout=300) == expected, process.out.read_text()
+    return process.out.read_text()
 
 
 def wait_for(pattern, folder, process):
     while not list(folder.glob(pattern)):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
+        assert process.poll() is None, process.out.read_text()
+        time.sleep(0.005)
 
 
 def results(folder):
@@ -64,28 +60,34 @@ def results(folder):
     return found
 
 
-def children(pid):
-    found = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False
-    )
-    return [int(line) for line in found.stdout.split()]
+def living_runs(folder, server):
+    """Process ids of a study's runs that have not ended."""
+    command = ["ps", "-o", "pid=", "--ppid", str(server)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    pids = {int(path.read_text()) for path in folder.glob("logs/*.pid")}
+    return pids & {int(line) for line in found.stdout.split()}
 
 
-def test_killed_and_resumed_a_study_gives_the_same(study, tmp_path):
+@pytest.mark.process
+def test_killed_and_resumed_a_study_gives_the_same(study, tmp_path, forks):
     whole = start(study, tmp_path / "whole")
     killed = start(study, tmp_path / "killed")
     folder = tmp_path / "killed"
 
     # Once with its runs, once without them: those live on, and are waited for.
     wait_for("runs/*/*/iterations/1/training.jsonl", folder, killed)
-    for child in children(killed.pid):
-        os.kill(child, signal.SIGKILL)
+    killed.send_signal(signal.SIGSTOP)  # it starts no other run meanwhile
+    runs = living_runs(folder, forks)
+    assert runs
+    for run in runs:
+        os.kill(run, signal.SIGKILL)
     killed.kill()
-    killed.wait()
+    assert killed.wait() == -signal.SIGKILL
     killed = start(study, folder)
     wait_for("runs/*/*/iterations/2/training.jsonl", folder, killed)
     killed.kill()
-    killed.wait()
+    assert killed.wait() == -signal.SIGKILL
+    assert living_runs(folder, forks)
 
     finish(start(study, folder))
     text = finish(whole)
@@ -95,34 +97,73 @@ def test_killed_and_resumed_a_study_gives_the_same(study, tmp_path):
     assert "2 seeds: no exact paired test can go below p = 0.5" in text
     assert len(list((folder / "shared").iterdir())) == 2  # one a seed, for both methods
 
-    # Another process is refused; when all is done, a second time costs nothing and changes nothing.
+    # When all is done, a second time costs nothing and changes nothing.
     again = start(study, folder)
     finish(again)
     assert results(folder) == results(tmp_path / "whole")
 
 
-def test_a_stop_is_passed_on_and_the_study_goes_on(study, tmp_path):
+@pytest.mark.process
+def test_a_stop_is_passed_on_and_the_study_goes_on(study, tmp_path, forks):
     STOPPED = 128 + signal.SIGTERM
     settings = yaml.safe_load(study.read_text()) | {"methods": ["tpaw"], "seeds": 1}
     study.write_text(yaml.safe_dump(settings))
     process = start(study, tmp_path / "out")
     wait_for("out/runs/*/*/iterations/1/training.jsonl", tmp_path, process)
+    assert living_runs(tmp_path / "out", forks)
     process.send_signal(signal.SIGTERM)
     text = finish(process, expected=STOPPED)
     assert "go on with: tpaw study" in text
-    assert not children(process.pid)
+    assert not living_runs(tmp_path / "out", forks)
     finish(start(study, tmp_path / "out"))
 
 
-def test_a_run_that_fails_does_not_stop_the_others(study, tmp_path):
+class Ended(NamedTuple):
+    """A process that has ended."""
+
+    code: int
+
+    def poll(self):
+        return self.code
+
+    wait = poll
+
+
+def test_a_run_that_fails_does_not_stop_the_others(study, tmp_path, tpaw_, monkeypatch):
+    def launch(*arguments, log, threads):
+        code, out, err = tpaw_(*arguments)
+        log.write_text(out + err)
+        return Ended(code)
+
+    monkeypatch.setattr(tpaw.study.runner, "run_study", functools.partial(run_study, launch=launch))
     settings = yaml.safe_load(study.read_text()) | {
         "methods": {"tpaw": [], "hopeless": {"train": {"learning_rate": 1e30}}},
         "seeds": 1,
     }
     study.write_text(yaml.safe_dump(settings))
-    text = finish(start(study, tmp_path / "out"), expected=1)
+    code, text, _ = tpaw_("study", study, "-o", tmp_path / "out")
+    assert code == 1
     assert "failed and left out: hopeless, seed 0" in text
     found = json.loads((tmp_path / "out" / "study.json").read_text())
-    assert "no number" in found["failures"]["hopeless, seed 0"]
+    said = found["failures"]["hopeless, seed 0"]
+    says(said, "train.learning_rate", tmp_path / "out", "--restart-iteration 1")
     assert len(found["conditions"]["tpaw"]["runs"]) == 1
     assert found["conditions"]["hopeless"]["runs"] == {}
+
+
+@pytest.mark.process
+def test_a_run_is_a_process_of_the_command_line_with_its_share_of_the_cores(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\nprint(*sys.orig_argv[1:], *map(os.getenv, ['OMP_NUM_THREADS',"
+        " 'MKL_NUM_THREADS']), os.getpid() == os.getsid(0), flush=True)"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    log = tmp_path / "log"
+    log.write_text("before\n")
+    process = launch_process("run", str(tmp_path / "none"), log=log, threads=3)
+    assert process.wait() == 2
+    before, started, *_, last = log.read_text().splitlines()
+    assert before == "before"
+    assert started == f"-m tpaw run {tmp_path / 'none'} 3 3 True"
+    assert last.startswith("tpaw: ")
+    assert process.poll() == 2

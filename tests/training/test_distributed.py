@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from distributed_driver import losses
+from fork_server import Forked
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,28 @@ def one_process(tmp_path_factory):
 
 
 def of_processes(folder, count, **options):
-    """The same by `torchrun`, over gloo."""
+    """The same by processes that find each other over gloo, as torchrun sets them up."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    processes = [
+        Forked(
+            "distributed_driver:main",
+            *(folder / "losses.json", json.dumps(options)),
+            out=folder / f"rank-{rank}.txt",
+            env=meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(count)
+    ]
+    for process in processes:
+        assert process.wait(timeout=120) == 0, process.out.read_text()
+    out = folder / "losses.json"
+    return json.loads(out.read_text()) if out.exists() else None
+
+
+def by_torchrun(folder, count, **options):
+    """The same again, started as people start it."""
     out = folder / "losses.json"
     subprocess.run(
         [
@@ -36,7 +59,7 @@ def of_processes(folder, count, **options):
         check=True,
         timeout=120,
     )
-    return json.loads(out.read_text()) if out.exists() else None
+    return json.loads(out.read_text())
 
 
 def assert_same_steps(found, expected, tolerance=1e-5):
@@ -55,6 +78,8 @@ def test_accumulation_does_not_change_a_step(one_process, tmp_path):
     assert_same_steps(found, one_process)
 
 
+@pytest.mark.process
+@pytest.mark.usefixtures("forks")
 def test_two_processes_in_mixed_precision_stay_close(tmp_path):
     settings = {"bf16": True, "per_device_train_batch_size": 4, "fsdp": True, "dtype": "float32"}
     found = of_processes(tmp_path, 2, **settings)
@@ -62,19 +87,30 @@ def test_two_processes_in_mixed_precision_stay_close(tmp_path):
     assert_same_steps(found[:2], expected[:2], tolerance=2e-2)
 
 
+@pytest.mark.process
+@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize(
-    "options",
+    ("start", "options"),
     [
-        {"per_device_train_batch_size": 4},
-        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "tokens_per_row": 1},
-        {"per_device_train_batch_size": 4, "fsdp": True},
+        (by_torchrun, {"per_device_train_batch_size": 4}),
+        (
+            of_processes,
+            {
+                "per_device_train_batch_size": 2,
+                "gradient_accumulation_steps": 2,
+                "tokens_per_row": 1,
+            },
+        ),
+        (of_processes, {"per_device_train_batch_size": 4, "fsdp": True}),
     ],
     ids=["ddp", "ddp-accumulating", "fsdp2"],
 )
-def test_two_processes_do_not_change_a_step(one_process, tmp_path, options):
-    assert_same_steps(of_processes(tmp_path, 2, **options), one_process)
+def test_two_processes_do_not_change_a_step(one_process, tmp_path, start, options):
+    assert_same_steps(start(tmp_path, 2, **options), one_process)
 
 
+@pytest.mark.process
+@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize(
     ("fault", "error"), [("divergence", "DivergenceError"), ("mismatch", "PolicyMismatchError")]
 )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from builders import PAPER, arguments, make_model, train, triples
 from datasets import Dataset
+from messages import refused
 
 from tpaw.logprobs.packing import PACKED_LAYOUT
 from tpaw.objectives.base import ObjectiveNeeds
@@ -27,7 +28,7 @@ def test_a_hugging_face_dataset_will_do_and_absent_columns_are_named(tmp_path):
     a = train(make_model(seed=1), dataset, arguments(tmp_path))
     b = train(make_model(seed=1), rows, arguments(tmp_path))
     assert a.state.log_history[0]["loss"] == b.state.log_history[0]["loss"]
-    with pytest.raises(ValueError, match="no column player_target_logps, player_generated_logps"):
+    with refused("player_target_logps, player_generated_logps", error=ValueError):
         train(
             make_model(),
             dataset.select_columns(["prompt_ids", "target_ids", "generated_ids"]),
@@ -71,7 +72,7 @@ def test_floating_point_operations_are_six_for_each_weight_and_token(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "refused",
+    "option",
     [
         {"dataloader_drop_last": True},
         {"auto_find_batch_size": True},
@@ -81,11 +82,11 @@ def test_floating_point_operations_are_six_for_each_weight_and_token(tmp_path):
         {"include_num_input_tokens_seen": "all"},
     ],
 )
-def test_an_argument_that_would_do_nothing_is_refused(refused, tmp_path):
+def test_an_argument_that_would_do_nothing_is_refused(option, tmp_path):
     rows = triples(2, [make_model(seed=1)])
-    [name] = refused
-    with pytest.raises(ValueError, match=name):
-        train(make_model(seed=1), rows, arguments(tmp_path, **refused))
+    [name] = option
+    with refused(name, error=ValueError):
+        train(make_model(seed=1), rows, arguments(tmp_path, **option))
 
 
 def test_inputs_keep_their_types_under_deepspeed(tmp_path, monkeypatch):
@@ -116,7 +117,7 @@ def test_a_dataset_in_torch_format_gives_log_probs_in_full(tmp_path):
 def test_a_prompt_without_tokens_is_refused_before_training(tmp_path):
     rows = triples(3, [make_model(seed=1)])
     rows[1]["prompt_ids"] = []
-    with pytest.raises(ValueError, match="row 1: prompt_ids is empty"):
+    with refused("row 1", "prompt_ids", error=ValueError):
         train(make_model(seed=1), rows, arguments(tmp_path))
 
 

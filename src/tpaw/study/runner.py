@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from tpaw.config.schema import RunConfig
 from tpaw.errors import RunLockedError
@@ -56,13 +56,51 @@ def runs_of(conditions: Sequence[Condition], seeds: Sequence[int], output: Path)
     ]
 
 
+class Process(Protocol):
+    """What the study needs of a process that it has started."""
+
+    def poll(self) -> int | None:
+        """The exit code; None while the process runs."""
+
+    def wait(self) -> int:
+        """The exit code, once there is one."""
+
+    def send_signal(self, sig: int, /) -> None:
+        """Send a signal to a process that still runs."""
+
+
+class Launch(Protocol):
+    """Starts `tpaw ARGUMENTS` with so many threads; what it prints goes to the end of the log."""
+
+    def __call__(self, *arguments: str, log: Path, threads: int) -> Process:
+        """Start it and do not wait."""
+
+
+def launch_process(*arguments: str, log: Path, threads: int) -> Process:
+    """Start `tpaw ARGUMENTS` in a process of its own."""
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tpaw", *arguments],
+            stdout=file,
+            stderr=file,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
+            start_new_session=True,  # Ctrl-C reaches it from here alone, and once
+        )
+
+
 def run_study(
-    runs: Sequence[StudyRun], output: Path, jobs: int, stop: StopSignal
+    runs: Sequence[StudyRun],
+    output: Path,
+    jobs: int,
+    stop: StopSignal,
+    launch: Launch = launch_process,
 ) -> dict[str, str]:
     """Do what is not done yet.
 
     Args:
         jobs: processes at a time; torch's threads are divided among them.
+        launch: starts one of them.
 
     Returns:
         Name of each run that failed, and the last line that it said. The others went on.
@@ -89,7 +127,7 @@ def run_study(
             advance(done - shown)
             shown = done
 
-        pool = _Pool(jobs, output / "logs", look)
+        pool = _Pool(jobs, output / "logs", look, launch)
         try:
             shared = _prepare(todo, output / "shared", pool)
             return shared | _run(todo, output / "shared", pool)
@@ -137,11 +175,12 @@ def cores() -> int:
 class _Pool:
     """Processes of the command line, so many at a time."""
 
-    def __init__(self, jobs: int, logs: Path, look: Callable[[], None]) -> None:
+    def __init__(self, jobs: int, logs: Path, look: Callable[[], None], launch: Launch) -> None:
         self.jobs = jobs
         self.logs = logs
         self.look = look
-        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.launch = launch
+        self.running: dict[str, Process] = {}
         logs.mkdir(parents=True, exist_ok=True)
 
     def work(self, waiting: deque[str], begin: Callable[[str], tuple[str, Path]]) -> dict[str, str]:
@@ -151,10 +190,11 @@ class _Pool:
         while waiting or self.running:
             self.look()
             for name, process in list(self.running.items()):
-                if process.poll() is not None:
+                code = process.poll()
+                if code is not None:
                     del self.running[name]
-                    if process.returncode != 0:
-                        failures[name] = self._last_line(name) or f"exit {process.returncode}"
+                    if code != 0:
+                        failures[name] = self._last_line(name) or f"exit {code}"
                         note(f"{name}: {failures[name]}")
             for _ in range(len(waiting)):
                 if len(self.running) >= self.jobs:
@@ -169,7 +209,10 @@ class _Pool:
                     held.add(name)
                     waiting.append(name)
                 else:
-                    self.running[name] = self._start(name, command, folder)
+                    threads = max(1, cores() // self.jobs)
+                    self.running[name] = self.launch(
+                        command, str(folder), log=self._log(name), threads=threads
+                    )
             time.sleep(SECONDS_BETWEEN_LOOKS)
         self.look()
         return failures
@@ -180,18 +223,6 @@ class _Pool:
             process.send_signal(signal.SIGTERM)
         for process in self.running.values():
             process.wait()
-
-    def _start(self, name: str, command: str, folder: Path) -> subprocess.Popen[bytes]:
-        threads = str(max(1, cores() // self.jobs))
-        with self._log(name).open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "tpaw", command, str(folder)],
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                env=os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
-                start_new_session=True,  # Ctrl-C reaches them from here alone, and once
-            )
 
     def _log(self, name: str) -> Path:
         safe = "".join(c if c.isalnum() or c in "=-+." else "-" for c in name)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
+from fork_server import CLI, Forked
 from judge_server import JudgeServer, ask, completion, longer, results
 
 
@@ -132,6 +131,8 @@ def test_asked_twice_to_stop_awaits_nobody(tpaw_, serve, six):
     assert time.monotonic() - started < 30
 
 
+@pytest.mark.process
+@pytest.mark.usefixtures("forks")
 def test_a_kill_costs_the_requests_under_way(tpaw_, serve, six, tmp_path):
     hangs, count = threading.Event(), iter(range(100))
 
@@ -143,8 +144,7 @@ def test_a_kill_costs_the_requests_under_way(tpaw_, serve, six, tmp_path):
 
     stuck = serve(reply)
     arguments = [*six, "--endpoint", stuck.url, "--model", "j", "--parallel", "1"]
-    program = "from tpaw.cli.main import main; main()"
-    process = subprocess.Popen([sys.executable, "-c", program, "judge", *map(str, arguments)])
+    process = Forked(CLI, "judge", *arguments, out=tmp_path / "killed.txt")
     assert hangs.wait(60)
     process.kill()
     process.wait()
