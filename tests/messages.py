@@ -68,6 +68,8 @@ class Golden:
             # Below the folder of a session, each test has one of its own.
             text = re.sub(re.escape(folder) + (r"/[\w-]+" if name == "<tmp>" else ""), name, text)
         text = re.sub(r"0x[0-9a-f]+", "<address>", text)
+        # The size of a file depends on the versions that wrote it.
+        text = re.sub(r"\b\d+ bytes\b|(?<=published with )\d+|(?<=header says )\d+", "<size>", text)
         text = re.sub(r"\b(?=[0-9a-f]*\d)[0-9a-f]{12,64}\b", "<hash>", text)
         said = self.said[self.node]
         said.append(text)

@@ -165,15 +165,15 @@ def test_what_cannot_be_used_is_counted_by_reason(tmp_path, words):
     found = prepare(tmp_path, words, good, *bad, max_length=8, max_skipped=0.95)
     assert len(found.examples) == 1
     assert found.skipped == {
-        "chosen and rejected are the same": 2,
+        "chosen and rejected are equal": 2,
         "the target is empty": 1,
         "rejected: the target is empty": 1,
         "rejected: the target is not text": 1,
         "rejected: longer than max_length 8": 1,
         "longer than max_length 8": 1,
         "rejected: an end-of-sequence token within the target": 1,
-        "chosen and rejected answer different prompts": 1,
-        "no assistant turn": 1,
+        "chosen and rejected have different prompts": 1,
+        "the conversation has no assistant turn": 1,
         "the prompt is not text": 1,
     }
 

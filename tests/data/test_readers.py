@@ -171,11 +171,11 @@ def test_sharegpt():
     assert convert({"conversations": gap}) == Unusable("the target is not text")
     assert convert({"conversations": [USER, ASSISTANT]}) == Dialogue([USER], "a", True)
     assert convert({"conversations": [{"from": ["human"], "value": "x"}]}) == Unusable(
-        "no assistant turn"
+        "the conversation has no assistant turn"
     )
     assert convert({"conversations": "text"}) == Unusable("the conversation is not a list of turns")
     assert convert({"conversations": [{"from": "human"}, turns[1]]}) == Unusable(
-        "a message whose content is not text"
+        "the content of a message is not text"
     )
 
 
@@ -205,18 +205,18 @@ def test_question_and_answer_and_named_columns():
         ({"prompt": None, "completion": "c"}, "the prompt is not text"),
         ({"prompt": "p", "completion": 3}, "the target is not text"),
         ({"question": 1, "answer": "a"}, "the prompt is not text"),
-        ({"messages": [USER]}, "no assistant turn"),
-        ({"messages": []}, "no assistant turn"),
+        ({"messages": [USER]}, "the conversation has no assistant turn"),
+        ({"messages": []}, "the conversation has no assistant turn"),
         ({"messages": "hello"}, "the conversation is not a list of messages"),
         ({"messages": [ASSISTANT]}, "the assistant turn does not follow a user turn"),
         ({"messages": [SYSTEM, ASSISTANT]}, "the assistant turn does not follow a user turn"),
         (
             {"messages": [{"role": "tool", "content": "x"}, USER, ASSISTANT]},
-            "a turn of role 'tool'",
+            "a turn has the unknown role 'tool'",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}, ASSISTANT]},
-            "a message whose content is not text",
+            "the content of a message is not text",
         ),
     ],
 )
@@ -244,7 +244,7 @@ def test_columns_that_are_null_do_not_decide_the_shape():
 
 
 def test_half_a_surrogate_pair_is_no_text():
-    reason = Unusable("the target holds half a surrogate pair")
+    reason = Unusable("the target contains half of a surrogate pair")
     assert convert({"prompt": "p", "completion": "\ud800"}) == reason
 
 

@@ -187,10 +187,16 @@ def test_more_sft_has_the_run_directory_of_self_play(settings, tmp_path):
     settings |= {"method": "sft", "iterations": 2}
     config = RunConfig.load(settings)
     run = RunDirectory(tmp_path / "r")
-    assert done_and_next(run, config) == ([], "train θ_1")
+    assert done_and_next(run, config) == ([], "[1/2] train θ_1")
     self_play(config, run.root)
     assert done_and_next(run, config) == (
-        ["evaluate θ_0", "train θ_1", "evaluate θ_1", "train θ_2", "evaluate θ_2"],
+        [
+            "[0/2] evaluate θ_0",
+            "[1/2] train θ_1",
+            "[1/2] evaluate θ_1",
+            "[2/2] train θ_2",
+            "[2/2] evaluate θ_2",
+        ],
         None,
     )
     assert sorted(p.name for p in run.iteration(1).folder.iterdir()) == [

@@ -35,7 +35,7 @@ def test_a_model_answers_as_it_does_by_hand(tpaw_, model_folder, heldout_file, t
         *arguments(SMALL),
     )
     assert code == 0, err
-    assert f"Answers: {tmp_path / 'answers'}" in out
+    assert f"Responses: {tmp_path / 'answers'}" in out
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     found = outputs(tmp_path / "answers")
