@@ -70,6 +70,7 @@ class Golden:
         text = re.sub(r"0x[0-9a-f]+", "<address>", text)
         # The size of a file depends on the versions that wrote it.
         text = re.sub(r"\b\d+ bytes\b|(?<=published with )\d+|(?<=header says )\d+", "<size>", text)
+        text = re.sub(r"(?<=127\.0\.0\.1:)\d{4,}", "<port>", text)
         text = re.sub(r"\b(?=[0-9a-f]*\d)[0-9a-f]{12,64}\b", "<hash>", text)
         said = self.said[self.node]
         said.append(text)

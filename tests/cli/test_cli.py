@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import time
 
 import pytest
@@ -19,6 +21,7 @@ from builders import (
     write_jsonl,
 )
 from fork_server import CLI, Forked
+from messages import complains, says
 from transformers import AutoModelForCausalLM
 
 import tpaw.pipeline.players
@@ -63,7 +66,7 @@ def test_run_status_and_run_again(tpaw_, config, tmp_path):
     assert "θ_1" in again
     code, _, err = tpaw_("run", config, "-o", tmp_path / "r", "--set", "iterations=2")
     assert code == 2
-    assert "iterations: 1 → 2" in err
+    complains(err, tmp_path / "r", "iterations: 1 → 2")
 
 
 def test_sft_makes_a_starting_model(tpaw_, settings, tmp_path):
@@ -84,7 +87,7 @@ def test_sft_makes_a_starting_model(tpaw_, settings, tmp_path):
     assert code == 0
     code, _, err = tpaw_("sft", config, "--set", "method=dpo", "-o", tmp_path / "t")
     assert code == 2
-    assert "method: dpo; `tpaw sft` trains by sft" in err
+    complains(err, "method", "dpo", "sft")
     code, out, _ = tpaw_("plan", "sft", config)
     assert code == 0
     assert "–" in out
@@ -115,64 +118,45 @@ def test_config_show_and_schema(tpaw_):
     assert json.loads(out)["properties"]["iterations"]["default"] == 4
     code, _, err = tpaw_("config", "show", "spni")
     assert code == 2
-    assert "did you mean spin?" in err
+    complains(err, "spni", "spin")
 
 
-def bad(name, message):
-    return pytest.param(name, message, id=name)
+BAD_INPUT = {
+    "missing file": ("data.path", "{tmp}/none.jsonl"),
+    "missing column": ("data.path", "{tmp}/column.jsonl", "text"),
+    "empty data": ("data.path", "{tmp}/empty.jsonl"),
+    "malformed line": ("data.path", "{tmp}/malformed.jsonl", "line 2", "JSON"),
+    "missing held-out file": ("evaluate.data.path", "{tmp}/none.jsonl"),
+    "no chat template": ("data.template",),
+    "no eos": ("model.path", "model.eos_token"),
+    "encoder-decoder": ("model.path", "{tmp}/t5"),
+    "classifier": ("model.path", "{tmp}/classifier", "Qwen2ForSequenceClassification"),
+    "adapter": ("model.path", "{tmp}/adapter"),
+    "too long for the model": ("max_length", "999", "256"),
+    "every target too long": ("24 of 24", "100.0%", "max_length", "14"),
+    "too many skipped": ("2 of 12", "16.7%", "data.max_skipped", "1.0%"),
+    "unknown tracker": ("train.report_to", "foo"),
+    "optimizer without its package": ("train.optimizer", "adamw_bnb_8bit"),
+    "schedule without its settings": ("train.schedule", "cosine_with_min_lr"),
+    "schedule by metric": ("train.schedule", "'reduce_lr_on_plateau'"),
+    "training argument of another type": ("train.training_arguments",),
+    "no held-out rows to match": ("evaluate.exact_match",),
+    "output is a file": ("--output", "{tmp}/column.jsonl"),
+    "output is foreign": ("--output", "{tmp}"),
+    "unknown optimizer": ("train.optimizer", "'rmsporp'", "rmsprop"),
+    "unknown schedule": ("train.schedule", "'cosin'", "cosine"),
+    "unknown training argument": ("train.training_arguments", "'weight_dekay'", "weight_decay"),
+    "owned training argument": ("train.training_arguments.seed", "seed"),
+    "exact match without answers": ("evaluate.exact_match",),
+    "foreign tokenizer": ("model.path", "{tmp}/foreign", "100"),
+}
+# Where another library says why.
+REASON = re.compile(r"(?<=malformed JSON: ).*|(?<=_8bit: ).*|(?<=_min_lr: ).*|(?<=arguments: ).*")
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        bad("missing file", "data.path: {tmp}/none.jsonl: no such file"),
-        bad("missing column", "data.path: {tmp}/column.jsonl: columns text are none of"),
-        bad("empty data", "data.path: {tmp}/empty.jsonl: holds no rows"),
-        bad("malformed line", "data.path: {tmp}/malformed.jsonl: line 2: malformed JSON"),
-        bad("missing held-out file", "evaluate.data.path: {tmp}/none.jsonl: no such file"),
-        bad(
-            "no chat template",
-            "data.template: the rows are conversations and the tokenizer has no chat template",
-        ),
-        bad("no eos", "has no end-of-sequence token; set model.eos_token"),
-        bad("encoder-decoder", "model.path: {tmp}/t5: t5 is an encoder-decoder"),
-        bad("classifier", "is not a causal language model"),
-        bad("adapter", "model.path: {tmp}/adapter: an adapter, not a model"),
-        bad("too long for the model", "max_length: 999 is beyond the 256 positions"),
-        bad(
-            "every target too long",
-            "24 of 24 rows (100.0%) cannot be used, none is left: longer than max_length 14: 24",
-        ),
-        bad(
-            "too many skipped", "2 of 12 rows (16.7%) cannot be used, data.max_skipped allows 1.0%"
-        ),
-        bad("unknown tracker", "train.report_to: ['foo']: foo is not supported"),
-        bad("optimizer without its package", "train.optimizer: adamw_bnb_8bit: "),
-        bad("schedule without its settings", "train.schedule: cosine_with_min_lr: "),
-        bad("schedule by metric", "train.schedule: 'reduce_lr_on_plateau' is not known"),
-        bad("training argument of another type", "train.training_arguments: "),
-        bad("no held-out rows to match", "evaluate.exact_match: it needs held-out rows"),
-        bad("output is a file", "--output {tmp}/column.jsonl: is a file"),
-        bad(
-            "output is foreign",
-            "--output {tmp}: the folder is not empty and was not created by tpaw",
-        ),
-        bad("unknown optimizer", "train.optimizer: 'rmsporp' is not known; did you mean rmsprop?"),
-        bad("unknown schedule", "train.schedule: 'cosin' is not known; did you mean cosine?"),
-        bad(
-            "unknown training argument",
-            "train.training_arguments: 'weight_dekay' is not known; did you mean weight_decay?",
-        ),
-        bad(
-            "owned training argument",
-            "train.training_arguments.seed cannot be set; use seed",
-        ),
-        bad("exact match without answers", "evaluate.exact_match: some held-out target has no"),
-        bad("foreign tokenizer", "model.path: {tmp}/foreign: the tokenizer gives token id"),
-    ],
-)
+@pytest.mark.parametrize("name", BAD_INPUT)
 def test_bad_input_ends_with_2_before_any_model_is_loaded(
-    name, message, tpaw_, settings, tmp_path, monkeypatch
+    name, tpaw_, settings, tmp_path, monkeypatch
 ):
     from transformers import Qwen2ForSequenceClassification, T5Config
 
@@ -265,19 +249,19 @@ def test_bad_input_ends_with_2_before_any_model_is_loaded(
     (tmp_path / "config").mkdir()
     code, _, err = tpaw_("run", write_config(tmp_path / "config", settings), "-o", output)
     assert code == 2, err
-    assert message.format(tmp=tmp_path) in err
-    assert "Traceback" not in err
+    parts = [part.format(tmp=tmp_path) for part in BAD_INPUT[name]]
+    complains(err, *parts, hide={"reason": REASON})
     assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_key_and_a_missing_argument(tpaw_, config):
     code, _, err = tpaw_("run", config, "--set", "train.epcohs=2")
     assert code == 2
-    assert "did you mean train.epochs?" in err
+    complains(err, "train.epcohs", "train.epochs")
     assert tpaw_("run")[0] == 2
     code, _, err = tpaw_("status", config.parent)
     assert code == 2
-    assert "not a run directory" in err
+    complains(err, config.parent)
 
 
 def test_a_locked_run_and_a_damaged_artifact_have_exit_code_1(tpaw_, config, tmp_path):
@@ -287,11 +271,16 @@ def test_a_locked_run_and_a_damaged_artifact_have_exit_code_1(tpaw_, config, tmp
     with open_run(tmp_path / "r", RunConfig.load(str(config))):
         code, _, err = tpaw_("run", config, "-o", tmp_path / "r")
     assert code == 1
-    assert f"in use by process {os.getpid()} on " in err
+    held = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "time": re.compile(r"20\d\d-[^\s;,)]*"),
+    }
+    complains(err, tmp_path / "r", os.getpid(), hide=held)
     (tmp_path / "r" / "run.json").write_text("{")
     code, _, err = tpaw_("run", config, "-o", tmp_path / "r")
     assert code == 1
-    assert "run.json: damaged" in err
+    complains(err, tmp_path / "r" / "run.json", hide={"reason": re.compile("Expecting.*")})
 
 
 @pytest.mark.parametrize(("error", "code"), [(Interrupted(15), 143), (KeyboardInterrupt(), 130)])
@@ -302,7 +291,7 @@ def test_a_stopped_run_says_what_to_type(tpaw_, config, tmp_path, monkeypatch, e
     monkeypatch.setattr(tpaw.selfplay, "self_play", self_play)
     found, _, err = tpaw_("run", config, "-o", tmp_path / "my run")
     assert found == code
-    assert err == f"stopped; go on with: tpaw run '{tmp_path / 'my run'}'\n"
+    says(err, f"tpaw run '{tmp_path / 'my run'}'\n")
 
 
 def test_a_run_without_output_is_named_after_its_configuration(
@@ -351,7 +340,7 @@ def test_a_signal_stops_at_a_safe_point_and_says_how_to_go_on(
     process.send_signal(number)
     found, err = process.wait(timeout=120), process.err.read_text()
     assert found == code, err
-    assert err.splitlines()[-1] == f"stopped; go on with: tpaw run {output}"
+    says(err.splitlines()[-1], f"tpaw run {output}")
     assert "Traceback" not in err
     if stage.endswith("training.jsonl"):
         assert list((output / "iterations" / "1" / "training").glob("checkpoint-*/manifest.json"))
