@@ -161,3 +161,9 @@ def complains(err, *parts, hide=None):
     assert "\x1b" not in err
     [text] = re.findall(r"^tpaw: .*", err, re.DOTALL | re.MULTILINE)
     says(text.rstrip("\n"), *parts, hide=hide)
+
+
+def prose(out):
+    """What a command prints beside its tables."""
+    lines = (line.strip() for line in out.splitlines())
+    return " ".join(" ".join(line for line in lines if line[:1] not in "┏┃┡│├└╇─").split())

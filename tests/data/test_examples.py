@@ -113,7 +113,7 @@ def test_a_template_that_never_ends_a_turn(tmp_path):
 def test_a_template_that_rewrites_the_prompt(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ messages|length }}" + tokenizer.chat_template
-    with refused("data.path", tmp_path / "a.jsonl", "1 of 1", "record 1"):
+    with refused("data.path", tmp_path / "a.jsonl", "1 of 1"):
         prepare(write_jsonl(tmp_path / "a.jsonl", sums(1)), tokenizer)
 
 
@@ -141,7 +141,7 @@ def test_a_token_across_the_border_does_not_change_the_prompt(tmp_path):
 def test_skipped_rows_are_counted_by_reason_and_too_many_are_an_error(tmp_path):
     rows = [*sums(98), {"question": "", "answer": "a"}, {"question": "x " * 200, "answer": "y"}]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    with refused("2 of 100", "2.0%", "data.max_skipped", "1.0%", "record 99", 128, "record 100"):
+    with refused("2 of 100", "2.0%", "data.max_skipped", "1.0%", 99, 128, 100):
         prepare(path)
     prepared = prepare(path, max_skipped=0.02)
     assert len(prepared.examples) == 98

@@ -74,7 +74,7 @@ def test_limit_takes_the_first_rows(tmp_path):
             ("a.jsonl", '{"a": 1}\n\n{"a": 2\n', "half", "line 3", "JSON"),
             ("a.jsonl", '{"a": 1}\n[1]\n', "list", "line 2", "[1]"),
             ("a.jsonl", "", "empty"),
-            ("a.json", '[{"a": 1}, 3]', "number", "record 2", "3"),
+            ("a.json", '[{"a": 1}, 3]', "number", "2", "3"),
             ("a.json", '[{"a": 1},', "half", "JSON"),
             ("a.json", "[]", "empty"),
             ("a.csv", "question,answer\n1,2\n3\n", "short", "line 3", "2"),

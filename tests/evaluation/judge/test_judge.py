@@ -111,7 +111,7 @@ def test_several_answers_to_a_prompt(tpaw_, serve, tmp_path):
         (lambda rows: rows[:-1], [6, 5, 1, "'u'"]),
         (lambda rows: [*rows[:-1], {**rows[-1], "instruction": "x\x1b"}], ["'u'"]),
         (lambda rows: [*rows, rows[0]], [6, 7, 1, "'p'"]),
-        (lambda rows: [{"instruction": "p"}], ["row 1", "`instruction`", "`output`"]),
+        (lambda rows: [{"instruction": "p"}], ["B", "b.jsonl", 1]),
         (lambda rows: [{"instruction": "\ud800", "output": ""}], [r"'\ud800'"]),
         (lambda rows: [], ["b.jsonl"]),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -43,7 +44,7 @@ def test_nobody_there(tpaw_, serve, six, monkeypatch):
     gone.close()
     code, _, err = ask(tpaw_, gone.url, *six)
     assert code == 3
-    complains(err, gone.url)
+    complains(err, gone.url, hide={"number": re.compile(r"(?<=Errno )\d+")})
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_an_endpoint_that_refuses_everything(tpaw_, serve, six, reply, part):
     server = serve(lambda question: reply)
     code, _, err = ask(tpaw_, server, *six, "--parallel", 1)
     assert code == 3
-    complains(err, server.url, part)
+    complains(err, server.url, part, hide={"reason": re.compile("(?<=reply: ).*")})
     assert len(server.requests) <= 9  # one may be under way
 
 
@@ -125,7 +126,7 @@ def test_asked_twice_to_stop_awaits_nobody(tpaw_, serve, six):
     code, _, err = ask(tpaw_, server, *six, "--parallel", 1)
     ended.set()
     assert code == 130
-    assert "again: at once" in err
+    says(err, "SIGINT")
     assert len(server.requests) == 1
     assert time.monotonic() - started < 30
 
