@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from messages import says
 
 from tpaw.config.schema import RunConfig
 from tpaw.report.status import done_and_next
@@ -26,8 +27,11 @@ def test_late_means_are_over_the_last_half_of_the_steps_and_each_step_counts_onc
 
 def test_what_is_next_is_the_first_thing_that_is_not_done(settings, tmp_path):
     run = RunDirectory(tmp_path)
-    assert done_and_next(run, RunConfig.load(settings)) == ([], "θ_0 answers the prompts")
+    done, coming = done_and_next(run, RunConfig.load(settings))
+    assert done == []
+    says(coming, "θ_0", "1/3")
     run.responses(1).mkdir(parents=True)
     write_manifest(run.responses(1), {"rows": 24})
-    expected = ["θ_0 answers the prompts"], "score and train θ_1"
-    assert done_and_next(run, RunConfig.load(settings)) == expected
+    done, then = done_and_next(run, RunConfig.load(settings))
+    assert done == [coming]
+    says(then, "θ_1", "1/3")

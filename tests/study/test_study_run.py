@@ -113,7 +113,7 @@ def test_a_stop_is_passed_on_and_the_study_goes_on(study, tmp_path, forks):
     assert living_runs(tmp_path / "out", forks)
     process.send_signal(signal.SIGTERM)
     text = finish(process, expected=STOPPED)
-    assert "go on with: tpaw study" in text
+    says(text.splitlines()[-1], f"tpaw study {study} -o {tmp_path / 'out'}")
     assert not living_runs(tmp_path / "out", forks)
     finish(start(study, tmp_path / "out"))
 
