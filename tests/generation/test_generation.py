@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 import transformers
 from builders import SAMPLING, ignore, make_model
+from messages import says
 
 import tpaw.generation.continuous_batching
 import tpaw.generation.hf
@@ -176,8 +179,11 @@ def test_a_model_with_another_kind_of_cache_is_answered_by_generate(kind, monkey
         free = [oracle_greedy(model, prompt, (), 12) for prompt in rows]
         stops = (free[0][2], free[1][0])
         expected = [oracle_greedy(model, prompt, stops, 12) for prompt in rows]
-    with pytest.warns(UserWarning, match="slower: it"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         generator = HFGenerator(model, 200)
+    [text] = [str(warning.message) for warning in caught if warning.category is UserWarning]
+    says(text, generator.why_unsupported)
     monkeypatch.setattr(tpaw.generation.hf, "generate_continuously", None)
     done = []
     sampling = GREEDY._replace(stop_token_ids=stops)

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from builders import make_model, make_tokenizer, sums, write_jsonl
-from messages import by_first, refused
+from messages import by_first, refused, says
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
 
@@ -187,18 +187,16 @@ def test_more_sft_has_the_run_directory_of_self_play(settings, tmp_path):
     settings |= {"method": "sft", "iterations": 2}
     config = RunConfig.load(settings)
     run = RunDirectory(tmp_path / "r")
-    assert done_and_next(run, config) == ([], "[1/2] train θ_1")
+    done, coming = done_and_next(run, config)
+    assert done == []
+    says(coming, "1/2", "θ_1")
     self_play(config, run.root)
-    assert done_and_next(run, config) == (
-        [
-            "[0/2] evaluate θ_0",
-            "[1/2] train θ_1",
-            "[1/2] evaluate θ_1",
-            "[2/2] train θ_2",
-            "[2/2] evaluate θ_2",
-        ],
-        None,
-    )
+    done, then = done_and_next(run, config)
+    assert then is None
+    assert done[1] == coming
+    assert [step.split()[0] for step in done] == ["[0/2]", "[1/2]", "[1/2]", "[2/2]", "[2/2]"]
+    assert [step.split()[-1] for step in done] == ["θ_0", "θ_1", "θ_1", "θ_2", "θ_2"]
+    says("\n".join(done))
     assert sorted(p.name for p in run.iteration(1).folder.iterdir()) == [
         "checkpoint",
         "evaluation",

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 import pytest
-from messages import refused
+from messages import refused, says
 from scipy import stats
 
 from tpaw.statistics.over_items import holm, mean_interval, paired_difference, sign_flip_p_value
@@ -195,17 +195,15 @@ def test_the_same_shift_in_every_seed_is_no_certainty():
 def test_too_few_seeds_are_said_to_be():
     alone = seed_difference([0.5], [0.9])
     assert alone[1:] == (0.4, None, None, None, None, 1.0, 1.0, too_few_seeds(1))
-    assert "1 seed: nothing is known of the spread" in alone.note
+    says(alone.note, 1)
     pair = seed_difference([0.5, 0.6], [0.6, 0.8])
     assert pair.g_z is None
     assert pair.t_p_value is not None
     assert smallest_p_value(5) == 0.0625
-    assert "no exact paired test can go below p = 0.0625" in too_few_seeds(5)
-    assert "6 seeds could" in too_few_seeds(5)
+    says(too_few_seeds(5), 5, 0.0625, 6)
     assert too_few_seeds(6) is None
     # 7 · 2/2^6 = 0.21875; 7 · 2/2^8 = 0.0547 is still too much, 7 · 2/2^9 = 0.0273 is not.
-    assert "below p = 0.2188 after Holm over 7 tests" in too_few_seeds(6, tests=7)
-    assert "9 seeds could" in too_few_seeds(6, tests=7)
+    says(too_few_seeds(6, tests=7), 6, 0.2188, 7, 9)
     assert too_few_seeds(8, tests=7) is not None
     assert too_few_seeds(9, tests=7) is None
 

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 import yaml
-from messages import refused
+from messages import refused, says
 
 from tpaw.config.schema import RunConfig
 from tpaw.report.figures import draw_figures
@@ -207,7 +207,7 @@ def test_only_seeds_that_both_have_are_compared(analysed):
     [other] = found["comparisons"]
     assert other["seeds"] == [0, 1]
     assert other["difference"] == pytest.approx(0.1)
-    assert "2 seeds: no exact paired test can go below" in other["caution"]
+    says(other["caution"], 2)
 
 
 def complete(analysis, failures=()):
@@ -219,15 +219,16 @@ def complete(analysis, failures=()):
 def test_one_seed_gives_numbers_and_a_sentence(analysed):
     study = complete(analysed({"base": [0.5], "other": [0.6]}))
     text = study_report(study, [])
-    assert "nothing is known of the spread between runs" in text
+    says("\n".join(sentences(study)), 1)
+    assert all(sentence in text for sentence in sentences(study))
     assert "| other | 1 | +0.100 | – | – | – | 1 | 1 |" in text
     assert study_tables(study)
 
 
 def test_failed_runs_are_named(analysed):
-    failures = {"other, seed 1": "tpaw: step 3: a log-prob of the policy is no number"}
+    failures = {"other, seed 1": "tpaw: step 3: it broke"}
     study = complete(analysed({"base": [0.5, 0.6], "other": [0.6]}), failures)
-    assert any("other, seed 1: tpaw: step 3" in sentence for sentence in sentences(study))
+    says("\n".join(sentences(study)), "other, seed 1: tpaw: step 3: it broke")
 
 
 def test_a_condition_whose_every_run_failed_has_no_numbers(analysed, tmp_path):
