@@ -72,6 +72,8 @@ class Golden:
         text = re.sub(r"\b\d+ bytes\b|(?<=published with )\d+|(?<=header says )\d+", "<size>", text)
         text = re.sub(r"(?<=127\.0\.0\.1:)\d{4,}", "<port>", text)
         text = re.sub(r"\b(?=[0-9a-f]*\d)[0-9a-f]{12,64}\b", "<hash>", text)
+        # What follows is worded by the openai library.
+        text = re.sub(r"(?<=Error code: \d\d\d)[^\n]*", " <reason>", text)
         said = self.said[self.node]
         said.append(text)
         if self.updates:

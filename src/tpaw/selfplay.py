@@ -43,7 +43,6 @@ def self_play(
     """Run self-play or the baseline that `config.method` names, or resume the run in `output`.
 
     Args:
-        config: the configuration of the run.
         output: the run directory. It is created if it does not exist.
         stop: a signal that stops the run at its next safe point.
         open_generator: opens whatever generates responses. Default: the Hugging Face model.
@@ -52,8 +51,7 @@ def self_play(
         The last checkpoint, θ_T.
 
     Raises:
-        InputError: a setting, the data, the model or the folder is invalid; nothing was written.
-        TpawError: any other error of `tpaw.errors`.
+        TpawError: see `tpaw.errors`. InputError: the input is invalid, and nothing was written.
     """
     from tpaw.pipeline.stages import opened_stages
 
