@@ -141,6 +141,7 @@ def test_a_run_that_fails_does_not_stop_the_others(study, tmp_path, tpaw_, monke
     settings = yaml.safe_load(study.read_text()) | {
         "methods": {"tpaw": [], "hopeless": {"train": {"learning_rate": 1e30}}},
         "seeds": 1,
+        "set": {"iterations": 1, "train": {"epochs": 2}},
     }
     study.write_text(yaml.safe_dump(settings))
     code, text, _ = tpaw_("study", study, "-o", tmp_path / "out")
