@@ -353,7 +353,9 @@ def test_variants_run(settings, tmp_path):
     for variant in ("spin", "no_team"):
         tree = RunConfig.load("starter", variant).model_dump(by_alias=True)
         config = RunConfig.load(
-            settings | {"team": tree["team"], "objective": tree["objective"], "iterations": 2}
+            settings
+            | {"team": tree["team"], "objective": tree["objective"], "iterations": 2}
+            | {"evaluate": {}}  # nothing is counted there
         )
         self_play(config, tmp_path / variant)
         counts = scored_per_iteration(RunDirectory(tmp_path / variant))
@@ -402,7 +404,7 @@ def test_data_without_answers_is_evaluated_by_its_log_probs(settings, tmp_path, 
 
 
 def test_bf16_and_activation_checkpointing_run_through(settings, tmp_path):
-    settings |= {"precision": "bf16", "iterations": 2, "deterministic": False}
+    settings |= {"precision": "bf16", "iterations": 2, "deterministic": False, "evaluate": {}}
     settings["train"] |= {"activation_checkpointing": True}
     self_play(RunConfig.load(settings), tmp_path / "r")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "r" / "iterations" / "2" / "checkpoint")
