@@ -30,7 +30,6 @@ PRELOADED = (
     "trl.trainer.sft_trainer",
     "tpaw.cli.main",
     "tpaw.evaluation.heldout",
-    "tpaw.pipeline.baseline_stages",
     "tpaw.pipeline.stages",
     "tpaw.selfplay",
     "tpaw.study.runner",

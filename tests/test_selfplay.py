@@ -404,7 +404,7 @@ def test_data_without_answers_is_evaluated_by_its_log_probs(settings, tmp_path, 
 
 
 def test_bf16_and_activation_checkpointing_run_through(settings, tmp_path):
-    settings |= {"precision": "bf16", "iterations": 2, "deterministic": False, "evaluate": {}}
+    settings |= {"precision": "bf16", "iterations": 2, "deterministic": False}
     settings["train"] |= {"activation_checkpointing": True}
     self_play(RunConfig.load(settings), tmp_path / "r")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "r" / "iterations" / "2" / "checkpoint")

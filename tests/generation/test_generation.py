@@ -293,7 +293,7 @@ def test_sampling_is_the_models_distribution_at_temperature_one(make_generator):
         expected = torch.softmax(
             model(input_ids=torch.tensor(prompt)[None].long()).logits[0, -1], 0
         )
-    count = 2500
+    count = 4000
     sampling = SAMPLING._replace(max_new_tokens=1)
     drawn = make_generator(model, 30_000).generate([prompt] * count, sampling, 0, ignore)
     frequency = torch.bincount(torch.tensor([c.token_ids[0] for c in drawn]), minlength=320) / count
@@ -321,7 +321,7 @@ def test_temperature_top_p_and_top_k_shape_the_distribution(change, make_generat
         kept = likeliest.indices[before < change["top_p"]].tolist()
     expected = torch.zeros(320, dtype=torch.float64)
     expected[kept] = torch.softmax(logits[kept] / change.get("temperature", 1.0), 0)
-    count = 2500
+    count = 4000
     sampling = SAMPLING._replace(max_new_tokens=1, **change)
     drawn = make_generator(model, 30_000).generate([prompt] * count, sampling, 0, ignore)
     frequency = torch.bincount(torch.tensor([c.token_ids[0] for c in drawn]), minlength=320) / count

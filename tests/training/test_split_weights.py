@@ -300,7 +300,7 @@ def test_scoring_computes_with_the_weights_that_training_computes_with():
 
 @pytest.fixture
 def split_settings(settings):
-    settings |= {"precision": "bf16", "iterations": 2, "evaluate": {}}
+    settings |= {"precision": "bf16", "iterations": 2}
     settings["train"] |= {"weights": "split", "learning_rate": 1e-5, "warmup": 0.0}
     return settings
 
