@@ -249,8 +249,11 @@ def test_the_starter_is_evaluated_from_the_readme_line(tpaw_, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     few = functools.partial(tpaw.evaluation.benchmarks.harness.evaluate, limit=40)
     monkeypatch.setattr(tpaw.evaluation.benchmarks.harness, "evaluate", few)
+    random.seed(7)
+    before = random.getstate()
     code, out, err = tpaw_("evaluate", "tpaw://starter/model", "--suite", "starter")
     assert code == 0, err
+    assert random.getstate() == before  # the harness seeds it
     folder = tmp_path / "evaluations" / "model" / "starter"
     assert "Results: evaluations/model/starter" in out
     rows = read_records(DataConfig(path="tpaw://starter/heldout.jsonl"), "data")

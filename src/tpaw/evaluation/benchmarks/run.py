@@ -21,6 +21,7 @@ from tpaw.models.loading import load_model, pick_device
 from tpaw.models.references import Checkpoint, find_checkpoints
 from tpaw.models.tokenizers import load_tokenizer, stop_token_ids
 from tpaw.runtime.interrupt import StopSignal
+from tpaw.runtime.isolation import isolated
 from tpaw.runtime.progress import progress
 from tpaw.runtime.watch import Watch
 from tpaw.storage.artifacts import (
@@ -104,14 +105,16 @@ def evaluate_suite(
     if todo:
         from tpaw.evaluation.benchmarks.harness import load_tasks
 
-        for work in todo:
-            pick_device(_settings(work.checkpoint)[0])
-        with progress("load tasks", len(suite.tasks), "tasks") as advance:
-            tasks = load_tasks(suite, advance)
-        for work in todo:
-            with _locked(work.checkpoint):
-                remove_temporaries(work.folder)
-                _evaluate(work, suite, tasks, stop)
+        # Tasks seed Python's random numbers as they are loaded.
+        with isolated():
+            for work in todo:
+                pick_device(_settings(work.checkpoint)[0])
+            with progress("load tasks", len(suite.tasks), "tasks") as advance:
+                tasks = load_tasks(suite, advance)
+            for work in todo:
+                with _locked(work.checkpoint):
+                    remove_temporaries(work.folder)
+                    _evaluate(work, suite, tasks, stop)
     return [Evaluated(w.folder, dict(read_json(w.folder / "results.json"))) for w in works]
 
 
