@@ -157,7 +157,7 @@ ARCHITECTURES: dict[str, dict] = {
     "cohere2_moe": {},
     "cohere_compass_text": {
         "layer_types": SLIDING,
-        "rope_parameters": {kind: DEFAULT_ROPE for kind in SLIDING},
+        "rope_parameters": dict.fromkeys(SLIDING, DEFAULT_ROPE),
     },
     "ctrl": {"dff": 48},
     "cwm": {},
