@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -108,6 +109,12 @@ def progress(
 def note(text: str) -> None:
     """Print one line to stderr."""
     _line(Console(stderr=True), text)
+
+
+@functools.cache
+def note_once(text: str) -> None:
+    """Print one line to stderr, unless this process has printed the same line before."""
+    note(text)
 
 
 def _line(console: Console, text: str) -> None:
