@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tpaw.errors import NonFiniteError, printable
+from tpaw.errors import NonFiniteError
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,7 @@ def non_finite(model: torch.nn.Module, what: str) -> NonFiniteError:
             that it was loaded from.
         what: what is not finite, for example "logits".
     """
-    name = printable(str(getattr(model, "name_or_path", "") or type(model).__name__))
+    name = getattr(model, "name_or_path", "") or type(model).__name__
     damaged = next((n for n, p in model.named_parameters() if not bool(p.isfinite().all())), None)
     if damaged is not None:
         return NonFiniteError(
