@@ -10,9 +10,10 @@ import pytest
 import torch
 import transformers
 from builders import LAYOUTS, make_model
-from messages import refused
+from messages import DIFFERENCE, refused
 from oracles import expected_logps, ragged_team
 
+import tpaw.logprobs.attention
 from tpaw.logprobs.packing import PACKED_LAYOUT, PADDED_LAYOUT, packed_batch
 from tpaw.logprobs.prepare import prepare_for_logprobs
 from tpaw.logprobs.response import HeadChangedError, LogprobHead, response_logps
@@ -37,37 +38,28 @@ ONE_A_ROW = "Sequence packing is disabled for this model: "
 ALL_LOGITS = "All logits are held in memory: the model changes the output of its head"
 
 
+NO_INTERFACE = ONE_A_ROW + "its attention does not follow transformers' interface"
+
+
 ARCHITECTURES = {
-    "mistral": (
-        {"sliding_window": 8},
-        [ONE_A_ROW + "its attention window of 8 tokens is shorter than 40 tokens"],
-    ),
+    "mistral": ({"sliding_window": 8}, []),
     "mistral-wide": ({"sliding_window": 40}, []),
     "phi3": ({"sliding_window": None}, []),
     "qwen3": ({}, []),
     "olmo2": ({}, []),
-    "gemma3_text": (
-        {"sliding_window": 8, "query_pre_attn_scalar": 8},
-        [ONE_A_ROW + "its attention window of 8 tokens is shorter than 40 tokens"],
-    ),
+    "gemma3_text": ({"sliding_window": 8, "query_pre_attn_scalar": 8}, []),
     "gemma2": (
-        {"sliding_window": 64, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
-        [ALL_LOGITS, ONE_A_ROW + "its attention is 'eager', not sdpa"],
+        {"sliding_window": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
+        [],
     ),
-    "granite": ({"logits_scaling": 4.0}, [ALL_LOGITS]),
-    "cohere": ({"logit_scale": 0.5}, [ALL_LOGITS]),
-    "bloom": (
-        {"n_layer": 2, "n_head": 4},
-        [ONE_A_ROW + "its attention is 'eager', not sdpa"],
-    ),
+    "granite": ({"logits_scaling": 4.0}, []),
+    "cohere": ({"logit_scale": 0.5}, []),
+    "bloom": ({"n_layer": 2, "n_head": 4}, [NO_INTERFACE]),
     "falcon": (
         {"alibi": True, "head_dim": None, "new_decoder_architecture": False, "multi_query": True},
-        [ONE_A_ROW + "its attention does not follow transformers' interface"],
+        [NO_INTERFACE],
     ),
-    "mamba": (
-        {"state_size": 4},
-        [ONE_A_ROW + "its attention is 'eager', not sdpa"],
-    ),
+    "mamba": ({"state_size": 4}, [NO_INTERFACE]),
     "opt": ({"ffn_dim": 48, "word_embed_proj_dim": 32}, []),
     "gpt_neox": ({"rotary_pct": 0.5}, []),
     "qwen3_moe": ({"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}, []),
@@ -75,10 +67,15 @@ ARCHITECTURES = {
         {"attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 48},
         [ONE_A_ROW + "it has layers of chunked_attention"],
     ),
-    "gpt_oss": (
-        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64},
-        [ONE_A_ROW + "its attention is 'eager', not sdpa"],
+    "gpt_oss": ({"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}, []),
+    "doge": (
+        {},
+        [
+            ONE_A_ROW + "its attention gives other results from packed sequences (ValueError: "
+            "packed attention does not support attention_mask that the model makes"
+        ],
     ),
+    "nemotron": ({}, [ONE_A_ROW + "its attention gives other results from packed sequences"]),
 }
 
 
@@ -112,10 +109,11 @@ def test_an_architecture_is_packed_if_it_can_be_and_right_in_any_case(name):
     assert torch.allclose(logps_S, expected_S, rtol=1e-5, atol=1e-4)
 
 
-def test_a_prepared_model_generates_and_gives_logits_as_before():
-    model, reference = make_model("llama"), make_model("llama")
-    prepare_for_logprobs(model, 99)
-    ids = torch.randint(5, 320, (3, 12))
+@pytest.mark.parametrize("name", ["mistral-wide", "mistral", "gemma2", "gpt_oss"])
+def test_a_prepared_model_generates_and_gives_logits_as_before(name):
+    model, reference = architecture(name), architecture(name)
+    assert prepare_for_logprobs(model, 99).layout is PACKED_LAYOUT
+    ids = torch.randint(5, 64, (3, 12))
     mask = torch.ones_like(ids)
     ids[0, :5] = mask[0, :5] = 0
     for call in (
@@ -175,11 +173,63 @@ def test_a_model_that_lies_about_its_attention_is_found_out(kind, monkeypatch):
     assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("name", ["granite", "gemma2"])
-def test_weights_in_bf16_do_not_hide_what_a_model_does_to_its_logits(name):
-    """Their own rounding is larger than what a soft cap or a scale changes on a few tokens."""
-    model = architecture(name).bfloat16()
-    assert prepare_for_logprobs(model, 40).notes[0].startswith(ALL_LOGITS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("name", "logit_map"),
+    [
+        ("granite", (1 / 4, None)),
+        ("cohere", (1 / 2, None)),
+        ("gemma2", (1, 3)),
+        ("qwen3", (1, None)),
+    ],
+)
+def test_a_head_learns_the_scale_and_the_cap_of_its_model(name, logit_map, dtype):
+    model = architecture(name).to(dtype)
+    assert prepare_for_logprobs(model, 40).notes == ()
+    assert LogprobHead.attached_to(model).logit_map == logit_map
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda logits: logits + 1,
+        lambda logits: logits.abs(),
+        lambda logits: logits.clamp(max=4),
+        lambda logits: logits * torch.nn.Parameter(torch.tensor(2.0)),  # training changes it
+        lambda logits: logits[..., :-1],
+    ],
+    ids=["shift", "absolute value", "clamp", "trained scale", "fewer logits"],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_all_logits_are_held_if_a_model_changes_them_in_another_way(change, dtype, monkeypatch):
+    model = make_model("llama").to(dtype)
+    forward = model.forward
+
+    def changed(**inputs):
+        output = forward(**inputs)
+        return transformers.modeling_outputs.CausalLMOutput(logits=change(output.logits))
+
+    monkeypatch.setattr(model, "forward", changed)
+    layout, notes = prepare_for_logprobs(model, 99)
+    assert layout is PACKED_LAYOUT
+    [note] = notes
+    assert note.startswith(ALL_LOGITS)
+    assert LogprobHead.attached_to(model) is None
+
+
+@pytest.mark.parametrize("window", [3, 4])
+def test_a_window_is_tried_although_the_trial_is_shorter_than_it(window, monkeypatch):
+    """A model that passes another window to its attention than to its masks is not packed."""
+    model = architecture("mistral-wide")
+    packed = tpaw.logprobs.attention.packed_attention
+
+    def other_window(*args, sliding_window, **kwargs):
+        return packed(*args, sliding_window=sliding_window - 3 + window, **kwargs)
+
+    monkeypatch.setattr(tpaw.logprobs.attention, "packed_attention", other_window)
+    layout, notes = prepare_for_logprobs(model, 40)
+    assert (layout is PACKED_LAYOUT) == (notes == ()) == (window == 3)
+    assert model.config.sliding_window == 40  # as before the trial
 
 
 def test_weights_in_bf16_do_not_hide_wrong_attention(monkeypatch):
@@ -211,7 +261,7 @@ def test_a_log_prob_that_is_no_number_is_not_taken_for_a_changed_head():
 def test_virtual_tokens_are_refused():
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     model = peft.get_peft_model(make_model("llama"), config)
-    with refused("virtual tokens", error=ValueError):
+    with refused("virtual tokens"):
         prepare_for_logprobs(model, 99)
 
 
@@ -225,3 +275,76 @@ def test_lora_may_come_around_a_head_that_has_answered():
     assert prepare_for_logprobs(model, 99) == (PACKED_LAYOUT, ())
     logps_S = response_logps(model, packed_batch(ragged_team(2, seed=0)))
     assert torch.allclose(logps_S, expected_S, rtol=1e-5)
+
+
+ENCODERS = {
+    "bert": {},
+    "roberta": {"max_position_embeddings": 64},
+    "electra": {"embedding_size": 32},
+    "xlnet": {"d_inner": 48, "num_hidden_layers": None, "n_layer": 2, "d_head": 8},
+}
+
+
+def small(kind, **changes):
+    settings = {k: v for k, v in (TINY | changes).items() if v is not None}
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(kind, **settings)
+    ).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_a_model_that_sees_what_it_must_predict_is_refused(kind):
+    with refused(kind, "not causal", "nats", hide=DIFFERENCE):
+        prepare_for_logprobs(small(kind, **ENCODERS[kind]), 40)
+
+
+def test_the_same_model_as_a_decoder_passes():
+    model = small("bert", is_decoder=True)
+    layout, _ = prepare_for_logprobs(model, 40)
+    sequences = ragged_team(1, seed=1, vocab_size=64)
+    sequences = [s for s in sequences if sum(map(len, s)) <= 40]
+    with torch.no_grad():
+        found_S = response_logps(model, layout.collate(sequences))
+        assert torch.allclose(found_S, expected_logps(model, sequences), rtol=1e-5, atol=1e-4)
+
+
+def test_a_model_whose_log_probs_depend_on_the_rows_beside_it_is_refused(monkeypatch):
+    """Causal, but the temperature depends on the number of tokens in a row."""
+    model = small("llama")
+    forward = model.forward
+
+    def tempered(input_ids, **kw):
+        output = forward(input_ids=input_ids, **kw)
+        output.logits = output.logits * (1 + input_ids.shape[1] / 100)
+        return output
+
+    monkeypatch.setattr(model, "forward", tempered)
+    with refused("llama", "padded", "nats", hide=DIFFERENCE):
+        prepare_for_logprobs(model, 99)
+
+
+def test_a_model_that_fails_is_refused_by_what_it_says(monkeypatch):
+    model = make_model("llama")
+
+    def failing(**kw):
+        raise ValueError("sequence length 9 has to be a multiple of 64")
+
+    monkeypatch.setattr(model, "forward", failing)
+    with refused("llama", "ValueError", "a multiple of 64"):
+        prepare_for_logprobs(model, 99)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rope_that_depends_on_the_longest_sequence_is_refused(kind):
+    rope = {"rope_type": kind, "factor": 2.0, "rope_theta": 1e4}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if kind == "longrope" else {}
+    rope |= {"original_max_position_embeddings": 40}
+    model = small("llama", rope_parameters=rope, max_position_embeddings=80)
+    assert prepare_for_logprobs(model, 40) == (PACKED_LAYOUT, ())
+    with refused(41, 40, kind):
+        prepare_for_logprobs(model, 41)
