@@ -11,8 +11,10 @@ import contextlib
 import difflib
 import json
 import logging
+import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
@@ -205,17 +207,44 @@ class HarnessModel(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Call the harness's method with the largest batch size that `tokens_per_row` allows."""
+        """Call the harness's method with the largest batch size that `tokens_per_row` allows.
+
+        Raises:
+            InputError: a log-likelihood is NaN.
+        """
         longest = max((len(context) + len(rest) for _, context, rest in requests), default=1)
-        batch_size = max(1, self.tokens_per_row // longest)
-        title = f"score choices with {self.name}"
-        with self.bar(title, len(requests), "requests") as on_done:
-            # The harness calls the cache hook after each request. So it can count them.
-            self.cache_hook = _CountingHook(on_done)
+        # The harness calls the cache hook after each request that has a key. Windows of a rolling
+        # log-likelihood have none.
+        keyed = [(key or ("", ""), context, rest) for key, context, rest in requests]
+        with (
+            self.bar(
+                f"compute log-likelihoods with {self.name}", len(keyed), "requests"
+            ) as on_done,
+            self._batches_of(max(1, self.tokens_per_row // longest)),
+        ):
+            self.cache_hook = _RequestHook(self.name, on_done)
             found: list[tuple[float, bool]] = super()._loglikelihood_tokens(
-                requests, disable_tqdm=True, override_bs=override_bs or batch_size
+                keyed, disable_tqdm=True
             )
         return found
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Call the harness's method so that it passes all windows to `_loglikelihood_tokens`."""
+        with self._batches_of(sys.maxsize):
+            found: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
+        return found
+
+    @contextlib.contextmanager
+    def _batches_of(self, size: int) -> Iterator[None]:
+        """Set the harness's batch size. It ignores `override_bs` if this is a number."""
+        before = self.batch_size
+        self.batch_size_per_gpu = size
+        try:
+            yield
+        finally:
+            self.batch_size_per_gpu = before
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generate greedy responses with `HFGenerator`, sampled ones with the harness's own loop.
@@ -232,12 +261,12 @@ class HarnessModel(HFLM):
                 group = [requests[i] for i in positions]
                 kwargs = normalize_gen_kwargs(json.loads(settings), self.max_gen_toks)
                 is_greedy = set(kwargs) <= GREEDY_SETTINGS | {"max_gen_toks"}
-                if is_greedy and not kwargs["temperature"] and not kwargs["do_sample"]:
+                if is_greedy and not kwargs.get("temperature") and not kwargs["do_sample"]:
                     texts = self._greedy([r.args[0] for r in group], kwargs, on_done)
                 else:
                     self.model.generation_config = GenerationConfig(eos_token_id=[*self.stop_ids])
+                    self.cache_hook = _RequestHook(self.name, on_done)
                     texts = super().generate_until(group, disable_tqdm=True)
-                    on_done(len(group))
                 responses.update(zip(positions, texts, strict=True))
         return [responses[i] for i in range(len(requests))]
 
@@ -296,12 +325,24 @@ class HarnessModel(HFLM):
         return ids[0] if len(ids) == 1 and not self.tok_decode(ids) else None
 
 
-class _CountingHook:
-    """Replaces the harness's response cache, to count finished requests."""
+class _RequestHook:
+    """Replaces the harness's response cache, to count and check finished requests."""
 
-    def __init__(self, on_done: Callable[[int], None]) -> None:
+    def __init__(self, name: str, on_done: Callable[[int], None]) -> None:
+        self.name = name
         self.on_done = on_done
 
     def add_partial(self, attribute: str, request: Any, answer: Any) -> None:
-        """Count one finished request."""
+        """Count one finished request.
+
+        Raises:
+            InputError: its log-likelihood is NaN.
+        """
+        if attribute == "loglikelihood_rolling":
+            return  # its windows are counted
+        if attribute == "loglikelihood" and math.isnan(answer[0]):
+            raise InputError(
+                f"{self.name}: the model computes NaN log-probs; its weights are damaged, or they "
+                "overflow in this dtype"
+            )
         self.on_done(1)
