@@ -7,7 +7,6 @@ Finished evaluations are skipped.
 from __future__ import annotations
 
 import contextlib
-import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tpaw.config.schema import GenerateConfig, ScoreConfig
 from tpaw.errors import InputError
 from tpaw.evaluation.benchmarks.suite import Suite, benchmark_scores, load_suite, suite_score
-from tpaw.evaluation.items import Item, write_items
+from tpaw.evaluation.items import Item, items_file, write_items
 from tpaw.models.loading import load_model, pick_device
 from tpaw.models.references import Checkpoint, find_checkpoints
 from tpaw.models.tokenizers import load_tokenizer, stop_token_ids
@@ -185,7 +184,7 @@ def _evaluate(work: _Work, suite: Suite, tasks: list[LoadedTask], stop: StopSign
     from tpaw.evaluation.benchmarks.harness import run_task
 
     artifact = ShardedArtifact(work.folder)
-    missing = [task for task in tasks if _items_file(task) not in artifact.names]
+    missing = [task for task in tasks if items_file(task.name) not in artifact.names]
     if missing:
         model = _load(work.checkpoint, stop)
     for task in missing:
@@ -199,7 +198,7 @@ def _evaluate(work: _Work, suite: Suite, tasks: list[LoadedTask], stop: StopSign
         )
         facts["seconds"] = round(time.monotonic() - started, 3)
         artifact.publish(
-            _items_file(task), _writer(items), task=task.name, facts=facts, origin=work.origin
+            items_file(task.name), _writer(items), task=task.name, facts=facts, origin=work.origin
         )
     found = {e["task"]: e["facts"] for e in artifact.entries if "task" in e}
     by_task = {task.name: found[task.name] for task in tasks}
@@ -274,10 +273,6 @@ def _locked(checkpoint: Checkpoint) -> Iterator[None]:
         return
     with open_run(checkpoint.run.root, checkpoint.run.load_config()):
         yield
-
-
-def _items_file(task: LoadedTask) -> str:
-    return f"items/{re.sub(r'[^A-Za-z0-9_.-]', '_', task.name)}.jsonl"
 
 
 def _writer(items: list[Item]) -> Callable[[Path], None]:
