@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import random
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -57,6 +58,17 @@ ProgressBar = Callable[[str, int, str], AbstractContextManager[Callable[[int], N
 
 # Some tasks shuffle their choices when they are loaded. The harness uses the same seed.
 LOADING_SEED = 0
+# The harness's aggregations whose values are not shares in [0, 1].
+NOT_SHARES = {
+    "bits_per_byte",
+    "bleu",
+    "bypass_agg",
+    "chrf",
+    "chrfpp",
+    "perplexity",
+    "ter",
+    "weighted_perplexity",
+}
 # Generation settings of a task that `HFGenerator` supports.
 GREEDY_SETTINGS = {"do_sample", "temperature", "until"}
 
@@ -138,6 +150,13 @@ def _check(name: str, column: SuiteTask, task: Task) -> None:
     filters = [f["name"] for f in task.get_config("filter_list") or [{"name": "none"}]]
     known = [f"{metric},{of}" for metric in task.aggregation() for of in filters]
     explain_unknown(f"{column.name}: metric", column.metric_keys, known)
+    for key in column.metric_keys:
+        aggregation = task.aggregation()[key.partition(",")[0]]
+        if getattr(aggregation, "__name__", "") in NOT_SHARES:
+            raise InputError(
+                f"{column.name}: metric: {key}: it is not a share between 0 and 1, so it has no "
+                "score in percent; choose another metric"
+            )
     column.lower_bound_of(name)
 
 
@@ -166,7 +185,23 @@ def run_task(
     )
     metrics = reported_metrics(found["results"][name])
     items = item_outcomes(found["samples"][name], column.metric_keys, task.OUTPUT_TYPE)
-    return task_facts(name, column, task.VERSION, metrics, items), items
+    facts = task_facts(name, column, task.VERSION, metrics, items)
+    return facts | {"data_commits": data_commits(task)}, items
+
+
+def data_commits(task: Task) -> list[str]:
+    """Return the commits of the Hub datasets that a loaded task uses.
+
+    The datasets library names the folder of a Hub dataset in its cache after the commit. Local data
+    has none: `task_file.content_hash` covers it.
+    """
+    splits = getattr(task, "dataset", None)
+    files = [
+        Path(file["filename"])
+        for split in (splits.values() if isinstance(splits, Mapping) else ())
+        for file in getattr(split, "cache_files", ())
+    ]
+    return sorted({f.parent.name for f in files if re.fullmatch("[0-9a-f]{40}", f.parent.name)})
 
 
 class HarnessModel(HFLM):

@@ -83,7 +83,8 @@ def evaluate_suite(
         suite_name: name of a suite or path of a YAML file; see `suite.load_suite`.
         output: folder for the results of a model. The default is evaluations/MODEL/SUITE.
         stop: tells whether the user asked for a stop.
-        trust: whether a run may ask for `model.trust_remote_code`.
+        trust: whether a run may ask for `model.trust_remote_code`, and a suite may have task files
+            that are not in the package.
 
     Returns:
         One evaluation for each checkpoint, θ_0 first.
@@ -96,7 +97,7 @@ def evaluate_suite(
         Interrupted: the user asked for a stop; finished tasks are published.
     """
     stop = stop or StopSignal()
-    suite = load_suite(suite_name)
+    suite = load_suite(suite_name, trust=trust)
     checkpoints = find_checkpoints(reference, trust=trust)
     if output is not None and checkpoints[0].run is not None:
         raise InputError(
@@ -116,6 +117,8 @@ def evaluate_suite(
                 pick_device(_settings(work.checkpoint)[0])
             with progress("load tasks", len(suite.tasks), "tasks") as advance:
                 tasks = load_tasks(suite, advance)
+            for work in todo:
+                _check_data(work, tasks)
             for work in todo:
                 with _locked(work.checkpoint):
                     remove_temporaries(work.folder)
@@ -177,6 +180,25 @@ def _check_folder(work: _Work) -> None:
                         f"{folder}: holds results with another {key}: {old!r:.200}, now "
                         f"{new!r:.200}; move this folder away to evaluate again"
                     )
+
+
+def _check_data(work: _Work, tasks: list[LoadedTask]) -> None:
+    """Refuse to add tasks to a folder whose finished tasks used other data.
+
+    Raises:
+        InputError: the data of a Hub dataset has changed.
+    """
+    from tpaw.evaluation.benchmarks.harness import data_commits
+
+    kept = {e["task"]: e["facts"] for e in ShardedArtifact(work.folder).entries if "task" in e}
+    for name, _, task in tasks:
+        commits = data_commits(task)
+        old = kept[name].get("data_commits", commits) if name in kept else commits
+        if old != commits:
+            raise InputError(
+                f"{work.folder}: holds results of {name} with other data: commit {old}, now "
+                f"{commits}; move this folder away to evaluate again"
+            )
 
 
 def _compared(new: dict[str, Any], old: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
