@@ -1,4 +1,4 @@
-"""The fingerprint of a model: a hash of all its files that decide results. It identifies a player."""
+"""The fingerprint of a model: a hash of every file that decides results. It names a player."""
 
 from __future__ import annotations
 

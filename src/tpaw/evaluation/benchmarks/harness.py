@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from tpaw.config.messages import explain_unknown
 from tpaw.data.token_ids import token_ids
@@ -48,6 +48,7 @@ except ImportError as error:
     ) from None
 
 if TYPE_CHECKING:
+    import torch
     from lm_eval.api.instance import Instance
     from lm_eval.api.task import Task
     from transformers import PreTrainedTokenizerBase
@@ -257,7 +258,7 @@ class HarnessModel(HFLM):
             ) as on_done,
             self._batches_of(max(1, self.tokens_per_row // longest)),
         ):
-            self.cache_hook = _RequestHook(self.name, on_done)
+            self.cache_hook = _RequestHook(on_done, self._nan)
             found: list[tuple[float, bool]] = super()._loglikelihood_tokens(
                 keyed, disable_tqdm=True
             )
@@ -300,10 +301,27 @@ class HarnessModel(HFLM):
                     texts = self._greedy([r.args[0] for r in group], kwargs, on_done)
                 else:
                     self.model.generation_config = GenerationConfig(eos_token_id=[*self.stop_ids])
-                    self.cache_hook = _RequestHook(self.name, on_done)
+                    self.cache_hook = _RequestHook(on_done, self._nan)
                     texts = super().generate_until(group, disable_tqdm=True)
                 responses.update(zip(positions, texts, strict=True))
         return [responses[i] for i in range(len(requests))]
+
+    def _model_generate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Call the harness's method, and check the logits of each token."""
+        checks = LogitsProcessorList([self._refuse_nan])
+        found: torch.Tensor = super()._model_generate(*args, logits_processor=checks, **kwargs)
+        return found
+
+    def _refuse_nan(self, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        if bool(logits.isnan().any()):
+            raise self._nan("logits")
+        return logits
+
+    def _nan(self, what: str) -> InputError:
+        return InputError(
+            f"{self.name}: the model computes NaN {what}; its weights are damaged, or its "
+            "activations overflow in this dtype"
+        )
 
     def _greedy(
         self, contexts: Sequence[str], kwargs: Mapping[str, Any], on_done: Callable[[int], None]
@@ -363,9 +381,9 @@ class HarnessModel(HFLM):
 class _RequestHook:
     """Replaces the harness's response cache, to count and check finished requests."""
 
-    def __init__(self, name: str, on_done: Callable[[int], None]) -> None:
-        self.name = name
+    def __init__(self, on_done: Callable[[int], None], nan: Callable[[str], Exception]) -> None:
         self.on_done = on_done
+        self.nan = nan
 
     def add_partial(self, attribute: str, request: Any, answer: Any) -> None:
         """Count one finished request.
@@ -376,8 +394,5 @@ class _RequestHook:
         if attribute == "loglikelihood_rolling":
             return  # its windows are counted
         if attribute == "loglikelihood" and math.isnan(answer[0]):
-            raise InputError(
-                f"{self.name}: the model computes NaN log-probs; its weights are damaged, or they "
-                "overflow in this dtype"
-            )
+            raise self.nan("log-probs")
         self.on_done(1)

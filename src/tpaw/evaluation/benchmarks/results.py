@@ -57,8 +57,8 @@ def task_facts(
     value = statistics.fmean(_known(metrics, key, name) for key in column.metric_keys)
     if not -1e-9 <= value <= 1 + 1e-9:
         raise InputError(
-            f"{name}: metric: {' + '.join(column.metric_keys)}: {value:g}: not a share between 0 and "
-            "1, so it has no score in percent; choose another metric"
+            f"{name}: metric: {' + '.join(column.metric_keys)}: {value:g}: not a share between 0 "
+            "and 1, so it has no score in percent; choose another metric"
         )
     lower_bound = column.lower_bound_of(name)
     scores = [item["score"] for item in items]

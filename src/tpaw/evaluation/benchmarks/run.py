@@ -16,6 +16,7 @@ from tpaw.config.schema import GenerateConfig, ScoreConfig
 from tpaw.errors import InputError
 from tpaw.evaluation.benchmarks.suite import Suite, benchmark_scores, load_suite, suite_score
 from tpaw.evaluation.items import Item, items_file, write_items
+from tpaw.models.checks import check_model, check_vocabulary
 from tpaw.models.loading import load_model, pick_device
 from tpaw.models.references import Checkpoint, find_checkpoints
 from tpaw.models.tokenizers import load_tokenizer, stop_token_ids
@@ -23,6 +24,7 @@ from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.isolation import isolated
 from tpaw.runtime.progress import progress
 from tpaw.runtime.watch import Watch
+from tpaw.scoring.score import Precision
 from tpaw.storage.artifacts import (
     MANIFEST,
     PARTIAL_MANIFEST,
@@ -38,6 +40,7 @@ from tpaw.storage.run_directory import environment, open_run
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedConfig
 
     from tpaw.evaluation.benchmarks.harness import HarnessModel, LoadedTask
 
@@ -129,7 +132,11 @@ def evaluate_suite(
 def _work(checkpoint: Checkpoint, suite: Suite, output: Path | None) -> _Work:
     from tpaw.evaluation.benchmarks.harness import harness_version
 
+    # A run has checked its models.
+    found = check_model(checkpoint.model) if checkpoint.run is None else None
     tokenizer = load_tokenizer(checkpoint.model, checkpoint.tokenizer_folder)
+    if found is not None:
+        check_vocabulary(checkpoint.model, found, tokenizer.vocab_size - 1)
     has_template = tokenizer.chat_template is not None
     if suite.apply_chat_template is True and not has_template:
         raise InputError(
@@ -142,8 +149,8 @@ def _work(checkpoint: Checkpoint, suite: Suite, output: Path | None) -> _Work:
         if run is not None
         else output or Path("evaluations") / checkpoint.name / suite.name
     )
-    found = environment()["versions"]
-    versions = {key: found[key] for key in ("tpaw", "transformers", "torch")}
+    installed = environment()["versions"]
+    versions = {key: installed[key] for key in ("tpaw", "transformers", "torch")}
     origin = {
         "player": index if run is not None else None,
         "name": checkpoint.name,
@@ -152,7 +159,7 @@ def _work(checkpoint: Checkpoint, suite: Suite, output: Path | None) -> _Work:
         "settings": {
             "fewshot_seed": suite.fewshot_seed,
             "chat_template": has_template and bool(suite.apply_chat_template),
-            "dtype": str(_dtype(checkpoint)).removeprefix("torch."),
+            "dtype": str(_dtype(checkpoint, found)).removeprefix("torch."),
             "tasks": [task.definition() for task in suite.tasks],
         },
     }
@@ -204,8 +211,14 @@ def _check_data(work: _Work, tasks: list[LoadedTask]) -> None:
 def _compared(new: dict[str, Any], old: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     yield "fingerprint", new["fingerprint"], old["fingerprint"]
     yield "version of lm_eval", new["versions"]["lm_eval"], old["versions"]["lm_eval"]
-    for key in new["settings"]:
-        yield key, new["settings"][key], old["settings"].get(key)
+    columns = [{c["name"]: c for c in one["settings"]["tasks"]} for one in (new, old)]
+    yield "list of tasks", *map(list, columns)
+    for name, column in columns[0].items():
+        for key, value in column.items():
+            yield f"{key} of {name}", value, columns[1][name].get(key)
+    for key, value in new["settings"].items():
+        if key != "tasks":
+            yield key, value, old["settings"].get(key)
 
 
 def _evaluate(work: _Work, suite: Suite, tasks: list[LoadedTask], stop: StopSignal) -> None:
@@ -214,7 +227,7 @@ def _evaluate(work: _Work, suite: Suite, tasks: list[LoadedTask], stop: StopSign
     artifact = ShardedArtifact(work.folder)
     missing = [task for task in tasks if items_file(task.name) not in artifact.names]
     if missing:
-        model = _load(work.checkpoint, stop)
+        model = _load(work, stop)
     for task in missing:
         stop.check()
         started = time.monotonic()
@@ -243,9 +256,12 @@ def _evaluate(work: _Work, suite: Suite, tasks: list[LoadedTask], stop: StopSign
     artifact.complete({"suite": suite.name, "fingerprint": work.origin["fingerprint"]})
 
 
-def _load(checkpoint: Checkpoint, stop: StopSignal) -> HarnessModel:
+def _load(work: _Work, stop: StopSignal) -> HarnessModel:
+    import torch
+
     from tpaw.evaluation.benchmarks.harness import HarnessModel
 
+    checkpoint = work.checkpoint
     run = checkpoint.run
     if run is not None and checkpoint.player.index > 0:
         verify(run.checkpoint(checkpoint.player.index) / MANIFEST)
@@ -253,7 +269,7 @@ def _load(checkpoint: Checkpoint, stop: StopSignal) -> HarnessModel:
     model = load_model(
         checkpoint.player,
         checkpoint.model,
-        dtype=_dtype(checkpoint),
+        dtype=getattr(torch, work.origin["settings"]["dtype"]),
         device=pick_device(device),
     )
     tokenizer = load_tokenizer(checkpoint.model, checkpoint.tokenizer_folder)
@@ -277,21 +293,18 @@ def _settings(checkpoint: Checkpoint) -> tuple[str, ScoreConfig, GenerateConfig]
     return config.device, config.score, config.generate
 
 
-def _dtype(checkpoint: Checkpoint) -> torch.dtype:
+def _dtype(checkpoint: Checkpoint, found: PreTrainedConfig | None) -> torch.dtype:
     """Return the dtype of a run's precision. For a model, return the dtype of its config.json.
 
     The harness loads a model in the same dtype.
     """
     import torch
-    from transformers import AutoConfig
 
     if checkpoint.run is not None:
-        precision = checkpoint.run.load_config().precision
-        return torch.bfloat16 if precision == "bf16" else torch.float32
-    found = AutoConfig.from_pretrained(
-        checkpoint.player.path, trust_remote_code=checkpoint.model.trust_remote_code
-    )
-    return found.dtype if isinstance(found.dtype, torch.dtype) else torch.float32
+        config = checkpoint.run.load_config()
+        return Precision(config.device, config.precision == "bf16").dtype
+    dtype = getattr(found, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 @contextlib.contextmanager

@@ -2,9 +2,9 @@
 
 A suite is a list of lm-evaluation-harness tasks. Each task has its own number of few-shot examples.
 A task may be a group of subtasks. A value v in [0, 1] with the lower bound b gets the score
-100 · (v − b) / (1 − b), or 0 if v is below b. The score of a group is the mean over its subtasks,
-or with `pool: true` the score of the value over all items. The score of a suite is the mean over its
-tasks.
+100 · (v − b) / (1 − b), or 0 if v is below b. The score of a group is the mean over its subtasks.
+With `pool: true` it is the score of the mean over all items. The score of a suite is the mean over
+its tasks.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class SuiteTask(Section):
 
     pool: bool = Field(
         False,
-        description="For a group: the value is the mean over the items of all subtasks, and has one "
-        "score. Default: the score is the mean of the scores of the subtasks.",
+        description="For a group: compute one score, from the mean over the items of all subtasks. "
+        "Default: the mean of the scores of the subtasks.",
     )
 
     @model_validator(mode="after")

@@ -23,9 +23,11 @@ class _Loader(yaml.SafeLoader):
     """Reads a task file without running its functions."""
 
 
-_Loader.add_constructor(
-    "!function", lambda loader, node: _Function(loader.construct_scalar(node))
-)
+def _function(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> _Function:
+    return _Function(loader.construct_scalar(node))
+
+
+_Loader.add_constructor("!function", _function)
 
 
 def content_hash(path: Path) -> str:
@@ -52,7 +54,7 @@ def _named_files(path: Path, data_folder: Path, seen: set[Path]) -> Iterator[Pat
     seen.add(path)
     yield path
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError):
         return  # the harness says what is wrong
     for key, value in _leaves(tree):
