@@ -149,7 +149,7 @@ class ModelConfig(Section):
     """θ_0, and how to load every checkpoint."""
 
     path: str = Field(
-        json_schema_extra=CHANGEABLE,  # a resumed run checks the fingerprint of the weights
+        json_schema_extra=CHANGEABLE,  # a resumed run checks the model's fingerprint
         description="θ_0, the SFT model: a folder, a model id on the Hugging Face Hub, or "
         "tpaw://starter/model. It must be a decoder-only model that transformers can load.",
     )
