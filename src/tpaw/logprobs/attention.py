@@ -149,10 +149,10 @@ def packed_attention(
     if softcap is not None and s_aux is not None:
         unknown.append("softcap together with s_aux")
     if attention_mask is not None and attention_mask.numel() != 1:
-        unknown.append("attention_mask of the model's own")
+        unknown.append("attention_mask that the model makes")
     if unknown:
         raise ValueError(
-            f"packed attention has no {', '.join(unknown)}; use padded rows for this model"
+            f"packed attention does not support {', '.join(unknown)}; use padded rows for this model"
         )
     # Under autocast, RoPE returns queries and keys in fp32. The kernel needs one dtype for all.
     dtype = query.dtype
