@@ -165,7 +165,7 @@ ARCHITECTURES: dict[str, dict] = {
     "dbrx": {
         "n_heads": 4,
         "n_layers": 2,
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 16, "moe_top_k": 2},
         "num_hidden_layers": None,
         "num_attention_heads": None,
@@ -177,7 +177,7 @@ ARCHITECTURES: dict[str, dict] = {
     "diffllama": {},
     "doge": {},
     "dots1": {},
-    "dots3_note_text": {"num_key_value_heads": 4, "per_layer_config": {}},
+    "dots3_note_text": {"head_dim": 16, "per_layer_config": {}},
     "electra": {},
     "electra-dec": {"type": "electra", "is_decoder": True},
     "ernie": {},
@@ -234,7 +234,7 @@ ARCHITECTURES: dict[str, dict] = {
     "granite_swa": {},
     "granitemoe": {},
     "granitemoe_swa": {},
-    "granitemoehybrid": {},
+    "granitemoehybrid": {"layer_types": ("linear_attention", "full_attention")},
     "granitemoeshared": {},
     "helium": {},
     "hrm_text": {},
@@ -411,6 +411,8 @@ def _settings(cls, changes: dict) -> dict:
     default = cls()
     known = set(default.to_dict()) | set(getattr(cls, "attribute_map", ()))
     settings = {key: value for key, value in TINY.items() if key in known}
+    if "kv_lora_rank" in known:
+        settings["num_key_value_heads"] = settings["num_attention_heads"]
     settings["num_hidden_layers"] = 2
     # A layer of each kind that the default has, unless the changes say otherwise.
     patterns = {
@@ -525,10 +527,11 @@ def examined(name: str) -> Examined:
         ),
     }
     with torch.no_grad():
-        model.train()
-        in_training_S = response_logps(model, layout.collate(given))
-        model.eval()
-        numbers["training mode"] = float((in_training_S - found_S).abs().max())
+        in_modes = []
+        for mode in (True, False):
+            model.train(mode)
+            in_modes.append(response_logps(model, layout.collate(given)))
+        numbers["training mode"] = float((in_modes[0] - in_modes[1]).abs().max())
         generation, equal = _greedy(model, reference)
     limits = {"logps": LOGP_TOLERANCE, "gradient": GRADIENT_TOLERANCE, "training mode": 0.0}
     failures = [

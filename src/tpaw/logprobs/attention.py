@@ -24,6 +24,10 @@ from transformers.masking_utils import sdpa_mask
 PACKED = "tpaw_packed"
 
 
+class PackingError(ValueError):
+    """The model's attention needs something that packed rows do not support."""
+
+
 class Span(NamedTuple):
     """Part of a packed row. All fields are positions in the row.
 
@@ -120,7 +124,7 @@ def packed_attention(
         The output, (1, L, query heads, head size), and None in place of attention weights.
 
     Raises:
-        ValueError: the model uses soft-capping, attention sinks, a position bias or a sliding
+        PackingError: the model uses soft-capping, attention sinks, a position bias or a sliding
             window. Packed rows do not support these.
     """
     if tpaw_spans is None:
@@ -129,7 +133,7 @@ def packed_attention(
     unknown = [n for n in ("softcap", "s_aux", "position_bias") if kwargs.get(n) is not None]
     window = kwargs.get("sliding_window")
     if unknown or (window is not None and window < tpaw_spans.most_keys):
-        raise ValueError(
+        raise PackingError(
             f"packed attention has no {', '.join(unknown) or 'sliding window'}; "
             "use padded rows for this model"
         )
