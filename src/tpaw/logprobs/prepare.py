@@ -9,12 +9,14 @@ way that gives wrong numbers.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
@@ -104,13 +106,13 @@ def prepare_for_logprobs(model: Any, longest: int) -> Preparation:
     notes = []
     head = LogprobHead(module)
     head.attach()
-    if (error := trial.error_of(PADDED_LAYOUT)) is not None:
+    if (error := trial.error_of(PADDED_LAYOUT, head)) is not None:
         head.detach()
         notes.append(LOGITS_HELD.format(f"the model changes the output of its head ({error})"))
-    reason = _why_not_packed(model, longest)
+    reason = _why_not_packed(model)
     if reason is None:
         before = model.config._attn_implementation
-        model.set_attn_implementation(PACKED)
+        model.set_attn_implementation(PACKED.get(before, before))
         if (error := trial.error_of(PACKED_LAYOUT)) is not None:
             model.set_attn_implementation(before)
             reason = f"its attention gives other results from packed sequences ({error})"
@@ -190,11 +192,17 @@ class _Trial:
                 "padded on the right beside other sequences; choose another model"
             )
 
-    def error_of(self, layout: Layout) -> str | None:
-        """How the model, as it is now, fails to give the same log-probs; None if it gives them."""
+    def error_of(self, layout: Layout, new_head: LogprobHead | None = None) -> str | None:
+        """How the model, as it is now, fails to give the same log-probs; None if it gives them.
+
+        Args:
+            new_head: a head that does not know its logit map yet.
+        """
         if not self.is_possible:
             return None
         try:
+            if new_head is not None:
+                new_head.learn_logit_map(self.model)
             error = _difference(self._logps(layout.collate(self.sequences)), self.expected_S)
             if error is None and next(self.model.parameters()).device.type == "cuda":
                 # Packed rows use a kernel for bf16 alone there.
@@ -220,7 +228,8 @@ class _Trial:
             return functional_call(self.model, self._wide, (), inputs)
 
         head = LogprobHead.attached_to(self.model)
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=in_bf16):
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_bf16)
+        with torch.no_grad(), autocast, _narrow_windows(self.model):
             logps_S = response_logps(entered, send_to_device(batch, device), head)
         if head is not None:
             head.raise_if_changed()
@@ -237,6 +246,24 @@ class _Trial:
 
     def _random_ids(self, length: int) -> TokenIds:
         return token_ids(self._rng.integers(0, self.vocabulary, length))
+
+
+@contextlib.contextmanager
+def _narrow_windows(model: nn.Module) -> Iterator[None]:
+    """Narrow each sliding window to 3 tokens, so that windows matter in the trial."""
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        for owner in (module, getattr(module, "config", None)):
+            if type(getattr(owner, "__dict__", {}).get("sliding_window")) is int:
+                found[id(owner)] = owner
+    windows = [owner.sliding_window for owner in found.values()]
+    try:
+        for owner in found.values():
+            owner.sliding_window = min(owner.sliding_window, 3)
+        yield
+    finally:
+        for owner, window in zip(found.values(), windows, strict=True):
+            owner.sliding_window = window
 
 
 def _difference(
@@ -258,18 +285,18 @@ def _named(error: Exception) -> str:
     return printable(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
 
 
-def _why_not_packed(model: Any, longest: int) -> str | None:
+def _why_not_packed(model: Any) -> str | None:
     config = model.config.get_text_config()
-    if config._attn_implementation not in ("sdpa", PACKED):
-        return f"its attention is {config._attn_implementation!r}, not sdpa"
+    attention = config._attn_implementation
+    # Eager attention is a choice if the model has SDPA, and all that it has if not.
+    if attention not in ("sdpa", *PACKED.values()) and (attention != "eager" or model._supports_sdpa):
+        return f"its attention is {attention!r}, not sdpa"
     if not model.is_backend_compatible():
         return "its attention does not follow transformers' interface"
     kinds = set(getattr(config, "layer_types", None) or ())
     other = kinds - {"full_attention", "sliding_attention"}
     if other:
         return f"it has layers of {', '.join(sorted(other))}"
-    window = getattr(config, "sliding_window", None)
-    is_sliding = "sliding_attention" in kinds or not kinds
-    if window is not None and is_sliding and window < longest:
-        return f"its attention window of {window} tokens is shorter than {longest} tokens"
+    if "sliding_attention" in kinds and getattr(config, "sliding_window", None) is None:
+        return "the size of its attention window is unknown"
     return None

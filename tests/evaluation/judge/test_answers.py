@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +14,7 @@ from judge_server import longer
 from messages import complains, refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tpaw.errors import Interrupted
+from tpaw.errors import Interrupted, NonFiniteError
 from tpaw.evaluation.judge.answers import answer_rows
 from tpaw.models.fingerprint import fingerprint
 from tpaw.runtime.interrupt import StopSignal
@@ -116,6 +117,17 @@ def test_two_checkpoints_before_a_judge(tpaw_, finished, serve, tmp_path):
     assert found["wins"] == sum(a > b for a, b in lengths)
     assert found["losses"] == sum(a < b for a, b in lengths)
     assert found["a"]["name"] == "run@4"
+
+
+def test_a_broken_model_gives_no_answers(model_folder, heldout_file, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "broken")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.norm.weight[5] = torch.nan
+    model.save_pretrained(folder)
+    with refused(folder, "model.norm.weight", error=NonFiniteError):
+        answer(folder, heldout_file, tmp_path / "o", greedy=True)
+    assert not (tmp_path / "o" / "outputs.json").exists()
 
 
 def test_stopped_and_gone_on_is_the_same(model_folder, heldout_file, tmp_path):
