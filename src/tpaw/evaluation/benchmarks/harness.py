@@ -30,6 +30,7 @@ from tpaw.evaluation.items import Item
 from tpaw.generation.generator import SamplingParams
 from tpaw.generation.hf import HFGenerator
 from tpaw.models.finite import non_finite
+from tpaw.runtime.memory import memory_limited_by
 from tpaw.runtime.progress import OnDone, ignore
 
 try:
@@ -211,7 +212,10 @@ class HarnessModel(HFLM):
         longest = max((len(context) + len(rest) for _, context, rest in requests), default=1)
         batch_size = max(1, self.tokens_per_row // longest)
         title = f"score choices with {self.name}"
-        with self.bar(title, len(requests), "requests") as on_done:
+        with (
+            self.bar(title, len(requests), "requests") as on_done,
+            memory_limited_by("score.tokens_per_row", self.tokens_per_row),
+        ):
             # The harness calls the cache hook after each request. So it can count them.
             self.cache_hook = _CountingHook(on_done)
             found: list[tuple[float, bool]] = super()._loglikelihood_tokens(
