@@ -15,6 +15,7 @@ from pydantic.config import JsonDict
 
 from tpaw.config.files import load_tree
 from tpaw.config.messages import validate_as
+from tpaw.errors import brief
 from tpaw.team import Newest
 
 Scalar = TypeVar("Scalar")
@@ -88,8 +89,8 @@ class Columns(Section):
         given = {name: column for name, column in self if column is not None}
         if given.keys() not in _COLUMNS:
             raise ValueError(
-                f"{given}: not a valid combination; give prompt and target, or messages alone, or "
-                "chosen and rejected with or without prompt"
+                f"{brief(given)}: not a valid combination; give prompt and target, or messages "
+                "alone, or chosen and rejected with or without prompt"
             )
         return self
 
@@ -465,13 +466,14 @@ class RunConfig(Section):
         for key, value in self.per_iteration().items():
             if isinstance(value, tuple) and len(value) != self.iterations:
                 raise ValueError(
-                    f"{key}: {list(value)}: lists {len(value)} values; give one value, or one for "
-                    f"each of the {self.iterations} iterations"
+                    f"{key}: {brief(list(value))}: lists {len(value)} values; give one value, or "
+                    f"one for each of the {self.iterations} iterations"
                 )
         if self.train.weights == "split" and self.train.optimizer != "rmsprop":
             raise ValueError(
-                f"train.weights: split: cannot be used with optimizer {self.train.optimizer!r}; "
-                "set train.optimizer to rmsprop, or train.weights to fp32"
+                "train.weights: split: cannot be used with optimizer "
+                f"{brief(self.train.optimizer)}; set train.optimizer to rmsprop, or "
+                "train.weights to fp32"
             )
         if self.train.weights == "split" and self.precision != "bf16":
             raise ValueError(
@@ -500,8 +502,8 @@ class RunConfig(Section):
                 value = getattr(section, field)
                 if not is_beta and value != info.default:
                     raise ValueError(
-                        f"{name}.{info.alias or field}: {_plain(value)}: method {self.method} does "
-                        "not use this setting; remove it"
+                        f"{name}.{info.alias or field}: {brief(_plain(value))}: method "
+                        f"{self.method} does not use this setting; remove it"
                     )
         return self
 

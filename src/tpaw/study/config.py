@@ -15,6 +15,7 @@ set: {iterations: 4}                # settings of every run
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
@@ -133,7 +134,7 @@ def read_study(source: str) -> tuple[StudyConfig, list[Condition]]:
         InputError: the study or the configuration of a run is not valid. The error names the key.
     """
     path = Path(source)
-    if not path.is_file():
+    if not os.path.isfile(path):
         explain_unknown("study", [source], study_names())
         path = Path(str(files("tpaw") / "study" / "studies" / f"{source}.yaml"))
     study = validate_as(StudyConfig, read_mapping(path, source), f"{source}: ")
@@ -188,5 +189,5 @@ def _said(value: Any) -> str:
 
 
 def _beside(source: Source, folder: Path) -> Source:
-    is_file = isinstance(source, str) and (folder / source).is_file()
+    is_file = isinstance(source, str) and os.path.isfile(folder / source)
     return str(folder / source) if is_file else source  # type: ignore[operator]
