@@ -41,6 +41,7 @@ def load_model(
         dtype=dtype,
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
+        use_safetensors=None if config.allow_pickle else True,
         output_loading_info=True,
     )
     # transformers initializes missing weights at random and only warns about it.
