@@ -411,8 +411,8 @@ class TrainConfig(Section):
         for name in _keys_within(arguments):
             if _SECRET.search(name):
                 raise ValueError(
-                    f"the key {printable(name)} cannot be set: the configuration is stored in the run "
-                    "directory; set HF_TOKEN, or the tracker's own variable, in the environment"
+                    f"the key {printable(name)} cannot be set: the configuration is stored in the "
+                    "run directory; set HF_TOKEN, or the tracker's own variable, in the environment"
                 )
         return arguments
 
