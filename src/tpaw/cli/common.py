@@ -22,6 +22,15 @@ Overrides = Annotated[
     ),
 ]
 
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        help="Run Python code that a run directory or a suite file asks for. Without it, such "
+        "code is refused. Use it only if you trust whoever made them.",
+    ),
+]
+
 
 class Command(TyperCommand):
     """A command whose usage line shows `CONFIG...`, where typer shows `{CONFIG...}...`."""
