@@ -266,16 +266,10 @@ class GenerateConfig(Section):
 
     temperature: float = Field(
         1.0,
-<<<<<<< HEAD
-        ge=0.001,
-        le=1000,
-        description="Sampling temperature. Values below 1 favour likely tokens. It has no effect "
-        "on exact match, which decodes greedily.",
-=======
         ge=1e-5,  # a logit divided by less could overflow
+        le=1000,
         description="Sampling temperature, at least 1e-5. Values below 1 favour likely tokens. It "
         "has no effect on exact match, which decodes greedily.",
->>>>>>> main
     )
     top_p: float = Field(
         1.0,
