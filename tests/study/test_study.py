@@ -80,6 +80,8 @@ def test_methods_may_have_names_recipes_and_settings_of_their_own(write):
             ("key", {"method": ["tpaw"]}, "method", "methods"),
             ("setting", {"vary": {"objective.etaa": [1]}}, "objective.etaa", "objective.eta"),
             ("no value", {"vary": {"objective.eta": []}}, "vary.objective.eta"),
+            ("many seeds", {"seeds": 99999999999}, "10000"),
+            ("many runs", {"vary": {f"x{i}": list(range(10)) for i in range(9)}}, "10000"),
             ("bad value", {"vary": {"objective.eta": [0.5]}}, "eta = 0.5", "objective.eta"),
             ("no list", {"vary": {"objective.eta": 3}}, "vary", 3),
             ("seeds twice", {"seeds": [1, 1]}, "seeds", "[1, 1]"),
