@@ -13,14 +13,14 @@ from messages import IN_BRACKETS, refused
 
 from tpaw.config.schema import DataConfig
 from tpaw.data.formats import Dialogue, Unusable, shape_of
-from tpaw.data.readers import read_records
+from tpaw.data.readers import Records, read_records
 
 USER, SYSTEM, ASSISTANT = ({"role": r, "content": r[0]} for r in ("user", "system", "assistant"))
 
 
 def convert(row, **settings):
     config = DataConfig(path="x.json", **settings)
-    return shape_of([row], config, "data")(row)
+    return shape_of(Records([row], row), config, "data")(row)
 
 
 def write_csv(path, rows):
@@ -112,7 +112,7 @@ def test_a_hub_id_that_cannot_be_had_says_so():
         read_records(DataConfig(path="nobody/nothing"), "data")
 
 
-def test_a_hub_id_is_loaded_with_split_and_revision(monkeypatch):
+def test_a_hub_id_is_loaded_with_name_split_and_revision(monkeypatch):
     import datasets
 
     calls = {}
@@ -122,9 +122,43 @@ def test_a_hub_id_is_loaded_with_split_and_revision(monkeypatch):
         return Dataset.from_list(sums(3))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    config = DataConfig(path="openai/gsm8k", split="train[:3]", revision="main")
+    config = DataConfig(path="openai/gsm8k", name="main", split="train[:3]", revision="v1")
     assert read_records(config, "data") == sums(3)
-    assert calls == {"path": "openai/gsm8k", "split": "train[:3]", "revision": "main"}
+    expected = {"name": "main", "split": "train[:3]", "revision": "v1"}
+    assert calls == {"path": "openai/gsm8k", **expected}
+
+
+@pytest.fixture
+def two_configurations(tmp_path, monkeypatch):
+    """A folder as the repository of openai/gsm8k: two configurations and no default."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "gsm8k"
+    card = "---\nconfigs:\n"
+    for seed, name in enumerate(("main", "socratic")):
+        card += f"- config_name: {name}\n  data_files:\n"
+        (folder / name).mkdir(parents=True)
+        for split in ("train", "test"):
+            card += f"  - split: {split}\n    path: {name}/{split}.jsonl\n"
+            write_jsonl(folder / name / f"{split}.jsonl", sums(5 if split == "train" else 2, seed))
+    (folder / "README.md").write_text(card + "---\n")
+    return folder
+
+
+def test_a_dataset_with_two_configurations(two_configurations):
+    config = DataConfig(path=str(two_configurations), name="socratic")
+    assert read_records(config, "data") == sums(5, seed=1)
+    config = DataConfig(path=str(two_configurations), name="main", split="test")
+    assert read_records(config, "data") == sums(2)
+    config = DataConfig(path=str(two_configurations), name="main", split="train[:4]", limit=3)
+    assert read_records(config, "data") == sums(3)
+
+
+@pytest.mark.parametrize("name", [None, "mian"])
+def test_a_configuration_that_is_missing_or_unknown(two_configurations, name):
+    with refused("evaluate.data.name", two_configurations, "main", name or "socratic"):
+        read_records(DataConfig(path=str(two_configurations), name=name), "evaluate.data")
 
 
 def test_a_folder_that_is_no_dataset_and_a_split_that_is_not_there(tmp_path):
@@ -158,15 +192,6 @@ def test_sharegpt():
         {"from": "human", "value": "x"},
     ]
     assert convert({"conversations": turns, "system": "s"}) == Dialogue([SYSTEM, USER], "a", True)
-    calls = [
-        turns[0],
-        {"from": "function_call", "value": "{}"},
-        {"from": "observation", "value": "1"},
-        turns[1],
-    ]
-    assert convert({"conversations": calls}, turn="last") == Unusable(
-        "the assistant turn does not follow a user turn"
-    )
     gap = [{"from": "human", "value": "q1"}, {"from": "gpt"}, *turns[:2]]
     assert convert({"conversations": gap}) == Unusable("the target is not text")
     assert convert({"conversations": [USER, ASSISTANT]}) == Dialogue([USER], "a", True)
@@ -208,11 +233,17 @@ def test_question_and_answer_and_named_columns():
         ({"messages": [USER]}, "the conversation has no assistant turn"),
         ({"messages": []}, "the conversation has no assistant turn"),
         ({"messages": "hello"}, "the conversation is not a list of messages"),
-        ({"messages": [ASSISTANT]}, "the assistant turn does not follow a user turn"),
-        ({"messages": [SYSTEM, ASSISTANT]}, "the assistant turn does not follow a user turn"),
         (
-            {"messages": [{"role": "tool", "content": "x"}, USER, ASSISTANT]},
-            "a turn has the unknown role 'tool'",
+            {"messages": [ASSISTANT]},
+            "the assistant turn does not follow a user turn or a tool turn",
+        ),
+        (
+            {"messages": [SYSTEM, ASSISTANT]},
+            "the assistant turn does not follow a user turn or a tool turn",
+        ),
+        (
+            {"messages": [{"role": "bot", "content": "x"}, USER, ASSISTANT]},
+            "a turn has the unknown role 'bot'",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}, ASSISTANT]},
@@ -238,7 +269,8 @@ def test_columns_that_do_not_fit():
 
 def test_columns_that_are_null_do_not_decide_the_shape():
     rows = [{"messages": None, "question": "u", "answer": "a"}] * 3
-    assert shape_of(rows, DataConfig(path="x.json"), "data")(rows[0]) == Dialogue(
+    records = Records(rows, rows[0])
+    assert shape_of(records, DataConfig(path="x.json"), "data")(rows[0]) == Dialogue(
         [USER], "a", False
     )
 
