@@ -182,6 +182,16 @@ def test_sharegpt_calls_and_observations(tmp_path, tokenizer):
         assert one.target_ids.tolist() == other.target_ids.tolist()
 
 
+def test_a_call_that_ends_with_another_token(tmp_path):
+    """As gpt-oss: an answer ends with <|return|>, a call with <|call|>."""
+    tokenizer = make_tokenizer()
+    ends = "{%- endif %}{% if not m.tool_calls %}<|end|>{% endif %}{{"
+    tokenizer.chat_template = QWEN3_LIKE.replace("{%- endif %}<|end|>{{", ends)
+    rows = [{"messages": [ASK, ANSWER]}, {"messages": [ASK, CALLS]}]
+    found = prepare(tmp_path, tokenizer, *rows, max_skipped=0.5)
+    assert found.skipped == {"the chat template ends a tool call without end of sequence": 1}
+
+
 LEAVES_OUT = "the chat template leaves out "
 
 

@@ -50,12 +50,14 @@ class _Rendered(NamedTuple):
         rest: the text that follows the prompt: the target and what the template adds.
         target: the part of `rest` that comes from the record.
         is_templated: whether the chat template was applied.
+        is_call: whether the target has tool calls.
     """
 
     prompt: str
     rest: str
     target: str
     is_templated: bool
+    is_call: bool = False
 
 
 class ChatFormat:
@@ -149,10 +151,12 @@ class ChatFormat:
         for what, changed in _probes([*messages, response]):
             if self._renders_same(whole, changed, options):
                 return Unusable(f"the chat template leaves out {what}")
-        text = target
+        text, is_call = target, False
         if not isinstance(target, str):
             text = json.dumps(target, default=str, ensure_ascii=False)
-        return _Rendered(prompt, whole[len(prompt) :], text, is_templated=True)
+            is_call = bool(target.get("tool_calls"))
+        rest = whole[len(prompt) :]
+        return _Rendered(prompt, rest, text, is_templated=True, is_call=is_call)
 
     def _renders_same(self, text: str, messages: list[Message], options: Mapping[str, Any]) -> bool:
         try:
@@ -192,10 +196,12 @@ class ChatFormat:
                 return _ENDS_EARLY
         else:
             if not self.stop_ids.intersection(target_ids):
+                if rendered.is_call:
+                    return Unusable("the chat template ends a tool call without end of sequence")
                 stops = self.tokenizer.convert_ids_to_tokens(sorted(self.stop_ids))
                 raise InputError(
                     f"{self.key}: {self.template}: the chat template ends a response with "
-                    f"{rendered.rest[-20:]!r}, which contains none of the end-of-sequence tokens "
+                    f"{(rendered.prompt + rendered.rest)[-20:]!r}, which contains none of the end-of-sequence tokens "
                     f"{stops}; set model.eos_token to the token that the template uses, or change "
                     "the template"
                 )

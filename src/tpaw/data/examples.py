@@ -57,6 +57,12 @@ class Example(NamedTuple):
         return self.prompt_ids.tobytes()
 
     @property
+    def content_key(self) -> tuple[bytes, ...]:
+        """A key that is equal for examples with the same prompt, target and rejected response."""
+        ids = (self.prompt_ids, self.target_ids, self.rejected_ids)
+        return tuple(part.tobytes() for part in ids if part is not None)
+
+    @property
     def target(self) -> TokenSequence:
         """The prompt and the target as one sequence."""
         return TokenSequence(self.prompt_ids, self.target_ids)

@@ -265,7 +265,10 @@ def _dataset(path: str, config: DataConfig, key: str, columns: Collection[str] |
         first_line = str(error).partition("\n")[0]
         problem = f"{type(error).__name__}: {first_line}"
         if is_folder:
-            raise InputError(f"{name}: the folder is not a dataset ({problem})") from None
+            raise InputError(
+                f"{name}: the folder is not a dataset ({problem}); give a folder that save_to_disk "
+                "wrote, or a copy of a Hub dataset"
+            ) from None
         raise InputError(
             f"{name}: neither a local file or folder nor a dataset that the Hub provides "
             f"({problem}); check the path, the Hub id and your access rights"
