@@ -151,11 +151,11 @@ class ChatFormat:
         for what, changed in _probes([*messages, response]):
             if self._renders_same(whole, changed, options):
                 return Unusable(f"the chat template leaves out {what}")
-        text, is_call = target, False
-        if not isinstance(target, str):
-            text = json.dumps(target, default=str, ensure_ascii=False)
-            is_call = bool(target.get("tool_calls"))
         rest = whole[len(prompt) :]
+        if isinstance(target, str):
+            return _Rendered(prompt, rest, target, is_templated=True)
+        text = json.dumps(target, default=str, ensure_ascii=False)
+        is_call = bool(target.get("tool_calls"))
         return _Rendered(prompt, rest, text, is_templated=True, is_call=is_call)
 
     def _renders_same(self, text: str, messages: list[Message], options: Mapping[str, Any]) -> bool:
@@ -199,11 +199,11 @@ class ChatFormat:
                 if rendered.is_call:
                     return Unusable("the chat template ends a tool call without end of sequence")
                 stops = self.tokenizer.convert_ids_to_tokens(sorted(self.stop_ids))
+                end = (rendered.prompt + rendered.rest)[-20:]
                 raise InputError(
                     f"{self.key}: {self.template}: the chat template ends a response with "
-                    f"{(rendered.prompt + rendered.rest)[-20:]!r}, which contains none of the end-of-sequence tokens "
-                    f"{stops}; set model.eos_token to the token that the template uses, or change "
-                    "the template"
+                    f"{end!r}, which contains none of the end-of-sequence tokens {stops}; set "
+                    "model.eos_token to the token that the template uses, or change the template"
                 )
             if self.stop_ids.intersection(text_ids):
                 return _ENDS_EARLY

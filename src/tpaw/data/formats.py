@@ -17,10 +17,23 @@ from tpaw.errors import InputError
 Message = Mapping[str, Any]
 
 # The columns of all formats.
-_COLUMNS = ("prompt", "completion", "messages", "conversations", "chosen", "rejected", "question")
-_COLUMNS += ("answer", "instruction", "input", "output")
+_COLUMNS = frozenset(
+    [
+        "prompt",
+        "completion",
+        "messages",
+        "conversations",
+        "chosen",
+        "rejected",
+        "question",
+        "answer",
+        "instruction",
+        "input",
+        "output",
+    ]
+)
 # Columns that go with any format. TRL reads `tools` and `chat_template_kwargs` too.
-_COMMON_COLUMNS = ("system", "tools", "chat_template_kwargs")
+_COMMON_COLUMNS = frozenset(("system", "tools", "chat_template_kwargs"))
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
@@ -82,10 +95,10 @@ class Unusable(NamedTuple):
 SAME_ANSWERS = Unusable("chosen and rejected are equal")
 
 
-def columns_to_read(config: DataConfig) -> set[str]:
+def columns_to_read(config: DataConfig) -> frozenset[str]:
     """Names of all columns that `shape_of` may use."""
-    named = {column for _, column in config.columns or () if column is not None}
-    return (named or set(_COLUMNS)) | set(_COMMON_COLUMNS)
+    named = frozenset(column for _, column in config.columns or () if column is not None)
+    return (named or _COLUMNS) | _COMMON_COLUMNS
 
 
 def shape_of(
@@ -172,8 +185,8 @@ def _format_of(
 def _similar_names(present: set[str]) -> str:
     """A hint for each column whose name is almost that of a known column."""
     hints = ""
-    for column in sorted(present - set(_COLUMNS)):
-        for known in difflib.get_close_matches(column, set(_COLUMNS) - present, n=1, cutoff=0.7):
+    for column in sorted(present - _COLUMNS):
+        for known in difflib.get_close_matches(column, _COLUMNS - present, n=1, cutoff=0.7):
             hints += f"; {column}: did you mean {known}?"
     return hints
 
@@ -196,7 +209,7 @@ def _question(prompt: Any, target: Any, system: Any = None) -> Dialogue | Unusab
     dialogue = _checked(prompt, target)
     if isinstance(dialogue, Unusable) or not isinstance(prompt, str):
         return dialogue
-    messages = [{"role": "user", "content": prompt}]
+    messages: list[Message] = [{"role": "user", "content": prompt}]
     if isinstance(system, str) and system.strip():
         messages.insert(0, {"role": "system", "content": system})
     return dialogue._replace(prompt=messages)
