@@ -11,7 +11,7 @@ from builders import make_model, make_tokenizer, save_model, scorer, sums, write
 from messages import refused
 
 from tpaw.config.schema import RunConfig, ScoreConfig
-from tpaw.data.token_ids import token_ids
+from tpaw.data.token_ids import TokenSequence, token_ids
 from tpaw.generation.generator import FakeGenerator
 from tpaw.generation.responses import read_responses
 from tpaw.pipeline.preflight import read_inputs
@@ -125,63 +125,55 @@ def test_a_tokenizer_that_is_refused(settings, tmp_path, change, parts):
         read_inputs(RunConfig.load(settings))
 
 
-def one_iteration(settings, tmp_path, answer=None):
-    """Train one iteration from eight rows, with the answers of a fake; give its run."""
+def one_iteration(settings, folder, answer, pad_token):
+    """Train one iteration from eight rows, with the answers of a fake; give its run and log."""
+    model, tokenizer = save_model(folder / "model"), make_tokenizer()
+    tokenizer.pad_token = pad_token
+    tokenizer.save_pretrained(model)
+    settings["model"]["path"] = str(model)
     settings["data"]["limit"] = 8
+    settings["train"]["batch_size"] = 4
+    settings["generate"]["max_new_tokens"] = 50
     settings |= {"iterations": 1, "evaluate": {}}
-    generator = FakeGenerator(answer or (lambda prompt, seed: [11, 12, END]))
-    folder = tmp_path / "run"
-    self_play(RunConfig.load(settings), folder, open_generator=generator.opener)
-    run = RunDirectory(folder)
-    lines = run.training_log(1).read_text().splitlines()
-    return run, [json.loads(line) for line in lines]
+    run = RunDirectory(folder / "run")
+    generator = FakeGenerator(answer)
+    self_play(RunConfig.load(settings), run.root, open_generator=generator.opener)
+    return run, [json.loads(line) for line in run.training_log(1).read_text().splitlines()]
 
 
-@pytest.mark.parametrize("pad", [None, "<|end|>"], ids=["no padding token", "padding = end"])
-def test_no_padding_token_is_needed(settings, tmp_path, pad):
-    folder, tokenizer = save_model(tmp_path / "m"), make_tokenizer()
-    _, expected = one_iteration(settings, tmp_path / "expected")
-    tokenizer.pad_token = pad
-    tokenizer.save_pretrained(folder)
-    settings["model"]["path"] = str(folder)
-    _, log = one_iteration(settings, tmp_path)
-    assert [line["loss"] for line in log] == [line["loss"] for line in expected]
-
-
-ANSWERS = {
-    "nothing but the end": [END],
-    "nothing at all": [],
-    "special tokens": [2, 3, 11, 1, END],
-    "cut off": [11] * 50,
-}
-
-
-@pytest.mark.parametrize("what", ANSWERS)
-def test_an_answer_that_is_unusual_is_scored_and_trained_on(settings, tmp_path, what):
-    run, log = one_iteration(settings, tmp_path, lambda prompt, seed: ANSWERS[what])
+def test_unusual_answers_are_scored_and_trained_on(settings, tmp_path):
+    """Nothing but the end, nothing at all, special tokens, and 50 tokens without an end."""
+    answers = [[END], [], [2, 3, 11, 1, END], [11] * 50]
+    left = iter(answers * 2)
+    run, log = one_iteration(settings, tmp_path, lambda prompt, seed: next(left), pad_token=None)
     responses = read_responses(run.responses(1))
-    assert [r.token_ids.tolist() for r in responses] == [ANSWERS[what][:12]] * 8
-    assert np.isfinite([line["loss"] for line in log]).all()
-    cut = what in ("cut off", "nothing at all")
-    assert {line["share/truncated"] for line in log} == {float(cut)}
-    if what == "nothing at all":  # its probability is 1
-        assert {line["logps/generated"] for line in log} == {0.0}
-    else:
-        assert all(line["logps/generated"] < 0 for line in log)
+    assert [response.token_ids.tolist() for response in responses] == answers * 2
+    assert [response.finish_reason for response in responses] == ["stop", "length"] * 4
+    assert len(log) == 2
+    assert np.mean([line["share/truncated"] for line in log]) == 0.5
+    for line in log:
+        assert np.isfinite(line["loss"])
+        assert line["logps/generated"] < 0
 
 
 def test_answers_that_are_the_targets_are_counted(settings, tmp_path):
     examples = read_inputs(RunConfig.load(settings)).examples
     targets = {example.prompt_key: example.target_ids.tolist() for example in examples}
-    settings["generate"]["max_new_tokens"] = 64
-    _, log = one_iteration(settings, tmp_path, lambda prompt, seed: targets[prompt.tobytes()])
+    _, log = one_iteration(
+        settings,
+        tmp_path,
+        lambda prompt, seed: targets[prompt.tobytes()],
+        pad_token="<|end|>",
+    )
     assert {line["share/identical"] for line in log} == {1.0}
 
 
 def test_log_probs_are_found_in_any_order(tmp_path):
     model, rng = make_model(), random.Random(0)
     sequences = [
-        tuple(token_ids(rng.choices(range(5, 300), k=rng.randrange(1, 9))) for _ in range(2))
+        TokenSequence(
+            *(token_ids(rng.choices(range(5, 300), k=rng.randrange(1, 9))) for _ in range(2))
+        )
         for _ in range(20)
     ]
     keys = [sequence_key(sequence) for sequence in sequences]
@@ -190,7 +182,7 @@ def test_log_probs_are_found_in_any_order(tmp_path):
         store = LogprobStore(tmp_path / str(len(stored)))
         wanted = {keys[i]: sequences[i] for i in order}
         config = ScoreConfig(shard_size=6, tokens_per_row=100)
-        fill_store(store, "s", wanted, lambda: scorer(model), config=config, on_done=stored.count)
+        fill_store(store, "s", wanted, lambda: scorer(model), config=config)
         stored.append(store.logps(keys))
         assert np.array_equal(store.logps(keys[::-1]), stored[-1][::-1])
     assert np.allclose(*stored, atol=1e-5)
