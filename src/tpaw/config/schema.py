@@ -182,6 +182,13 @@ class ModelConfig(Section):
         description="Run the Python code that comes with the model. Set it to true only for a "
         "model whose authors you trust.",
     )
+    allow_pickle: bool = Field(
+        False,
+        json_schema_extra=CHANGEABLE,
+        description="Read weights from pickled files (pytorch_model.bin). A pickled file can run "
+        "code when it is read, so set it to true only for a model whose authors you trust. "
+        "safetensors files need no permission.",
+    )
 
 
 class TeamConfig(Section):
@@ -253,9 +260,9 @@ class GenerateConfig(Section):
 
     temperature: float = Field(
         1.0,
-        gt=0,
-        description="Sampling temperature. Values below 1 favour likely tokens. It has no effect "
-        "on exact match, which decodes greedily.",
+        ge=1e-5,  # a logit divided by less could overflow
+        description="Sampling temperature, at least 1e-5. Values below 1 favour likely tokens. It "
+        "has no effect on exact match, which decodes greedily.",
     )
     top_p: float = Field(
         1.0,

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from builders import make_model, make_tokenizer, sums
 from messages import refused
 
@@ -15,6 +16,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 import tpaw.evaluation.benchmarks.harness
+from tpaw.errors import NonFiniteError
 from tpaw.evaluation.benchmarks.harness import HarnessModel
 from tpaw.generation.continuous_batching import ASK_EVERY
 
@@ -140,3 +142,19 @@ def test_the_benchmark_compares_the_two(tmp_path, capsys):
     results = json.loads(file.read_text())["results"]
     assert set(results["seconds"]) == {"harness, 5 at a time", "tpaw"}
     assert 0 < results["correct"] < 12
+
+
+def test_a_broken_model_has_no_score():
+    model = make_model(seed=3)
+    with torch.no_grad():
+        model.model.norm.weight[5] = torch.nan
+    model.name_or_path = "runs/x/iterations/1/checkpoint"
+    ours = make_ours(model)
+    with refused("runs/x/iterations/1/checkpoint", "model.norm.weight", error=NonFiniteError):
+        ours.generate_until(requests([]))
+    choices = [
+        Instance("loglikelihood", {}, (row["question"], " 5"), 0, metadata=("t", i, 1))
+        for i, row in enumerate(sums(3))
+    ]
+    with refused("runs/x/iterations/1/checkpoint", "model.norm.weight", error=NonFiniteError):
+        ours.loglikelihood(choices)

@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import json
 import logging
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -28,6 +29,7 @@ from tpaw.evaluation.benchmarks.suite import Suite, SuiteTask
 from tpaw.evaluation.items import Item
 from tpaw.generation.generator import SamplingParams
 from tpaw.generation.hf import HFGenerator
+from tpaw.models.finite import non_finite
 from tpaw.runtime.progress import OnDone, ignore
 
 try:
@@ -215,6 +217,8 @@ class HarnessModel(HFLM):
             found: list[tuple[float, bool]] = super()._loglikelihood_tokens(
                 requests, disable_tqdm=True, override_bs=override_bs or batch_size
             )
+        if any(math.isnan(logp) for logp, _ in found):
+            raise non_finite(self.model, "log-likelihoods")
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:

@@ -70,7 +70,12 @@ class _Work(NamedTuple):
 
 
 def evaluate_suite(
-    reference: str, suite_name: str, output: Path | None = None, stop: StopSignal | None = None
+    reference: str,
+    suite_name: str,
+    output: Path | None = None,
+    stop: StopSignal | None = None,
+    *,
+    trust: bool = False,
 ) -> list[Evaluated]:
     """Evaluate a model, or every checkpoint of a run. Skip finished evaluations.
 
@@ -79,6 +84,7 @@ def evaluate_suite(
         suite_name: name of a suite or path of a YAML file; see `suite.load_suite`.
         output: folder for the results of a model. The default is evaluations/MODEL/SUITE.
         stop: tells whether the user asked for a stop.
+        trust: whether a run may ask for `model.trust_remote_code`.
 
     Returns:
         One evaluation for each checkpoint, θ_0 first.
@@ -92,7 +98,7 @@ def evaluate_suite(
     """
     stop = stop or StopSignal()
     suite = load_suite(suite_name)
-    checkpoints = find_checkpoints(reference)
+    checkpoints = find_checkpoints(reference, trust=trust)
     if output is not None and checkpoints[0].run is not None:
         raise InputError(
             f"--output {output}: cannot be set for a run: its results are stored in the run; "
