@@ -210,7 +210,7 @@ class _Trial:
                 tolerances = BF16_RELATIVE_TOLERANCE, BF16_ABSOLUTE_TOLERANCE
                 error = _difference(rounded_S, self.expected_S, *tolerances)
         except HeadChangedError:
-            return "a soft cap or a scale, for example"
+            return "by more than a factor and a soft cap"
         except PackingError as problem:
             return str(problem)
         except RuntimeError as problem:
