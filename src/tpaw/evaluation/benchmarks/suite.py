@@ -148,7 +148,8 @@ def load_suite(name: str, *, trust: bool = False, setting: str = "--suite") -> S
     if not path.is_file():
         if path.suffix in (".yaml", ".yml"):
             raise InputError(
-                f"{setting}: {name}: no such file; suites of the package: {', '.join(suite_names())}"
+                f"{setting}: {name}: no such file; suites of the package: "
+                f"{', '.join(suite_names())}"
             )
         explain_unknown(setting, [name], suite_names())
         path = Path(str(files("tpaw.evaluation.benchmarks") / "suites" / f"{name}.yaml"))
