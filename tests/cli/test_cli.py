@@ -93,7 +93,13 @@ def test_sft_makes_a_starting_model(tpaw_, settings, tmp_path):
 
 
 def test_plan_spends_nothing(tpaw_, config, monkeypatch, tmp_path):
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: 1 / 0)
+    load = AutoModelForCausalLM.from_pretrained
+
+    def without_memory(*args, device_map=None, **kwargs):
+        assert device_map == "meta"
+        return load(*args, device_map=device_map, **kwargs)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", without_memory)
     code, out, _ = tpaw_("plan", config)
     assert code == 0
     assert "24 examples, 10 held out; skipped: none" in out

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -205,20 +206,59 @@ DROPPING = {
     "mixtral": transformers.MixtralConfig(
         **SMALL, intermediate_size=32, num_key_value_heads=2, router_jitter_noise=0.5
     ),
+    # Its router reads the jitter in evaluation mode too.
+    "phimoe": transformers.PhimoeConfig(
+        **SMALL,
+        intermediate_size=32,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        router_jitter_noise=0.3,
+        input_jitter_noise=0.2,
+        attention_dropout=0.5,
+    ),
+    # It reads the probability from its configuration in every forward pass.
+    "persimmon": transformers.PersimmonConfig(**SMALL, intermediate_size=32, attention_dropout=0.5),
+    "bart": transformers.BartConfig(
+        vocab_size=99,
+        d_model=32,
+        decoder_layers=4,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=32,
+        decoder_layerdrop=0.5,
+        is_decoder=True,
+        is_encoder_decoder=False,
+    ),
 }
 
 
 @pytest.mark.parametrize("family", DROPPING)
-def test_nothing_is_dropped_in_training_mode(family):
+def test_training_mode_computes_what_the_untouched_model_computes_in_evaluation_mode(family):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(DROPPING[family])
     ids = torch.arange(20)[None]
+    expected = model.eval()(ids).logits
     model.train()
     assert not torch.equal(model(ids).logits, model(ids).logits)
+    before, state = model.config.to_dict(), torch.random.get_rng_state()
     disable_dropout(model)
-    trained = model(ids).logits
-    model.eval()
-    assert torch.equal(trained, model(ids).logits)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert model.config.to_dict() == before
+    for module in (model, copy.deepcopy(model)):
+        assert torch.equal(module.train()(ids).logits, expected)
+        assert torch.equal(module.eval()(ids).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phimoe"])
+def test_a_checkpoint_keeps_the_configuration_of_the_model_it_started_from(family, tmp_path):
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(DROPPING[family]).save_pretrained(tmp_path / "0")
+    player = Player(0, str(tmp_path / "0"), "")
+    model = load_model(player, ModelConfig(path="x"), dtype=torch.float32, device=CPU)
+    model.save_pretrained(tmp_path / "1")
+    start, trained = (json.loads((tmp_path / i / "config.json").read_text()) for i in ("0", "1"))
+    kept = {key: value for key, value in start.items() if "drop" in key or "jitter" in key}
+    assert 0.5 in kept.values()
+    assert {key: trained[key] for key in kept} == kept
 
 
 def test_rope_that_depends_on_the_batch_is_refused(settings, tmp_path):
