@@ -30,6 +30,10 @@ class PolicyMismatchError(TpawError):
     """At the first step of an iteration, the policy's log-probs differ from its newest player's."""
 
 
+class NonFiniteError(TpawError):
+    """A player's logits or log-probs are NaN or infinite, so it can neither answer nor score."""
+
+
 class DivergenceError(TpawError):
     """Training diverged: a log-prob of the policy is NaN or infinite. Earlier work is kept."""
 

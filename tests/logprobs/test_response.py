@@ -125,16 +125,27 @@ def test_no_tensor_is_as_large_as_the_logits(kind, layout, monkeypatch):
 
 
 @LAYOUTS
-@pytest.mark.parametrize("target", ["all-linear", ["lm_head", "q_proj"]])
-def test_lora_on_the_body_and_on_the_head(target, layout, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("llama", {"target_modules": "all-linear"}),
+        ("llama", {"target_modules": ["lm_head", "q_proj"]}),
+        ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
+        ("qwen2", {"target_modules": ["embed_tokens", "q_proj"]}),
+        ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 7, 250]}),
+        ("qwen2", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 7, 250]}),
+    ],
+    ids=["all-linear", "head", "embeddings", "tied-embeddings", "tokens", "tied-tokens"],
+)
+def test_lora_gives_the_plain_log_probs_and_gradients(kind, settings, layout, monkeypatch):
     monkeypatch.setattr(tpaw.logprobs.response, "TOKENS_IN_A_CHUNK", 7)
     sequences = ragged_team(2, seed=5)
     results = []
     for is_oracle in (True, False):
         torch.manual_seed(1)
         model = peft.get_peft_model(
-            make_model("llama", seed=5),
-            peft.LoraConfig(r=4, target_modules=target, init_lora_weights=False),
+            make_model(kind, seed=5),
+            peft.LoraConfig(r=4, init_lora_weights=False, **settings),
         ).double()
         if is_oracle:
             logps_S = expected_logps(model, sequences)
@@ -143,6 +154,8 @@ def test_lora_on_the_body_and_on_the_head(target, layout, monkeypatch):
             logps_S = response_logps(model, layout.collate(sequences))
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         assert any("lora" in name for name in trained)
+        if "trainable_token_indices" in settings:
+            assert any("token_adapter" in name for name in trained)
         results.append([logps_S, *torch.autograd.grad(logps_S.sum(), list(trained.values()))])
     for wanted, found in zip(*results, strict=True):
         assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max().item())

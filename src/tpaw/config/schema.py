@@ -254,9 +254,9 @@ class GenerateConfig(Section):
 
     temperature: float = Field(
         1.0,
-        gt=0,
-        description="Sampling temperature. Values below 1 favour likely tokens. It has no effect "
-        "on exact match, which decodes greedily.",
+        ge=1e-5,  # a logit divided by less could overflow
+        description="Sampling temperature, at least 1e-5. Values below 1 favour likely tokens. It "
+        "has no effect on exact match, which decodes greedily.",
     )
     top_p: float = Field(
         1.0,

@@ -16,6 +16,7 @@ from tpaw.config.schema import ScoreConfig
 from tpaw.data.token_ids import TokenSequence
 from tpaw.logprobs.packing import Layout, PackedBatch, PromptGroup, group_by_prompt
 from tpaw.logprobs.response import LogprobHead, response_logps
+from tpaw.models.finite import non_finite
 from tpaw.runtime.progress import OnDone, ignore
 from tpaw.scoring.store import Key, LogprobStore
 
@@ -72,6 +73,7 @@ def score_sequences(
 
     Raises:
         HeadChangedError: the model changes the output of its head.
+        NonFiniteError: a log-prob is NaN or infinite.
     """
     model, layout, precision = scorer
     device = next(model.parameters()).device
@@ -93,6 +95,10 @@ def score_sequences(
         with torch.inference_mode(), precision.autocast():
             logps_S = response_logps(model, send_to_device(batch, device), head)
         logps[members] = logps_S.cpu().numpy()
+        if not np.isfinite(logps[members]).all():
+            if head is not None:
+                head.raise_if_changed()  # it marks a changed log-prob with NaN
+            raise non_finite(model, "log-probs")
         on_done(len(members))
     if head is not None:
         head.raise_if_changed()

@@ -128,8 +128,8 @@ def test_a_reply_that_trickles_has_a_limit(tpaw_, serve, six, monkeypatch):
     assert len(sent) < 900
 
 
-def test_two_processes_may_share_the_replies(tmp_path):
-    """Both write the same keys at the same time; nobody sees half a file."""
+def test_the_replies_may_be_shared(tmp_path):
+    """Several write the same keys at the same time; nobody sees half a file."""
     from tpaw.evaluation.judge.endpoint import Reply
     from tpaw.evaluation.judge.replies import Replies
 

@@ -31,6 +31,7 @@ from tpaw.evaluation.benchmarks.suite import Suite, SuiteTask
 from tpaw.evaluation.items import Item
 from tpaw.generation.generator import SamplingParams
 from tpaw.generation.hf import HFGenerator
+from tpaw.models.finite import non_finite
 from tpaw.runtime.progress import OnDone, ignore
 
 try:
@@ -246,7 +247,7 @@ class HarnessModel(HFLM):
         """Call the harness's method with the largest batch size that `tokens_per_row` allows.
 
         Raises:
-            InputError: a log-likelihood is NaN.
+            NonFiniteError: a log-likelihood is NaN.
         """
         longest = max((len(context) + len(rest) for _, context, rest in requests), default=1)
         # The harness calls the cache hook after each request that has a key. Windows of a rolling
@@ -258,7 +259,7 @@ class HarnessModel(HFLM):
             ) as on_done,
             self._batches_of(max(1, self.tokens_per_row // longest)),
         ):
-            self.cache_hook = _RequestHook(on_done, self._nan)
+            self.cache_hook = _RequestHook(self.model, on_done)
             found: list[tuple[float, bool]] = super()._loglikelihood_tokens(
                 keyed, disable_tqdm=True
             )
@@ -301,27 +302,21 @@ class HarnessModel(HFLM):
                     texts = self._greedy([r.args[0] for r in group], kwargs, on_done)
                 else:
                     self.model.generation_config = GenerationConfig(eos_token_id=[*self.stop_ids])
-                    self.cache_hook = _RequestHook(on_done, self._nan)
+                    self.cache_hook = _RequestHook(self.model, on_done)
                     texts = super().generate_until(group, disable_tqdm=True)
                 responses.update(zip(positions, texts, strict=True))
         return [responses[i] for i in range(len(requests))]
 
     def _model_generate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Call the harness's method, and check the logits of each token."""
-        checks = LogitsProcessorList([self._refuse_nan])
+        checks = LogitsProcessorList([self._check_logits])
         found: torch.Tensor = super()._model_generate(*args, logits_processor=checks, **kwargs)
         return found
 
-    def _refuse_nan(self, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        if bool(logits.isnan().any()):
-            raise self._nan("logits")
+    def _check_logits(self, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        if not bool(logits.amax(-1).isfinite().all()):  # -inf for some tokens is allowed
+            raise non_finite(self.model, "logits")
         return logits
-
-    def _nan(self, what: str) -> InputError:
-        return InputError(
-            f"{self.name}: the model computes NaN {what}; its weights are damaged, or its "
-            "activations overflow in this dtype"
-        )
 
     def _greedy(
         self, contexts: Sequence[str], kwargs: Mapping[str, Any], on_done: Callable[[int], None]
@@ -381,18 +376,18 @@ class HarnessModel(HFLM):
 class _RequestHook:
     """Replaces the harness's response cache, to count and check finished requests."""
 
-    def __init__(self, on_done: Callable[[int], None], nan: Callable[[str], Exception]) -> None:
+    def __init__(self, model: PreTrainedModel, on_done: Callable[[int], None]) -> None:
+        self.model = model
         self.on_done = on_done
-        self.nan = nan
 
     def add_partial(self, attribute: str, request: Any, answer: Any) -> None:
         """Count one finished request.
 
         Raises:
-            InputError: its log-likelihood is NaN.
+            NonFiniteError: its log-likelihood is NaN.
         """
         if attribute == "loglikelihood_rolling":
             return  # its windows are counted
         if attribute == "loglikelihood" and math.isnan(answer[0]):
-            raise self.nan("log-probs")
+            raise non_finite(self.model, "log-likelihoods")
         self.on_done(1)
