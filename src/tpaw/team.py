@@ -48,6 +48,7 @@ class Newest(BaseModel):
 
     last: int = Field(
         ge=1,
+        le=100,
         description="How many of the newest checkpoints play (the paper's N_max). Earlier "
         "iterations, which have fewer checkpoints, use all of them.",
     )

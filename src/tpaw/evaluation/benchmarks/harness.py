@@ -32,6 +32,7 @@ from tpaw.evaluation.items import Item
 from tpaw.generation.generator import SamplingParams
 from tpaw.generation.hf import HFGenerator
 from tpaw.models.finite import non_finite
+from tpaw.runtime.memory import memory_limited_by
 from tpaw.runtime.progress import OnDone, ignore
 
 try:
@@ -258,6 +259,7 @@ class HarnessModel(HFLM):
                 f"compute log-likelihoods with {self.name}", len(keyed), "requests"
             ) as on_done,
             self._batches_of(max(1, self.tokens_per_row // longest)),
+            memory_limited_by("score.tokens_per_row", self.tokens_per_row),
         ):
             self.cache_hook = _RequestHook(self.model, on_done)
             found: list[tuple[float, bool]] = super()._loglikelihood_tokens(

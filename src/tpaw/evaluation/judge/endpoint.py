@@ -6,6 +6,7 @@ a local server if HF_HUB_OFFLINE is set.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -56,7 +57,8 @@ class Endpoint:
     """An OpenAI-compatible endpoint. Several threads may use it at the same time.
 
     Args:
-        url: base URL; it begins with http:// or https://.
+        url: base URL; it begins with http:// or https://. Messages show it without user name,
+            password and query, which may hold a key.
         api_key: key of the endpoint; None if it needs none.
 
     Raises:
@@ -71,12 +73,12 @@ class Endpoint:
                 "tpaw judge: the openai library is not installed: pip install 'tpaw[judge]'"
             ) from None
         if not url.startswith(("http://", "https://")):
-            raise InputError(f"--endpoint {url}: it must begin with http:// or https://")
+            raise InputError(f"--endpoint {_public(url)}: it must begin with http:// or https://")
         self._openai = openai
         # The library's own HTTP library: httpx, or its successor.
         bases = [base.__module__.partition(".")[0] for base in openai.DefaultHttpxClient.__mro__]
         self._http = sys.modules[next(name for name in bases if name != "openai")]
-        self.url = url
+        self.url = _public(url)
         self._headers = {} if api_key else {"Authorization": openai.Omit()}
         self._client = openai.OpenAI(
             base_url=url,
@@ -158,3 +160,9 @@ _STARTED = "tpaw_started"
 
 def _note_start(request: Any) -> None:
     request.extensions[_STARTED] = time.monotonic()
+
+
+def _public(url: str) -> str:
+    """Return a URL without user name, password, query and fragment."""
+    scheme, slashes, rest = re.split("[?#]", url, maxsplit=1)[0].rpartition("://")
+    return scheme + slashes + rest.rpartition("@")[2]
