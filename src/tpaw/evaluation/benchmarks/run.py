@@ -278,11 +278,13 @@ def _check_data(work: _Work, tasks: list[LoadedTask]) -> None:
 def _compared(new: dict[str, Any], old: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     yield "fingerprint", new["fingerprint"], old["fingerprint"]
     yield "version of lm_eval", new["versions"]["lm_eval"], old["versions"]["lm_eval"]
-    columns = [{c["name"]: c for c in one["settings"]["tasks"]} for one in (new, old)]
-    yield "list of tasks", list(columns[0]), list(columns[1])
-    for name, column in columns[0].items():
-        for key, value in column.items():
-            yield f"{key} of {name}", value, columns[1][name].get(key)
+    tasks, old_tasks = (
+        {task["name"]: task for task in one["settings"]["tasks"]} for one in (new, old)
+    )
+    yield "list of tasks", list(tasks), list(old_tasks)
+    for name, task in tasks.items():
+        for key, value in task.items():
+            yield f"{key} of {name}", value, old_tasks[name].get(key)
     for key, value in new["settings"].items():
         if key != "tasks":
             yield key, value, old["settings"].get(key)
