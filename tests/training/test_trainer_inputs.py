@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
-import torch
-from builders import PAPER, arguments, make_model, train, triples
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from builders import arguments, make_model, train, triples
 from datasets import Dataset
+from distributed_driver import turn_fsdp_on
 from messages import refused
 
-from tpaw.logprobs.packing import PACKED_LAYOUT
 from tpaw.objectives.base import ObjectiveNeeds
-from tpaw.objectives.tpaw import TeamObjective
-from tpaw.training.batching import collate_triples, columns_for
-from tpaw.training.trainer import TeamTrainer
+from tpaw.training.batching import columns_for
 
 
 def test_a_hugging_face_dataset_will_do_and_absent_columns_are_named(tmp_path):
@@ -89,16 +89,19 @@ def test_an_argument_that_would_do_nothing_is_refused(option, tmp_path):
         train(make_model(seed=1), rows, arguments(tmp_path, **option))
 
 
-def test_inputs_keep_their_types_under_deepspeed(tmp_path, monkeypatch):
-    """The Trainer's own `_prepare_inputs` would make bf16 log-probs of them."""
-    rows = triples(4, [make_model(seed=2)])
-    trainer = TeamTrainer(
-        make_model(seed=1), arguments(tmp_path), rows, None, TeamObjective(**PAPER)
-    )
-    trainer.is_deepspeed_enabled = True
-    batch = trainer._prepare_inputs(collate_triples(rows, PACKED_LAYOUT))
-    assert batch["player_target_logps_BK"].dtype == torch.float64
-    assert batch["player_target_logps_BK"].tolist() == [r["player_target_logps"] for r in rows]
+def test_fsdp1_and_deepspeed_are_refused(tmp_path, monkeypatch):
+    rows = triples(2, [make_model(seed=1)])
+    args = arguments(tmp_path)
+    args.deepspeed_plugin = object()  # as `accelerate launch` with DeepSpeed sets it
+    with refused("deepspeed", error=ValueError, hide={"plugin": str(args.deepspeed_plugin)}):
+        train(make_model(seed=1), rows, args)
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # accelerate writes to it
+    # Version 1 itself cannot be built without an accelerator.
+    monkeypatch.setattr(Accelerator, "is_fsdp2", property(lambda self: False))
+    args = arguments(tmp_path, fsdp=True)
+    turn_fsdp_on(args, DistributedType.NO)
+    with refused("fsdp_config", "version 1", error=ValueError):
+        train(make_model(seed=1), rows, args)
 
 
 def test_a_dataset_in_torch_format_gives_log_probs_in_full(tmp_path):
