@@ -5,6 +5,9 @@ An error about a setting reads `<key>: <value>: <what is wrong>; <what to do>`.
 
 from __future__ import annotations
 
+import reprlib
+from typing import Any
+
 
 class TpawError(Exception):
     """Base class of all errors that a user can fix. `exit_code` is that of the command line."""
@@ -30,6 +33,14 @@ class PolicyMismatchError(TpawError):
     """At the first step of an iteration, the policy's log-probs differ from its newest player's."""
 
 
+class NonFiniteError(TpawError):
+    """A player's logits or log-probs are NaN or infinite, so it can neither answer nor score."""
+
+
+class MemoryShortageError(TpawError):
+    """Memory has run out. Finished work is kept; the message names the setting to lower."""
+
+
 class DivergenceError(TpawError):
     """Training diverged: a log-prob of the policy is NaN or infinite. Earlier work is kept."""
 
@@ -53,6 +64,18 @@ class Interrupted(TpawError):
         return 128 + self.signal_number
 
 
+def for_terminal(text: str) -> str:
+    """Replace every control character except the line break by its escape, such as `\\x1b`.
+
+    A terminal obeys control characters: they move the cursor, change colours and the window title,
+    and turn the direction of text. Lone surrogates cannot be encoded.
+
+    Args:
+        text: any text.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 def printable(text: str, width: int = 200) -> str:
     """Make text from outside safe for a terminal.
 
@@ -63,5 +86,20 @@ def printable(text: str, width: int = 200) -> str:
     Returns:
         One line without control characters.
     """
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    shown = for_terminal(text).replace("\n", "\\n")
     return shown if len(shown) <= width else shown[: width - 1] + "…"
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 3
+_REPR.maxdict = _REPR.maxlist = _REPR.maxtuple = _REPR.maxset = _REPR.maxfrozenset = 100
+_REPR.maxstring = _REPR.maxother = 200
+
+
+def brief(value: Any) -> str:
+    """Show a value of any size in one line of at most 1000 characters, in bounded time.
+
+    Args:
+        value: any value. A long one is cut: `[1, 2, ...]`.
+    """
+    return printable(_REPR.repr(value), 1000)

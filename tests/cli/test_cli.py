@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import time
@@ -92,7 +93,13 @@ def test_sft_makes_a_starting_model(tpaw_, settings, tmp_path):
 
 
 def test_plan_spends_nothing(tpaw_, config, monkeypatch, tmp_path):
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: 1 / 0)
+    load = AutoModelForCausalLM.from_pretrained
+
+    def without_memory(*args, device_map=None, **kwargs):
+        assert device_map == "meta"
+        return load(*args, device_map=device_map, **kwargs)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", without_memory)
     code, out, _ = tpaw_("plan", config)
     assert code == 0
     assert "24 examples, 10 held out; skipped: none" in out
@@ -345,3 +352,60 @@ def test_a_signal_stops_at_a_safe_point_and_says_how_to_go_on(
     again = Forked(CLI, "run", config, "-o", output, out=tmp_path / "again.txt")
     assert again.wait(timeout=300) == 0, again.out.read_text()
     assert contents(output) == whole
+
+
+@pytest.fixture
+def evil(finished, tmp_path):
+    """A run directory from somebody else, whose configuration asks to run its model's code."""
+    from tpaw.storage.run_directory import open_run
+
+    run, config = finished
+    theirs = shutil.copytree(run.root, tmp_path / "theirs")
+    code = tmp_path / "model"
+    shutil.copytree(config.model.path, code)
+    facts = json.loads((code / "config.json").read_text())
+    facts |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.EvilConfig"}}
+    (code / "config.json").write_text(json.dumps(facts))
+    (code / "evil.py").write_text(
+        f"from pathlib import Path\nPath({str(tmp_path / 'executed')!r}).touch()\n"
+        "from transformers import Qwen2Config\n"
+        "class EvilConfig(Qwen2Config):\n    model_type = 'evil'\n"
+    )
+    model = config.model.model_copy(update={"path": str(code), "trust_remote_code": True})
+    for name in ("config.yaml", "run.json"):
+        (theirs / name).unlink()
+    shutil.move(theirs, tmp_path / "published")
+    with open_run(theirs, config.model_copy(update={"model": model})):
+        pass
+    shutil.copytree(tmp_path / "published", theirs, dirs_exist_ok=True)
+    return theirs
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["run", "{run}"],
+        ["run", "{run}/config.yaml", "-o", "{run}-2"],
+        ["plan", "{run}", "--set", "seed=1"],
+        ["evaluate", "{run}@0", "--suite", "starter"],
+        ["answer", "{run}@1", "-o", "{run}-answers"],
+        ["prepare", "{run}"],
+    ],
+    ids=lambda command: f"{command[0]} {len(command)}",
+)
+def test_a_run_of_somebody_else_runs_no_code_without_trust(tpaw_, evil, tmp_path, command):
+    code, _, err = tpaw_(*(part.format(run=evil) for part in command))
+    assert code == 2
+    complains(err, "model.trust_remote_code", evil / "config.yaml", "--trust")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_trust_is_given_by_the_person_who_types_the_command(tpaw_, evil, tmp_path):
+    tpaw_("plan", evil, "--trust")
+    assert (tmp_path / "executed").exists()  # so the code above would have run
+
+
+def test_a_file_of_ones_own_is_trusted(tpaw_, settings, tmp_path):
+    settings["model"]["trust_remote_code"] = True
+    code, _, err = tpaw_("plan", write_config(tmp_path, settings))
+    assert code == 0, err

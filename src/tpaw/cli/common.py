@@ -9,16 +9,25 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperCommand
 
-from tpaw.errors import Interrupted
+from tpaw.errors import Interrupted, for_terminal
+from tpaw.runtime.console import TextConsole
 from tpaw.runtime.interrupt import StopSignal
 
 Overrides = Annotated[
     list[str],
     typer.Option(
         "--set", help="A setting as section.key=value. It overrides every CONFIG. Can be repeated."
+    ),
+]
+
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        help="Run Python code that a run directory or a suite file asks for. Without it, such "
+        "code is refused. Use it only if you trust whoever made them.",
     ),
 ]
 
@@ -51,10 +60,10 @@ def stoppable(again: str) -> Iterator[StopSignal]:
             yield stop
         except (Interrupted, KeyboardInterrupt) as interruption:
             number = getattr(interruption, "signal_number", None) or stop.signal_number or 2
-            print(f"stopped; to resume, run: {again}", file=sys.stderr)
+            print(for_terminal(f"stopped; to resume, run: {again}"), file=sys.stderr)
             raise typer.Exit(128 + number) from None
 
 
-def console_of_stdout() -> Console:
+def console_of_stdout() -> TextConsole:
     """The console for results. It is 140 columns wide if stdout is a file or a pipe."""
-    return Console() if sys.stdout.isatty() else Console(width=140)
+    return TextConsole() if sys.stdout.isatty() else TextConsole(width=140)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tpaw.cli.common import Command, Overrides, console_of_stdout, stoppable
+from tpaw.cli.common import Command, Overrides, Trust, console_of_stdout, stoppable
 from tpaw.errors import InputError
 from tpaw.evaluation.benchmarks.suite import suite_names
 
@@ -52,7 +52,7 @@ def compare(
     console = console_of_stdout()
     console.print(comparison_table(comparison))
     for text in comparison.notes:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print_text(text)
     if json_ is not None:
         write_json(json_, comparison.as_json())
 
@@ -78,6 +78,7 @@ def evaluate(
             "Results of a run are always written to its run directory.",
         ),
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Run lm-evaluation-harness benchmarks on a model, or on every checkpoint of a run.
 
@@ -87,11 +88,11 @@ def evaluate(
     from tpaw.report.tables import suite_table
 
     with stoppable("the same command again") as stop:
-        found = evaluate_suite(reference, suite, output, stop)
+        found = evaluate_suite(reference, suite, output, stop, trust=trust)
     console = console_of_stdout()
     console.print(suite_table([one.results for one in found]))
     for one in found:
-        console.print(f"Results: {one.folder}", markup=False, highlight=False, soft_wrap=True)
+        console.print_text(f"Results: {one.folder}")
 
 
 @app.command(cls=Command)
@@ -119,6 +120,7 @@ def answer(
         bool, typer.Option("--greedy", help="Decode greedily instead of sampling.")
     ] = False,
     set_: Overrides = [],  # noqa: B006
+    trust: Trust = False,
 ) -> None:
     """Generate responses to the prompts of a file, for `tpaw judge` and alpaca_eval.
 
@@ -127,8 +129,10 @@ def answer(
     from tpaw.evaluation.judge.answers import answer_rows
 
     with stoppable("the same command again") as stop:
-        folder = answer_rows(checkpoint, data, output, greedy=greedy, overrides=set_, stop=stop)
-    print(f"Responses: {folder}")
+        folder = answer_rows(
+            checkpoint, data, output, greedy=greedy, overrides=set_, stop=stop, trust=trust
+        )
+    console_of_stdout().print_text(f"Responses: {folder}")
 
 
 @app.command(cls=Command)
@@ -199,4 +203,4 @@ def judge(
     console = console_of_stdout()
     console.print(win_rate_table(results))
     for text in filter(None, (results.get("note"), f"Results: {folder}")):
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print_text(text)

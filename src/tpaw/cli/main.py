@@ -12,7 +12,7 @@ import tpaw
 from tpaw.cli.evaluate import app as evaluate_app
 from tpaw.cli.run import app as run_app
 from tpaw.cli.study import app as study_app
-from tpaw.errors import TpawError
+from tpaw.errors import TpawError, for_terminal
 
 app = typer.Typer(
     help="Fine-tune an SFT model by self-play with TPAW (arXiv 2605.09922).",
@@ -46,5 +46,5 @@ def main() -> None:
     try:
         app()
     except TpawError as error:
-        print(f"tpaw: {error}", file=sys.stderr)
+        print(for_terminal(f"tpaw: {error}"), file=sys.stderr)
         sys.exit(error.exit_code)

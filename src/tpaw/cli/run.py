@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from tpaw.cli.common import Command, Overrides, console_of_stdout, stoppable
+from tpaw.cli.common import Command, Overrides, Trust, console_of_stdout, stoppable
 from tpaw.config.files import recipe_summaries, to_yaml
 from tpaw.config.schema import RunConfig
 from tpaw.errors import InputError
-from tpaw.storage.run_directory import RunDirectory
+from tpaw.storage.run_directory import RunDirectory, refuse_untrusted_code
 from tpaw.storage.run_directory import restart_iteration as discard_training
 
 app = typer.Typer()
@@ -54,6 +54,7 @@ def run(
         ),
     ] = None,
     set_: Overrides = [],  # noqa: B006
+    trust: Trust = False,
 ) -> None:
     """Run self-play or a baseline.
 
@@ -61,20 +62,26 @@ def run(
     If CONFIG is a run directory, that run is resumed.
     """
     output = output or _default_output(config)
+    settings = _load(config, set_, trust)
     if restart_iteration is not None:
         discard_training(output, restart_iteration)
-    _run(_load(config, set_), output)
+    _run(settings, output)
 
 
 @app.command(cls=Command)
-def sft(config: Sources, output: Output = None, set_: Overrides = []) -> None:  # noqa: B006
+def sft(
+    config: Sources,
+    output: Output = None,
+    set_: Overrides = [],  # noqa: B006
+    trust: Trust = False,
+) -> None:
     """Train a starting model by supervised fine-tuning (TRL) with the paper's settings.
 
     Equal to `tpaw run sft CONFIG...`: CONFIG overrides the recipe sft.
     The model is written to iterations/1/checkpoint in the run directory.
     """
     output = output or _default_output(["sft", *config] if not _is_run(config) else config)
-    settings = _load(["sft", *config], set_)
+    settings = _load(["sft", *config], set_, trust)
     if settings.method != "sft":
         raise InputError(
             f"method: {settings.method}: `tpaw sft` supports only method sft; use `tpaw run`"
@@ -102,28 +109,34 @@ def status(
     from tpaw.report.status import done_and_next
 
     done, upcoming = done_and_next(run, settings)
+    console = console_of_stdout()
     for stage in done:
-        print(f"done  {stage}")
-    print(f"next  {upcoming}" if upcoming else "finished")
+        console.print_text(f"done  {stage}")
+    console.print_text(f"next  {upcoming}" if upcoming else "finished")
     if done:
         _print_summary(run, settings)
 
 
 @app.command(cls=Command)
-def plan(config: Sources, set_: Overrides = []) -> None:  # noqa: B006
+def plan(
+    config: Sources,
+    set_: Overrides = [],  # noqa: B006
+    trust: Trust = False,
+) -> None:
     """Show the players and the cost of every iteration. Nothing is trained or written."""
-    settings = _load(config, set_)
+    settings = _load(config, set_, trust)
     from tpaw.config.plan import plan_run
-    from tpaw.pipeline.preflight import read_inputs
+    from tpaw.pipeline.preflight import read_inputs, try_architecture
     from tpaw.report.tables import plan_table
     from tpaw.runtime.progress import progress
 
     with progress("read and tokenize", None, "records") as advance:
         inputs = read_inputs(settings, advance)
+    layout = try_architecture(settings)
     console = console_of_stdout()
     console.print(plan_table(plan_run(settings, len(inputs.examples))))
-    for text in (inputs.described(), *inputs.first_rows()):
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    for text in (*layout, inputs.described(), *inputs.first_rows()):
+        console.print_text(text)
 
 
 @config_app.command("list")
@@ -138,7 +151,7 @@ def config_list() -> None:
 @config_app.command("show", cls=Command)
 def config_show(config: Sources, set_: Overrides = []) -> None:  # noqa: B006
     """Print the complete configuration with the description of every setting."""
-    print(to_yaml(_load(config, set_), comments=True), end="")
+    print(to_yaml(_load(config, set_, trust=True), comments=True), end="")  # runs no code
 
 
 @config_app.command("schema")
@@ -147,13 +160,18 @@ def config_schema() -> None:
     print(json.dumps(RunConfig.model_json_schema(by_alias=True), indent=2))
 
 
-def _load(sources: list[str], overrides: list[str]) -> RunConfig:
-    return RunConfig.load(*(_config_of(source) for source in sources), overrides=overrides)
-
-
-def _config_of(source: str) -> str:
-    run = RunDirectory(source)
-    return str(run.config_file) if run.has_begun() else source
+def _load(sources: list[str], overrides: list[str], trust: bool) -> RunConfig:
+    runs = [RunDirectory(source) for source in sources]
+    files = [
+        str(run.config_file) if run.has_begun() else source
+        for source, run in zip(sources, runs, strict=True)
+    ]
+    config = RunConfig.load(*files, overrides=overrides)
+    for file in files:
+        run = RunDirectory(Path(file).parent)
+        if run.has_begun():  # a run directory, or its config.yaml
+            refuse_untrusted_code(config.model, run, trust=trust)
+    return config
 
 
 def _is_run(sources: list[str]) -> bool:
@@ -172,4 +190,4 @@ def _print_summary(run: RunDirectory, settings: RunConfig) -> None:
 
     console = console_of_stdout()
     console.print(summary_table(summarise(run, settings)))
-    console.print(f"Results: {run.root}", markup=False, highlight=False, soft_wrap=True)
+    console.print_text(f"Results: {run.root}")

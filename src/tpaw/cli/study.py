@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from tpaw.cli.common import Command, console_of_stdout, stoppable
+from tpaw.cli.common import Command, Trust, console_of_stdout, stoppable
+from tpaw.storage.run_directory import RunDirectory, refuse_untrusted_code
 from tpaw.study.config import read_study, study_names
 
 app = typer.Typer()
@@ -49,15 +50,17 @@ def study(
     for table in study_tables(content):
         console.print(table)
     for text in (*sentences(content), f"Report and figures: {output}"):
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print_text(text)
     if failures:
         raise typer.Exit(1)
 
 
 @app.command(hidden=True)
-def prepare(directory: Path) -> None:
+def prepare(directory: Path, trust: Trust = False) -> None:
     """Compute the stages before the first training, which the runs of a study share."""
     from tpaw.study.sharing import prepare_shared
 
+    run = RunDirectory(directory)
+    refuse_untrusted_code(run.load_config().model, run, trust=trust)
     with stoppable(f"tpaw prepare {shlex.quote(str(directory))}") as stop:
         prepare_shared(directory, stop)

@@ -16,7 +16,7 @@ from tpaw.errors import InputError
 from tpaw.models.fingerprint import fingerprint
 from tpaw.models.initial import initial_player, locate
 from tpaw.storage.artifacts import is_published, read_manifest
-from tpaw.storage.run_directory import RunDirectory
+from tpaw.storage.run_directory import RunDirectory, refuse_untrusted_code
 from tpaw.team import Player
 
 
@@ -25,7 +25,7 @@ class Checkpoint(NamedTuple):
 
     Attributes:
         name: name for display: RUN@i, or the name of the model.
-        player: folder and fingerprint of the weights.
+        player: folder and fingerprint of the model.
         model: the section `model` of the run's configuration (its `path` is θ_0), or the defaults
             for a model without a run.
         run: the run that made the checkpoint, or None.
@@ -39,17 +39,18 @@ class Checkpoint(NamedTuple):
     tokenizer_folder: str
 
 
-def find_checkpoint(reference: str) -> Checkpoint:
+def find_checkpoint(reference: str, *, trust: bool = False) -> Checkpoint:
     """Find one checkpoint.
 
     Args:
         reference: RUN, RUN@i or MODEL.
+        trust: whether a run may ask for `model.trust_remote_code`.
 
     Raises:
-        InputError: the reference names no checkpoint.
+        InputError: the reference names no checkpoint, or its run asks for code without `trust`.
     """
     if (found := find_in_run(reference)) is not None:
-        return _of_run(*found)
+        return _of_run(*found, trust=trust)
     if Path(reference).is_dir() and not (Path(reference) / "config.json").is_file():
         raise InputError(
             f"{reference}: neither a run directory (no run.json) nor a model folder (no "
@@ -67,19 +68,20 @@ def find_checkpoint(reference: str) -> Checkpoint:
     return Checkpoint(name, player, model, None, str(path))
 
 
-def find_checkpoints(reference: str) -> list[Checkpoint]:
+def find_checkpoints(reference: str, *, trust: bool = False) -> list[Checkpoint]:
     """Find every checkpoint of a run, or one checkpoint.
 
     Args:
         reference: RUN for all its published checkpoints (θ_0 first), or RUN@i or MODEL for one.
+        trust: whether a run may ask for `model.trust_remote_code`.
 
     Raises:
-        InputError: the reference names no checkpoint.
+        InputError: the reference names no checkpoint, or its run asks for code without `trust`.
     """
     run = RunDirectory(reference)
     if run.has_begun():
-        return [_of_run(run, i) for i in _published(run)]
-    return [find_checkpoint(reference)]
+        return [_of_run(run, i, trust=trust) for i in _published(run)]
+    return [find_checkpoint(reference, trust=trust)]
 
 
 def find_in_run(reference: str) -> tuple[RunDirectory, int] | None:
@@ -107,8 +109,9 @@ def find_in_run(reference: str) -> tuple[RunDirectory, int] | None:
     return (run, _published(run)[-1]) if run.has_begun() else None
 
 
-def _of_run(run: RunDirectory, i: int) -> Checkpoint:
+def _of_run(run: RunDirectory, i: int, *, trust: bool) -> Checkpoint:
     model = run.load_config().model
+    refuse_untrusted_code(model, run, trust=trust)
     name = f"{run.root.name}@{i}"
     if i == 0:
         player = initial_player(model, run.initial_player_file)

@@ -21,7 +21,7 @@ from typing import Any
 
 from tpaw.config.changes import differences
 from tpaw.config.files import to_yaml
-from tpaw.config.schema import RunConfig
+from tpaw.config.schema import ModelConfig, RunConfig
 from tpaw.errors import ArtifactError, InputError, RunLockedError
 from tpaw.runtime.watch import Watch
 from tpaw.storage.artifacts import (
@@ -169,7 +169,7 @@ class RunDirectory:
 
     def has_begun(self) -> bool:
         """Whether the folder is the run directory of a run that has begun."""
-        return self.run_file.exists()
+        return os.path.exists(self.run_file)  # false also for a name that no file can have
 
     def load_config(self) -> RunConfig:
         """Read the configuration with which the run began or was last resumed.
@@ -203,6 +203,27 @@ class RunDirectory:
         folders += sorted((self.root / "iterations").glob("*/training/checkpoint-*"))
         candidates = [folder / name for folder in folders for name in (MANIFEST, PARTIAL_MANIFEST)]
         return [manifest for manifest in candidates if manifest.is_file()]
+
+
+def refuse_untrusted_code(model: ModelConfig, run: RunDirectory, *, trust: bool) -> None:
+    """Refuse code that the stored configuration of a run asks for.
+
+    A run directory may come from somebody else, so its configuration is data. A configuration
+    file that the user names is the user's own decision.
+
+    Args:
+        model: the section `model` of a configuration that was read from `run`.
+        run: the run directory.
+        trust: whether the user has allowed the code (`--trust`).
+
+    Raises:
+        InputError: `model.trust_remote_code` is true, and `trust` is false.
+    """
+    if model.trust_remote_code and not trust:
+        raise InputError(
+            f"model.trust_remote_code: True: {run.config_file} asks to run the Python code that "
+            "comes with the model; add --trust if you trust whoever made this run and its model"
+        )
 
 
 def check_output(root: str | Path, config: RunConfig) -> RunConfig | None:

@@ -147,9 +147,9 @@ def _prepare(todo: Sequence[StudyRun], folder: Path, pool: _Pool) -> dict[str, s
                 configs[name] = run.config
     waiting = deque(name for name in configs if not is_prepared(folder / name))
 
-    def begin(name: str) -> tuple[str, Path]:
+    def begin(name: str) -> list[str]:
         begin_shared(configs[name], folder / name)
-        return "prepare", folder / name
+        return _command("prepare", folder / name, configs[name])
 
     return pool.work(waiting, begin)
 
@@ -157,12 +157,18 @@ def _prepare(todo: Sequence[StudyRun], folder: Path, pool: _Pool) -> dict[str, s
 def _run(todo: Sequence[StudyRun], shared: Path, pool: _Pool) -> dict[str, str]:
     runs = {run.name: run for run in todo}
 
-    def begin(name: str) -> tuple[str, Path]:
+    def begin(name: str) -> list[str]:
         run = runs[name]
         begin_run(run.config, run.folder, shared / shared_name(run.config))
-        return "run", run.folder
+        return _command("run", run.folder, run.config)
 
     return pool.work(deque(runs), begin)
+
+
+def _command(name: str, folder: Path, config: RunConfig) -> list[str]:
+    # The study's file is the user's own, so what it allows is allowed in its run directories.
+    trust = ["--trust"] if config.model.trust_remote_code else []
+    return [name, str(folder), *trust]
 
 
 def cores() -> int:
@@ -183,8 +189,8 @@ class _Pool:
         self.running: dict[str, Process] = {}
         logs.mkdir(parents=True, exist_ok=True)
 
-    def work(self, waiting: deque[str], begin: Callable[[str], tuple[str, Path]]) -> dict[str, str]:
-        """Start `tpaw COMMAND FOLDER` for all that wait; returns the failures."""
+    def work(self, waiting: deque[str], begin: Callable[[str], list[str]]) -> dict[str, str]:
+        """Start `tpaw ARGUMENTS` for all that wait; returns the failures."""
         failures: dict[str, str] = {}
         held: set[str] = set()
         while waiting or self.running:
@@ -201,7 +207,7 @@ class _Pool:
                     break
                 name = waiting.popleft()
                 try:
-                    command, folder = begin(name)
+                    arguments = begin(name)
                 except RunLockedError as error:
                     # A run of a study that was killed lives on to its end.
                     if name not in held:
@@ -211,7 +217,7 @@ class _Pool:
                 else:
                     threads = max(1, cores() // self.jobs)
                     self.running[name] = self.launch(
-                        command, str(folder), log=self._log(name), threads=threads
+                        *arguments, log=self._log(name), threads=threads
                     )
             time.sleep(SECONDS_BETWEEN_LOOKS)
         self.look()

@@ -45,6 +45,7 @@ def answer_rows(
     greedy: bool,
     overrides: Sequence[str],
     stop: StopSignal,
+    trust: bool = False,
 ) -> Path:
     """Generate one response for each prompt, then write outputs.json. Resume unfinished work.
 
@@ -56,6 +57,7 @@ def answer_rows(
         overrides: settings as section.key=value. They override the configuration of the run, or
             the defaults for a model.
         stop: tells whether the user asked for a stop.
+        trust: whether a run may ask for `model.trust_remote_code`.
 
     Returns:
         The folder.
@@ -66,7 +68,7 @@ def answer_rows(
         Interrupted: the user asked for a stop; finished shards are published.
     """
     watch = Watch(stop)
-    checkpoint = find_checkpoint(reference)
+    checkpoint = find_checkpoint(reference, trust=trust)
     config, source = _configured(checkpoint, data, overrides)
     tokenizer, stop_ids = _tokenizer(checkpoint, config)
     with watch.progress("read and tokenize", None, "records") as on_done:
@@ -115,7 +117,7 @@ def _configured(
     model = config.model.model_copy(update={"path": checkpoint.player.path, "revision": None})
     config = config.model_copy(update={"model": model})
     pick_device(config.device)
-    check_model(config)
+    check_model(config.model, config.max_length)
     assert config.evaluate.data is not None
     return config, config.evaluate.data
 
