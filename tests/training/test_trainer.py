@@ -281,14 +281,22 @@ def test_bf16_computation_passes_the_first_step_check_and_moves_fp32_weights(tmp
     assert any(changed)
 
 
-def test_activation_checkpointing_changes_nothing_but_memory(tmp_path):
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+def test_activation_checkpointing_computes_every_layer_again_and_changes_nothing(tmp_path, name):
     rows = triples(8, [make_model(seed=1)])
-    weights = [
-        train(
-            make_model(seed=1), rows, arguments(tmp_path, activation_checkpointing=on)
-        ).model.state_dict()
-        for on in (False, True)
-    ]
+    weights, forwards = [], []
+    for on in (False, True):
+        policy = make_model(seed=1)
+        trainer = TeamTrainer(
+            policy, arguments(tmp_path, **{name: on}), rows, None, TeamObjective(**PAPER), 0
+        )
+        calls = []
+        for layer in policy.model.layers:
+            layer.mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        trainer.train()
+        weights.append(policy.state_dict())
+        forwards.append(len(calls))
+    assert forwards == [4, 8]  # two steps of one row, two layers
     for name in weights[0]:
         assert torch.allclose(weights[0][name], weights[1][name], atol=1e-6)
 
