@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import random
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from builders import PAPER, arguments, make_model, score, train, triples
 from messages import DIFFERENCE, refused
 from oracles import oracle, paper_loss
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 
 from tpaw.errors import DivergenceError, PolicyMismatchError
 from tpaw.logprobs.packing import PACKED_LAYOUT
@@ -333,6 +334,35 @@ def test_while_the_policy_is_its_newest_player_every_target_weight_of_that_playe
     assert [x.get("loss") for x in found.state.log_history] == [
         x.get("loss") for x in trainer.state.log_history
     ]
+
+
+def test_it_changes_no_flag_of_torch_and_draws_nothing_when_it_is_built(tmp_path):
+    """As every Trainer it seeds when it is built. Nothing that it does beside draws a number."""
+
+    def flags():
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,
+            torch.backends.cudnn.deterministic,
+            torch.backends.cudnn.benchmark,
+            torch.get_float32_matmul_precision(),
+            torch.get_default_dtype(),
+            torch.get_num_threads(),
+            torch.is_grad_enabled(),
+        )
+
+    def draws():
+        return random.random(), np.random.random(), torch.rand(1).item()  # noqa: NPY002
+
+    rows, before = triples(8, [make_model(seed=1)]), flags()
+    set_seed(1)
+    expected = draws()
+    trainer = TeamTrainer(
+        make_model(seed=1), arguments(tmp_path, seed=1), rows, None, TeamObjective(**PAPER)
+    )
+    assert draws() == expected
+    trainer.train()
+    assert flags() == before
 
 
 def test_processes_exchange_gradients_at_the_last_row_of_a_step_alone(tmp_path, monkeypatch):
