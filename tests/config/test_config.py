@@ -235,7 +235,15 @@ def test_only_what_changes_results_counts_as_a_difference():
     assert (
         differences(
             old,
-            RunConfig.load("starter", overrides=["train.tokens_per_row=32", "train.save_every=7"]),
+            RunConfig.load(
+                "starter",
+                overrides=[
+                    "train.tokens_per_row=32",
+                    "train.save_every=7",
+                    "generate.tokens_per_batch=2000",
+                    "generate.shard_size=16",
+                ],
+            ),
         )
         == []
     )
