@@ -76,7 +76,8 @@ def why_unsupported(model: PreTrainedModel) -> str | None:
     if getattr(config, "attention_chunk_size", None) is not None:
         return "it uses chunked attention"
     attention = str(config._attn_implementation)
-    if attention not in ("eager", "sdpa", PACKED) and not attention.startswith("flash_attention_"):
+    known = ("eager", "sdpa", *PACKED.values())
+    if attention not in known and not attention.startswith("flash_attention_"):
         return f"its attention implementation is {attention}"
     return None
 

@@ -169,7 +169,7 @@ class RunDirectory:
 
     def has_begun(self) -> bool:
         """Whether the folder is the run directory of a run that has begun."""
-        return self.run_file.exists()
+        return os.path.exists(self.run_file)  # false also for a name that no file can have
 
     def load_config(self) -> RunConfig:
         """Read the configuration with which the run began or was last resumed.

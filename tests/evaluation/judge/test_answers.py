@@ -202,7 +202,7 @@ def test_rows_that_are_skipped_shift_nothing(model_folder, tmp_path):
 )
 def test_bad_input(model_folder, tmp_path, monkeypatch, data, more, parts):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("tpaw.evaluation.judge.answers.load_model", lambda *a, **k: 1 / 0)
     write_jsonl(tmp_path / "rows.jsonl", sums(3))
     with refused(*parts):
         answer(model_folder, data, tmp_path / "o", *more)
