@@ -156,7 +156,8 @@ def packed_attention(
         unknown.append("attention_mask that the model makes")
     if unknown:
         raise PackingError(
-            f"packed attention does not support {', '.join(unknown)}; use padded rows for this model"
+            f"packed attention does not support {', '.join(unknown)}; "
+            "use padded rows for this model"
         )
     # Under autocast, RoPE returns queries and keys in fp32. The kernel needs one dtype for all.
     dtype = query.dtype
