@@ -143,7 +143,7 @@ def test_a_variant_alone_says_what_it_lacks():
         ("objective.lambda=1e308", ["objective.lambda", 1e308, 1000000]),
         ("objective.eta=1e308", ["objective.eta", 1e308, 1000000]),
         ("objective.gamma=1e308", ["objective.gamma", 1e308, 1000000]),
-        ("generate.temperature=1e-40", ["generate.temperature", 1e-40, 1e-05]),
+        ("generate.temperature=1e-40", ["generate.temperature", 1e-40, "0.00001"]),
         ("generate.temperature=1e40", ["generate.temperature", 1e40, 1000]),
         ("generate.top_k=99999999999", ["generate.top_k", 99999999999, 1000000000]),
         ("generate.max_new_tokens=99999999999", ["generate.max_new_tokens", 1000000000]),

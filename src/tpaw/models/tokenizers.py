@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tpaw.config.schema import ModelConfig
 from tpaw.errors import InputError
+from tpaw.models.template_trial import try_template
 from tpaw.storage.resources import resolve_path
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ def load_tokenizer(config: ModelConfig, folder: str | None = None) -> PreTrained
         folder: a folder that holds the tokenizer. Default: that of `model.path`.
 
     Raises:
-        InputError: there is no tokenizer, its vocabulary is empty, or `eos_token` is not in its
-            vocabulary.
+        InputError: there is no tokenizer, its vocabulary is empty, `eos_token` is not in its
+            vocabulary, or its chat template does not end.
     """
     from transformers import AutoTokenizer
 
@@ -51,6 +52,7 @@ def load_tokenizer(config: ModelConfig, folder: str | None = None) -> PreTrained
                 "of it"
             )
         tokenizer.eos_token = config.eos_token
+    try_template(tokenizer, config.path)
     return tokenizer
 
 
