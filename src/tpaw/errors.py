@@ -37,6 +37,10 @@ class NonFiniteError(TpawError):
     """A player's logits or log-probs are NaN or infinite, so it can neither answer nor score."""
 
 
+class MemoryShortageError(TpawError):
+    """Memory has run out. Finished work is kept; the message names the setting to lower."""
+
+
 class DivergenceError(TpawError):
     """Training diverged: a log-prob of the policy is NaN or infinite. Earlier work is kept."""
 

@@ -18,8 +18,8 @@ class Player:
     Attributes:
         index: t of θ_t.
         path: folder of the model.
-        fingerprint: hash of the weights. It identifies a player: a moved or copied model is the
-            same player, a model with other weights is a different one.
+        fingerprint: hash of weights, configuration and tokenizer. It identifies a player: a moved
+            or copied model is the same player, an edited model is a different one.
     """
 
     index: int

@@ -40,6 +40,20 @@ def test_recipes_are_the_papers(name):
     assert config.precision == "bf16"
 
 
+def test_recipes_name_the_data_of_the_hub():
+    """openai/gsm8k has the configurations main and socratic, and no default."""
+    config = RunConfig.load("gsm8k-qwen2.5-1.5b")
+    for data, split in ((config.data, "train"), (config.evaluate.data, "test")):
+        assert (data.path, data.name, data.split) == ("openai/gsm8k", "main", split)
+    config = RunConfig.load("ultrachat-qwen2.5-1.5b")
+    for data, split in (
+        (config.data, "train_sft[:50000]"),
+        (config.evaluate.data, "test_sft[:1000]"),
+    ):
+        assert (data.path, data.name, data.split) == ("HuggingFaceH4/ultrachat_200k", None, split)
+        assert data.turn == "first"
+
+
 @pytest.mark.parametrize(
     ("variant", "opponents", "players", "target_weight", "player_weight"),
     [

@@ -72,6 +72,14 @@ def test_methods_may_have_names_recipes_and_settings_of_their_own(write):
 
 
 @pytest.mark.parametrize(
+    "recipe", ["gsm8k-qwen2.5-1.5b", "ultrachat-qwen2.5-1.5b", "ultrachat-llama-3.1-8b"]
+)
+def test_a_study_takes_the_recipes_of_the_paper(write, recipe):
+    _, conditions = read_study(write(recipe=recipe, methods=["tpaw", "spin", "sft_continue"]))
+    assert len(conditions) == 3
+
+
+@pytest.mark.parametrize(
     ("study", "parts"),
     [
         pytest.param(study, parts, id=name)

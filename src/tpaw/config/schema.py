@@ -110,7 +110,13 @@ class DataConfig(Section):
     path: str = Field(
         description="Where the records are: a .json, .jsonl, .ndjson, .parquet, .csv or .arrow "
         "file; a folder that the method save_to_disk of the library datasets wrote; the id of a "
-        "dataset on the Hugging Face Hub; or tpaw://starter/train.jsonl."
+        "dataset on the Hugging Face Hub, or a folder with a copy of it; or "
+        "tpaw://starter/train.jsonl."
+    )
+    name: str | None = Field(
+        None,
+        description="Configuration of a Hub dataset that has several, such as main for "
+        "openai/gsm8k. It has no effect on a single file or a saved dataset.",
     )
     split: str = Field(
         "train",
@@ -159,7 +165,7 @@ class ModelConfig(Section):
     """θ_0, and how to load every checkpoint."""
 
     path: str = Field(
-        json_schema_extra=CHANGEABLE,  # a resumed run checks the fingerprint of the weights
+        json_schema_extra=CHANGEABLE,  # a resumed run checks the model's fingerprint
         description="θ_0, the SFT model: a folder, a model id on the Hugging Face Hub, or "
         "tpaw://starter/model. It must be a decoder-only model that transformers can load.",
     )

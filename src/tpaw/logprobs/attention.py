@@ -36,6 +36,10 @@ PACKED = {"sdpa": "tpaw_packed", "eager": "tpaw_packed_eager"}
 QUERIES_IN_A_PART = 128
 
 
+class PackingError(ValueError):
+    """The model's attention needs something that packed rows do not support."""
+
+
 class Span(NamedTuple):
     """Part of a packed row. All fields are positions in the row.
 
@@ -142,17 +146,18 @@ def packed_attention(
         weights.
 
     Raises:
-        ValueError: the model uses a position bias, a mask of its own, sinks that depend on the
+        PackingError: the model uses a position bias, a mask of its own, sinks that depend on the
             query, or a soft cap together with sinks. Packed rows do not support these.
     """
     unknown = [name for name in ("position_bias", "sinks") if kwargs.get(name) is not None]
     if softcap is not None and s_aux is not None:
         unknown.append("softcap together with s_aux")
     if attention_mask is not None and attention_mask.numel() != 1:
-        unknown.append("attention_mask of the model's own")
+        unknown.append("attention_mask that the model makes")
     if unknown:
-        raise ValueError(
-            f"packed attention has no {', '.join(unknown)}; use padded rows for this model"
+        raise PackingError(
+            f"packed attention does not support {', '.join(unknown)}; "
+            "use padded rows for this model"
         )
     # Under autocast, RoPE returns queries and keys in fp32. The kernel needs one dtype for all.
     dtype = query.dtype

@@ -22,7 +22,7 @@ from torch.func import functional_call
 
 from tpaw.data.token_ids import TokenIds, TokenSequence, token_ids
 from tpaw.errors import InputError, printable
-from tpaw.logprobs.attention import PACKED
+from tpaw.logprobs.attention import PACKED, PackingError
 from tpaw.logprobs.packing import (
     PACKED_LAYOUT,
     PADDED_LAYOUT,
@@ -39,6 +39,9 @@ from tpaw.models.checks import why_length_matters
 RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE = 2e-5, 1e-4
 # For the kernel that computes in bf16 alone. It checks for gross errors only.
 BF16_RELATIVE_TOLERANCE, BF16_ABSOLUTE_TOLERANCE = 0.02, 0.2
+
+# Tokens of the long sequence of the trial; no multiple of a chunk length.
+LONG_TRIAL = 133
 
 PACKING_DISABLED = "Sequence packing is disabled for this model: {}. Training is about 2x slower."
 LOGITS_HELD = "All logits are held in memory: {}. Lower tokens_per_row if memory runs out."
@@ -93,7 +96,7 @@ def prepare_for_logprobs(model: Any, longest: int) -> Preparation:
         earlier.detach()
     if (reason := why_length_matters(model.config, longest)) is not None:
         raise InputError(f"the longest prompt plus response has {longest} tokens: {reason}")
-    trial = _Trial(model)
+    trial = _Trial(model, longest)
     trial.refuse_a_wrong_model()
     module = getattr(model, "get_output_embeddings", lambda: None)()
     if module is None:
@@ -127,7 +130,7 @@ class _Trial:
         expected_S: float64, in nats.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, longest: int) -> None:
         self.model = model
         # From the configuration: LoRA and others put their own modules around the embeddings.
         self.vocabulary = model.config.get_text_config().vocab_size
@@ -138,6 +141,10 @@ class _Trial:
             for prompt in prompts
             for length in (4, 1, 3)
         ]
+        # Some models compute long sequences otherwise, in chunks for example.
+        if longest > LONG_TRIAL:
+            prompt = self._random_ids(LONG_TRIAL - 3)
+            self.sequences += [TokenSequence(prompt, self._random_ids(3))]
         self.is_possible = not any(
             p.is_meta or isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()
         )
@@ -202,7 +209,15 @@ class _Trial:
                 rounded_S = self._logps(layout.collate(self.sequences), in_bf16=True)
                 tolerances = BF16_RELATIVE_TOLERANCE, BF16_ABSOLUTE_TOLERANCE
                 error = _difference(rounded_S, self.expected_S, *tolerances)
-        except (TypeError, ValueError, RuntimeError, HeadChangedError) as problem:
+        except HeadChangedError:
+            return "a soft cap or a scale, for example"
+        except PackingError as problem:
+            return str(problem)
+        except RuntimeError as problem:
+            # Tensors of other shapes or strides than the model expects. Whatever else fails is not
+            # a property of the model: memory that runs out, a kernel that is not there.
+            if type(problem) is not RuntimeError:
+                raise
             return _named(problem)
         return None if error is None else f"off {error}"
 
@@ -274,7 +289,9 @@ def _why_not_packed(model: Any) -> str | None:
     config = model.config.get_text_config()
     attention = config._attn_implementation
     # Eager attention is a choice if the model has SDPA, and all that it has if not.
-    if attention not in ("sdpa", *PACKED.values()) and (attention != "eager" or model._supports_sdpa):
+    if attention not in ("sdpa", *PACKED.values()) and (
+        attention != "eager" or model._supports_sdpa
+    ):
         return f"its attention is {attention!r}, not sdpa"
     if not model.is_backend_compatible():
         return "its attention does not follow transformers' interface"

@@ -30,6 +30,7 @@ from tpaw.pipeline.preflight import read_and_check
 from tpaw.report.summary import write_summary
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.isolation import isolated
+from tpaw.runtime.memory import memory_limited_by
 from tpaw.runtime.progress import note, progress
 from tpaw.runtime.watch import Watch
 from tpaw.scoring.score import fill_store
@@ -237,6 +238,7 @@ class Stages:
             with (
                 publishing(folder, meta) as temporary,
                 progress(title, steps, "steps") as advance,
+                memory_limited_by("train.tokens_per_row", self.config.train.tokens_per_row),
             ):
                 meta["seconds"] = train_iteration(
                     self.players.for_training(policy),
