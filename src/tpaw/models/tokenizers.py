@@ -33,7 +33,7 @@ def load_tokenizer(config: ModelConfig, folder: str | None = None) -> PreTrained
             revision=None if folder else config.revision,
             trust_remote_code=config.trust_remote_code,
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file makes transformers raise any type
         first_line = str(error).partition("\n")[0]
         raise InputError(
             f"model.path: {config.path}: no usable tokenizer ({first_line}); add the tokenizer's "
@@ -76,12 +76,13 @@ def stop_token_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> t
     try:
         published = GenerationConfig.from_pretrained(path, revision=config.revision).eos_token_id
         ids += published if isinstance(published, list) else [published]
-    except OSError as error:
+        known = tuple(dict.fromkeys(int(i) for i in ids if i is not None))
+    except Exception as error:  # a damaged file makes transformers raise any type
+        known = tuple(i for i in ids if i is not None)
         if (Path(path) / "generation_config.json").is_file():
             raise InputError(
                 f"model.path: {path}: generation_config.json cannot be read: {error}"
             ) from None
-    known = tuple(dict.fromkeys(int(i) for i in ids if i is not None))
     if not known:
         raise InputError(
             f"model.path: {config.path}: the tokenizer has no end-of-sequence token; "
