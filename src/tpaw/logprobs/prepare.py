@@ -289,7 +289,9 @@ def _why_not_packed(model: Any) -> str | None:
     config = model.config.get_text_config()
     attention = config._attn_implementation
     # Eager attention is a choice if the model has SDPA, and all that it has if not.
-    if attention not in ("sdpa", *PACKED.values()) and (attention != "eager" or model._supports_sdpa):
+    if attention not in ("sdpa", *PACKED.values()) and (
+        attention != "eager" or model._supports_sdpa
+    ):
         return f"its attention is {attention!r}, not sdpa"
     if not model.is_backend_compatible():
         return "its attention does not follow transformers' interface"
