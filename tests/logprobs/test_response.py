@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 import tpaw.logprobs.fused_head
 import tpaw.logprobs.response
 from tpaw.data.token_ids import token_ids
-from tpaw.logprobs.attention import packed_attention
 from tpaw.logprobs.packing import PACKED_LAYOUT, packed_batch, padded_batch
 from tpaw.logprobs.prepare import prepare_for_logprobs
 from tpaw.logprobs.response import response_logps
@@ -185,20 +184,6 @@ def test_a_wrapper_that_rounds_what_the_model_returns_does_not_round_log_probs()
     for plain, rounded in zip(*results, strict=True):
         assert torch.equal(plain, rounded)
     assert len(heard) == 1
-
-
-@pytest.mark.parametrize(
-    "asked",
-    [{"sliding_window": 7}, {"softcap": 30.0}, {"s_aux": 1.0}],
-    ids=lambda asked: next(iter(asked)),
-)
-def test_attention_that_spans_do_not_have_is_refused_and_never_left_out(asked):
-    rows = packed_batch([(token_ids(range(4)), token_ids(range(5)))])  # 8 tokens
-    states = torch.randn(1, 2, 8, 4)
-    options = {"tpaw_spans": rows["spans"]}
-    packed_attention(None, states, states, states, None, sliding_window=8, **options)
-    with refused(*[name.split("_")[0] for name in asked], error=ValueError):
-        packed_attention(None, states, states, states, None, **asked, **options)
 
 
 @LAYOUTS

@@ -106,16 +106,15 @@ def prepare_for_logprobs(model: Any, longest: int) -> Preparation:
     notes = []
     head = LogprobHead(module)
     head.attach()
-    if (error := trial.error_of(PADDED_LAYOUT, head)) is not None:
+    if (reason := _why_logits_are_held(trial, head)) is not None:
         head.detach()
-        notes.append(LOGITS_HELD.format(f"the model changes the output of its head ({error})"))
+        notes.append(LOGITS_HELD.format(reason))
     reason = _why_not_packed(model)
     if reason is None:
         before = model.config._attn_implementation
         model.set_attn_implementation(PACKED.get(before, before))
-        if (error := trial.error_of(PACKED_LAYOUT)) is not None:
+        if (reason := _why_packing_fails(trial)) is not None:
             model.set_attn_implementation(before)
-            reason = f"its attention gives other results from packed sequences ({error})"
     if reason is not None:
         notes.append(PACKING_DISABLED.format(reason))
     return Preparation(PADDED_LAYOUT if reason else PACKED_LAYOUT, tuple(notes))
@@ -200,25 +199,14 @@ class _Trial:
         """
         if not self.is_possible:
             return None
-        try:
-            if new_head is not None:
-                new_head.learn_logit_map(self.model)
-            error = _difference(self._logps(layout.collate(self.sequences)), self.expected_S)
-            if error is None and next(self.model.parameters()).device.type == "cuda":
-                # Packed rows use a kernel for bf16 alone there.
-                rounded_S = self._logps(layout.collate(self.sequences), in_bf16=True)
-                tolerances = BF16_RELATIVE_TOLERANCE, BF16_ABSOLUTE_TOLERANCE
-                error = _difference(rounded_S, self.expected_S, *tolerances)
-        except HeadChangedError:
-            return "a soft cap or a scale, for example"
-        except PackingError as problem:
-            return str(problem)
-        except RuntimeError as problem:
-            # Tensors of other shapes or strides than the model expects. Whatever else fails is not
-            # a property of the model: memory that runs out, a kernel that is not there.
-            if type(problem) is not RuntimeError:
-                raise
-            return _named(problem)
+        if new_head is not None:
+            new_head.learn_logit_map(self.model)
+        error = _difference(self._logps(layout.collate(self.sequences)), self.expected_S)
+        if error is None and next(self.model.parameters()).device.type == "cuda":
+            # Packed rows use a kernel for bf16 alone there.
+            rounded_S = self._logps(layout.collate(self.sequences), in_bf16=True)
+            tolerances = BF16_RELATIVE_TOLERANCE, BF16_ABSOLUTE_TOLERANCE
+            error = _difference(rounded_S, self.expected_S, *tolerances)
         return None if error is None else f"off {error}"
 
     def _logps(self, batch: PackedBatch, in_bf16: bool = False) -> Tensor:
@@ -283,6 +271,31 @@ def _kind_of(model: Any) -> str:
 
 def _named(error: Exception) -> str:
     return printable(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+
+
+def _why_logits_are_held(trial: _Trial, head: LogprobHead) -> str | None:
+    change = "the model changes the output of its head"
+    try:
+        error = trial.error_of(PADDED_LAYOUT, head)
+    except HeadChangedError:
+        return f"{change} by more than a scale and a soft cap"
+    return None if error is None else f"{change} ({error})"
+
+
+def _why_packing_fails(trial: _Trial) -> str | None:
+    try:
+        error = trial.error_of(PACKED_LAYOUT)
+    except PackingError as problem:
+        return str(problem)
+    except RuntimeError as problem:
+        # A tensor of another shape or stride than the model expects. Whatever else fails is no
+        # property of the model: memory that runs out, a kernel that is not there, a wrong call.
+        if type(problem) is not RuntimeError:
+            raise
+        return f"it fails on packed sequences ({_named(problem)})"
+    if error is None:
+        return None
+    return f"its attention gives other results from packed sequences ({error})"
 
 
 def _why_not_packed(model: Any) -> str | None:
