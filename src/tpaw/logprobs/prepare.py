@@ -40,7 +40,7 @@ RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE = 2e-5, 1e-4
 # For the kernel that computes in bf16 alone. It checks for gross errors only.
 BF16_RELATIVE_TOLERANCE, BF16_ABSOLUTE_TOLERANCE = 0.02, 0.2
 
-# Tokens of the long sequence of the trial; no multiple of a chunk length.
+# Most tokens of the long sequence of the trial; no multiple of a chunk length.
 LONG_TRIAL = 133
 
 PACKING_DISABLED = "Sequence packing is disabled for this model: {}. Training is about 2x slower."
@@ -141,9 +141,10 @@ class _Trial:
             for length in (4, 1, 3)
         ]
         # Some models compute long sequences otherwise, in chunks for example.
-        if longest > LONG_TRIAL:
-            prompt = self._random_ids(LONG_TRIAL - 3)
-            self.sequences += [TokenSequence(prompt, self._random_ids(3))]
+        length = min(longest, LONG_TRIAL)
+        if length > max(len(prompt) + len(response) for prompt, response in self.sequences):
+            prompt = self._random_ids(length - 3)
+            self.sequences.append(TokenSequence(prompt, self._random_ids(3)))
         self.is_possible = not any(
             p.is_meta or isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()
         )
