@@ -187,5 +187,7 @@ def _print_summary(run: RunDirectory, settings: RunConfig) -> None:
     from tpaw.report.tables import summary_table
 
     console = console_of_stdout()
-    console.print(summary_table(summarise(run, settings)))
-    console.print(f"Results: {run.root}", markup=False, highlight=False, soft_wrap=True)
+    summary = summarise(run, settings)
+    console.print(summary_table(summary))
+    for text in (*summary["notes"], f"Results: {run.root}"):
+        console.print(text, markup=False, highlight=False, soft_wrap=True)

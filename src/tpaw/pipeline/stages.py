@@ -105,7 +105,9 @@ class Stages:
 
     def initial_player(self) -> Player:
         """θ_0, the SFT model."""
-        return initial_player(self.config.model, self.run.initial_player_file)
+        may_record = not self.run.uses_initial_player()
+        record = self.run.initial_player_file
+        return initial_player(self.config.model, record, may_record=may_record)
 
     def generate(self, player: Player, examples: Sequence[Example], t: int) -> None:
         """D_t: the newest checkpoint answers every prompt once.
@@ -238,7 +240,7 @@ class Stages:
                 publishing(folder, meta) as temporary,
                 progress(title, steps, "steps") as advance,
             ):
-                meta["seconds"] = train_iteration(
+                meta |= train_iteration(
                     self.players.for_training(policy),
                     build,
                     self.inputs,

@@ -17,7 +17,8 @@ from tpaw.errors import RunLockedError
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.progress import note, progress
 from tpaw.storage.artifacts import read_json
-from tpaw.storage.run_directory import RunDirectory, check_output, locked
+from tpaw.storage.lock import locked
+from tpaw.storage.run_directory import RunDirectory, check_output
 from tpaw.study.config import Condition
 from tpaw.study.sharing import begin_run, begin_shared, is_prepared, shared_name
 
