@@ -15,7 +15,7 @@ from tpaw.evaluation.exact_match import extract_answer, is_correct
 from tpaw.generation.generator import SamplingParams
 from tpaw.generation.hf import HFGenerator
 from tpaw.pipeline.preflight import read_inputs
-from tpaw.starter.problems import generate_problems
+from tpaw.starter.problems import generate_problems, pattern
 
 STARTER = files("tpaw") / "starter"
 
@@ -51,6 +51,22 @@ def test_the_bundled_rows_are_the_generators_and_held_out_rows_are_new():
     assert len(heldout) == len(tuning) == 1200
     assert not (heldout | tuning) & {problem.question for problem in trained}
     assert not heldout & tuning
+
+
+def test_no_problem_of_the_new_ones_is_a_training_problem_but_for_its_words():
+    # By numbers and sentences alone: without the words of names, things, containers and verbs.
+    def numbers_and_frame(question):
+        words = ("more", "each", "times", "shares", "dollars", "Monday", "loose", "Then")
+        return re.findall(r"\d+", question), tuple(w for w in words if w in question)
+
+    heldout = [row["question"] for row in rows("heldout.jsonl")]
+    new = [row["question"] for row in rows("heldout-new.jsonl")]
+    trained = [problem.question for problem in generate_problems(8000, seed=0)]
+    seen = {str(numbers_and_frame(question)) for question in trained}
+    expected = [q for q in heldout if str(numbers_and_frame(q)) not in seen]
+    assert new == expected
+    assert 600 < len(new) < len(heldout)
+    assert pattern("Ada finds 7 pens.") == pattern("Ben buys 7 eggs.") == "NAME GAINED 7 THINGS."
 
 
 def test_the_bundle_is_small():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import xml.etree.ElementTree as ElementTree
 
@@ -18,6 +19,7 @@ from tpaw.storage.artifacts import verify, write_json
 from tpaw.storage.run_directory import RunDirectory, open_run
 from tpaw.study.analysis import analyse
 from tpaw.study.config import read_study
+from tpaw.study.results import _curve
 from tpaw.study.runner import run_study, runs_of
 from tpaw.study.sharing import begin_run, begin_shared, is_prepared, prepare_shared, shared_name
 
@@ -61,8 +63,8 @@ def test_every_combination_of_methods_and_settings(write):
 
 def test_methods_may_have_names_recipes_and_settings_of_their_own(write):
     methods = {"SPIN, slow": ["spin", {"train": {"learning_rate": 1e-5}}], "plain": "tpaw"}
-    study, [slow, plain] = read_study(write(methods=methods, set={"train": {"epochs": 3}}))
-    assert slow.config(0).train.epochs == plain.config(0).train.epochs == 3
+    study, [slow, plain] = read_study(write(methods=methods, set={"train": {"warmup": 0.25}}))
+    assert slow.config(0).train.warmup == plain.config(0).train.warmup == 0.25
     assert study.seeds == (0, 1, 2, 3, 4, 5)
     assert slow.config(0).train.learning_rate == 1e-5
     assert slow.config(0).team.main_players.last == 1
@@ -213,6 +215,7 @@ def test_only_seeds_that_both_have_are_compared(analysed):
 def complete(analysis, failures=()):
     machine = {"processor": "P", "cores": 2, "versions": {"tpaw": "0"}, "python": "3"}
     facts = {"name": "n", "command": "c", "seeds": [0, 1], "jobs": 1, "machine": machine}
+    facts["evaluated_on"] = ["rows.jsonl"]
     return facts | {"failures": dict(failures)} | analysis
 
 
@@ -236,6 +239,23 @@ def test_a_condition_whose_every_run_failed_has_no_numbers(analysed, tmp_path):
     assert study["comparisons"] == []
     assert "| other | 0 | – | – |" in study_report(study, [])
     draw_figures(study, tmp_path)
+
+
+def test_a_varied_condition_whose_every_run_failed_is_left_out_of_the_figure(write, tmp_path):
+    _, conditions = read_study(write(vary={"objective.eta": [1.0, 2.0]}))
+    results = {conditions[0].name: results_of([0.5, 0.6]), conditions[1].name: {}}
+    drawn = draw_figures(complete(analyse(conditions, results, None)), tmp_path)
+    assert [p.stem for p in drawn] == ["accuracy-by-objective-eta", "gap-by-objective-eta"]
+
+
+def test_a_curve_has_no_point_that_is_the_mean_of_fewer_steps(write, tmp_path):
+    _, conditions = read_study(write(set={"train": {"log_every": 4}}, seeds=[0]))
+    [run] = runs_of(conditions, [0], tmp_path)
+    log = RunDirectory(run.folder).training_log(run.config.iterations)
+    log.parent.mkdir(parents=True)
+    steps = [(4, -1.0), (8, -2.0), (9, 5.0)]
+    log.write_text("".join(json.dumps({"step": s, "rewards/target": r}) + "\n" for s, r in steps))
+    assert list(_curve(run)) == [[4, -1.0], [8, -2.0]]
 
 
 def test_figures_name_every_condition_and_are_the_same_each_time(analysed, tmp_path):

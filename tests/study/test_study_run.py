@@ -20,7 +20,7 @@ from tpaw.study.runner import launch_process, run_study
 
 STUDY = {
     "recipe": "recipe.yaml",
-    "methods": ["tpaw", "spin"],
+    "methods": {"tpaw": "tpaw", "spin": ["spin", {"train": {"epochs": 4}}]},
     "seeds": 2,
     "set": {"iterations": 2, "train": {"epochs": 4}},
 }

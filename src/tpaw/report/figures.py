@@ -16,7 +16,7 @@ from tpaw.storage.artifacts import write_file
 Study = Mapping[str, Any]
 
 LABELS = {
-    "accuracy": "held-out accuracy",
+    "accuracy": "accuracy",
     "gap": "log π(y) − log π(y₀), nats",
     "nonpositive_gap_share": "share of gaps ≤ 0",
     "target_logp_per_token": "log π(y) per token, nats",
@@ -68,7 +68,7 @@ def _figures(study: Study) -> Iterator[tuple[str, Figure]]:
 
 
 def _by_iteration(study: Study, measures: Sequence[str]) -> Figure:
-    """Draw measures by iteration: the paper's figures 2c, 2d and 3, and the gap of equation 9."""
+    """Draw measures by iteration: the paper's figures 2c, 2d and 3, and the gap."""
     figure = _figure(len(measures))
     for axes, measure in zip(figure.axes, measures, strict=True):
         for i, (name, condition) in enumerate(study["conditions"].items()):

@@ -67,6 +67,8 @@ def study_report(study: Study, figures: Sequence[Path]) -> str:
         f"{machine['processor']}, cores: {machine['cores']}, runs at a time: {study['jobs']}; "
         f"{versions}, Python {machine['python']}.",
         "",
+        f"Evaluated on {', '.join(f'`{path}`' for path in study['evaluated_on'])}.",
+        "",
     ]
     lines += [f"- {sentence}" for sentence in sentences(study)] + [""]
     for path in figures:

@@ -12,6 +12,8 @@ The script writes to the output directory:
     model/          a Qwen2 model in fp32 with its tokenizer and chat template
     train.jsonl     the records for self-play, a subset of the model's training records
     heldout.jsonl   the records for evaluation; no question occurs in the training records
+    heldout-new.jsonl   those of heldout.jsonl that differ from every training record of the model
+                    by more than names and other words (see `problems.pattern`)
     tuning.jsonl    records to choose settings with, so that heldout.jsonl stays unseen
 """
 
@@ -35,7 +37,7 @@ from transformers import (
 )
 
 from tpaw.evaluation.exact_match import is_correct
-from tpaw.starter.problems import Problem, generate_problems
+from tpaw.starter.problems import Problem, generate_problems, pattern
 
 STARTER_DIR = Path(__file__).parent
 THREADS = 2
@@ -301,7 +303,14 @@ def build(output_dir: Path, seed: int) -> None:
     tokenizer.save_pretrained(output_dir / "model")
     write_rows(output_dir / "train.jsonl", train[:SELF_PLAY_ROWS])
     write_rows(output_dir / "heldout.jsonl", heldout)
+    write_rows(output_dir / "heldout-new.jsonl", with_new_patterns(heldout, train))
     write_rows(output_dir / "tuning.jsonl", tuning)
+
+
+def with_new_patterns(problems: Sequence[Problem], train: Sequence[Problem]) -> list[Problem]:
+    """Return the problems whose pattern occurs in no training problem."""
+    known = {pattern(problem.question) for problem in train}
+    return [problem for problem in problems if pattern(problem.question) not in known]
 
 
 def write_rows(path: Path, problems: Sequence[Problem]) -> None:

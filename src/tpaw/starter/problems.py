@@ -9,6 +9,7 @@ the same in every supported Python version. A seed therefore gives the same prob
 """
 
 import random
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -51,6 +52,19 @@ THINGS = (
 CONTAINERS = ("bags", "baskets", "boxes", "jars", "trays")
 GAINED = ("buys", "finds", "gets")
 LOST = ("drops", "loses", "sells")
+KIND_OF_WORD = {
+    word: kind
+    for kind, words in {
+        "NAME": PRONOUN_OF_NAME,
+        "PRONOUN": ("He", "She"),
+        "THINGS": THINGS,
+        "CONTAINERS": CONTAINERS,
+        "GAINED": GAINED,
+        "LOST": LOST,
+    }.items()
+    for word in words
+}
+"""Every word that a template chooses at random, and its kind. Only numbers are chosen besides."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +120,18 @@ def generate_problems(count: int, seed: int, exclude: Collection[str] = ()) -> l
             problems.append(problem)
     rng.shuffle(problems)
     return problems
+
+
+def pattern(question: str) -> str:
+    """Return a question with its randomly chosen words replaced by their kinds.
+
+    Two questions with one pattern have the same numbers and the same calculation.
+
+    Example:
+        >>> pattern("Leo has 9 eggs. Hugo has 4 times as many.")
+        'NAME has 9 THINGS. NAME has 4 times as many.'
+    """
+    return re.sub(r"[A-Za-z]+", lambda word: KIND_OF_WORD.get(word[0], word[0]), question)
 
 
 def _pick_scene(rng: random.Random) -> Scene:

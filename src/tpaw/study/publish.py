@@ -46,6 +46,7 @@ def publish_study(
         "command": f"tpaw study {shlex.quote(source)} --jobs {jobs}",
         "study": study.model_dump(mode="json", by_alias=True),
         "seeds": list(study.seeds),
+        "evaluated_on": _evaluated_on(runs),
         "jobs": jobs,
         "machine": {"processor": _processor(), "cores": cores(), **environment()},
         "failures": dict(failures),
@@ -55,6 +56,12 @@ def publish_study(
     figures = draw_figures(content, output / "figures")
     write_text(output / "report.md", study_report(content, figures))
     return content
+
+
+def _evaluated_on(runs: Sequence[StudyRun]) -> list[str]:
+    """Return the files of held-out records, as the configurations name them."""
+    data = (run.config.evaluate.data for run in runs)
+    return list(dict.fromkeys(one.path for one in data if one is not None))
 
 
 def _processor() -> str:

@@ -26,7 +26,8 @@ from tpaw.storage.run_directory import RunDirectory
 from tpaw.study.runner import StudyRun
 
 # Results of each run, by condition and seed: `iterations` (measures by name, for θ_0, θ_1, …),
-# `curve` (pairs of step and target reward in the last iteration; may be empty) and `seconds`.
+# `curve` (pairs of step and target reward in the last iteration, each the mean of
+# `train.log_every` steps; may be empty) and `seconds`.
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
 HELD_OUT = ("accuracy", "gap", "nonpositive_gap_share", "target_logp_per_token")
@@ -89,5 +90,7 @@ def _curve(run: StudyRun) -> Iterator[list[float]]:
         note(f"{run.name}: {error}")
         return
     for entry in lines:
-        if "rewards/target" in entry:
+        # The last entry may be the mean of fewer steps. It would look like a jump of the curve.
+        is_whole = entry["step"] % run.config.train.log_every == 0
+        if "rewards/target" in entry and is_whole:
             yield [entry["step"], float(entry["rewards/target"])]
