@@ -220,16 +220,17 @@ class RunDirectory:
         """Read the configuration with which the run began or was last resumed.
 
         Raises:
-            ArtifactError: config.yaml is missing, damaged or edited.
-            InputError: config.yaml is invalid.
+            ArtifactError: run.json or config.yaml is missing, damaged or edited.
+            InputError: config.yaml is invalid, or another version of TPAW wrote the run.
         """
+        has_checksums = self.facts()["format"] != WITHOUT_CHECKSUMS
         if not self.config_file.is_file():
             raise ArtifactError(
                 f"{self.config_file}: missing, but the run has begun; restore it from a backup"
             )
         text = self.config_file.read_text(encoding="utf-8", errors="replace")
         intact = is_intact(text)
-        if intact is False or (intact is None and self.facts()["format"] == FORMAT):
+        if intact is False or (intact is None and has_checksums):
             raise ArtifactError(
                 f"{self.config_file}: damaged, or edited after the run began; restore it, or begin "
                 "a run in another folder. To change a setting that may change, use --set."
@@ -332,7 +333,6 @@ def check_output(root: str | Path, config: RunConfig) -> RunConfig | None:
             )
         return None
     _refuse_links(run)
-    run.facts()
     kept = run.load_config()
     if changed := differences(kept, config, begun=run.iterations_begun()):
         raise InputError(
