@@ -59,6 +59,18 @@ class Interrupted(TpawError):
         return 128 + self.signal_number
 
 
+def for_terminal(text: str) -> str:
+    """Replace every control character except the line break by its escape, such as `\\x1b`.
+
+    A terminal obeys control characters: they move the cursor, change colours and the window title,
+    and turn the direction of text. Lone surrogates cannot be encoded.
+
+    Args:
+        text: any text.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 def printable(text: str, width: int = 200) -> str:
     """Make text from outside safe for a terminal.
 
@@ -69,5 +81,5 @@ def printable(text: str, width: int = 200) -> str:
     Returns:
         One line without control characters.
     """
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    shown = for_terminal(text).replace("\n", "\\n")
     return shown if len(shown) <= width else shown[: width - 1] + "…"

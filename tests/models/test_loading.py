@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ from transformers import BertConfig, Qwen2ForSequenceClassification, T5Config
 
 from tpaw.config.schema import ModelConfig, RunConfig
 from tpaw.errors import ArtifactError
-from tpaw.models.checks import check_model
+from tpaw.models.checks import check_model, check_vocabulary
 from tpaw.models.fingerprint import fingerprint
 from tpaw.models.initial import initial_player
 from tpaw.models.loading import disable_dropout, load_model, pick_device
@@ -27,7 +28,8 @@ CPU = torch.device("cpu")
 def check(settings, path, **changes):
     settings = settings | changes
     settings["model"] = {"path": str(path)}
-    return check_model(RunConfig.load(settings))
+    config = RunConfig.load(settings)
+    return check_model(config.model, config.max_length, is_trained=True)
 
 
 def test_decoders_pass(settings, tmp_path):
@@ -161,20 +163,59 @@ DROPPING = {
     "mixtral": transformers.MixtralConfig(
         **SMALL, intermediate_size=32, num_key_value_heads=2, router_jitter_noise=0.5
     ),
+    # Its router reads the jitter in evaluation mode too.
+    "phimoe": transformers.PhimoeConfig(
+        **SMALL,
+        intermediate_size=32,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        router_jitter_noise=0.3,
+        input_jitter_noise=0.2,
+        attention_dropout=0.5,
+    ),
+    # It reads the probability from its configuration in every forward pass.
+    "persimmon": transformers.PersimmonConfig(**SMALL, intermediate_size=32, attention_dropout=0.5),
+    "bart": transformers.BartConfig(
+        vocab_size=99,
+        d_model=32,
+        decoder_layers=4,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=32,
+        decoder_layerdrop=0.5,
+        is_decoder=True,
+        is_encoder_decoder=False,
+    ),
 }
 
 
 @pytest.mark.parametrize("family", DROPPING)
-def test_nothing_is_dropped_in_training_mode(family):
+def test_training_mode_computes_what_the_untouched_model_computes_in_evaluation_mode(family):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(DROPPING[family])
     ids = torch.arange(20)[None]
+    expected = model.eval()(ids).logits
     model.train()
     assert not torch.equal(model(ids).logits, model(ids).logits)
+    before, state = model.config.to_dict(), torch.random.get_rng_state()
     disable_dropout(model)
-    trained = model(ids).logits
-    model.eval()
-    assert torch.equal(trained, model(ids).logits)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert model.config.to_dict() == before
+    for module in (model, copy.deepcopy(model)):
+        assert torch.equal(module.train()(ids).logits, expected)
+        assert torch.equal(module.eval()(ids).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phimoe"])
+def test_a_checkpoint_keeps_the_configuration_of_the_model_it_started_from(family, tmp_path):
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(DROPPING[family]).save_pretrained(tmp_path / "0")
+    player = Player(0, str(tmp_path / "0"), "")
+    model = load_model(player, ModelConfig(path="x"), dtype=torch.float32, device=CPU)
+    model.save_pretrained(tmp_path / "1")
+    start, trained = (json.loads((tmp_path / i / "config.json").read_text()) for i in ("0", "1"))
+    kept = {key: value for key, value in start.items() if "drop" in key or "jitter" in key}
+    assert 0.5 in kept.values()
+    assert {key: trained[key] for key in kept} == kept
 
 
 def test_rope_that_depends_on_the_batch_is_refused(settings, tmp_path):
@@ -205,13 +246,113 @@ def test_damaged_weights_are_refused_before_anything_is_written(settings, tmp_pa
         check(settings, folder)
 
 
+def edit_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+REASON = {"reason": re.compile(r"(?<=\().*(?=\))")}
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "{", "{}", '{"model_type": "nope"}'])
+def test_a_config_that_transformers_cannot_read(settings, tmp_path, text):
+    folder = save_model(tmp_path / "m")
+    (folder / "config.json").write_text(text)
+    with refused(folder, "config.json", hide=REASON):
+        check(settings, folder)
+
+
+def test_a_config_of_a_wrong_type(settings, tmp_path):
+    folder = save_model(tmp_path / "m")
+    edit_config(folder, vocab_size="many")
+    with refused(folder, "config.json", hide=REASON):
+        check(settings, folder)
+    edit_config(folder, vocab_size=320, num_attention_heads=0)
+    with refused(folder, "config.json", hide=REASON):
+        check(settings, folder)
+
+
+def test_weights_of_other_shapes_than_the_config(settings, tmp_path):
+    folder = save_model(tmp_path / "m")
+    edit_config(folder, intermediate_size=48)
+    with refused(folder, "mlp.down_proj.weight", "(32, 64)", "(32, 48)"):
+        check(settings, folder)
+
+
+def test_a_config_with_fewer_tokens_than_the_weights(settings, tmp_path):
+    folder = save_model(tmp_path / "m")
+    edit_config(folder, vocab_size=100)
+    with refused(folder, "embed_tokens.weight", "(320, 32)", "(100, 32)"):
+        check(settings, folder)
+
+
+def test_weights_that_are_missing_are_found_before_they_are_loaded(settings, tmp_path):
+    model = make_model("llama")
+    state = {k: v for k, v in model.state_dict().items() if "layers.1.mlp" not in k}
+    model.save_pretrained(tmp_path / "m", state_dict=state)
+    with refused("model.layers.1.mlp", tmp_path):
+        check(settings, tmp_path / "m")
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq"])
+def test_quantised_weights(settings, tmp_path, method):
+    folder = save_model(tmp_path / "m")
+    how = {"quant_method": method, "load_in_4bit": True, "bits": 4, "group_size": 128}
+    edit_config(folder, quantization_config=how)
+    with refused(folder, "quantised", method):
+        check(settings, folder)
+    with refused(folder, "quantised", hide=REASON):  # the library is not installed here
+        check_model(ModelConfig(path=str(folder)))
+
+
+def test_pickled_weights_need_permission(settings, tmp_path):
+    folder = save_model(tmp_path / "m", "llama")
+    torch.save(make_model("llama").state_dict(), folder / "pytorch_model.bin")
+    check(settings, folder)  # beside safetensors, nobody reads them
+    (folder / "model.safetensors").unlink()
+    with refused(folder, "model.allow_pickle"):
+        check(settings, folder)
+    player = Player(0, str(folder), "")
+    with pytest.raises(OSError, match="safetensors"):
+        load_model(player, ModelConfig(path="x"), dtype=torch.float32, device=CPU)
+    allowed = ModelConfig(path=str(folder), allow_pickle=True)
+    check_model(allowed, is_trained=True)
+    model = load_model(player, allowed, dtype=torch.float32, device=CPU)
+    assert torch.equal(model.lm_head.weight, make_model("llama").lm_head.weight)
+
+
+@pytest.mark.parametrize("header", ["[]", '{"x": []}', '{"x": {"data_offsets": 3}}'])
+def test_a_safetensors_header_of_another_form(settings, tmp_path, header):
+    folder = save_model(tmp_path / "m")
+    content = len(header).to_bytes(8, "little") + header.encode()
+    (folder / "model.safetensors").write_bytes(content)
+    with refused("model.safetensors"):
+        check(settings, folder)
+
+
+def test_a_model_without_a_limit_of_positions(settings, tmp_path):
+    folder = tmp_path / "xlnet"
+    config = transformers.XLNetConfig(vocab_size=320, d_model=32, n_layer=2, n_head=4, d_inner=64)
+    assert config.max_position_embeddings == -1
+    transformers.XLNetLMHeadModel(config).save_pretrained(folder)
+    check(settings, folder)
+
+
+def test_a_vocabulary_that_is_too_small(model_folder):
+    model = ModelConfig(path=str(model_folder))
+    found = check_model(model)
+    check_vocabulary(model, found, 319)
+    with refused(model_folder, 320):
+        check_vocabulary(model, found, 320)
+
+
 def test_an_attention_that_is_not_there(settings, model_folder):
     for name in ("foo", "flash_attention_2"):
         settings["model"] = {"path": str(model_folder), "attn_implementation": name}
         with refused(
             "model.attn_implementation", name, hide={"reason": re.compile("(?<=used: ).*")}
         ):
-            check_model(RunConfig.load(settings))
+            check_model(RunConfig.load(settings).model)
 
 
 def test_an_unreadable_generation_config_is_not_taken_for_an_absent_one(tmp_path):

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperCommand
 
-from tpaw.errors import Interrupted
+from tpaw.errors import Interrupted, for_terminal
+from tpaw.runtime.console import TextConsole
 from tpaw.runtime.interrupt import StopSignal
 
 Overrides = Annotated[
@@ -60,10 +60,10 @@ def stoppable(again: str) -> Iterator[StopSignal]:
             yield stop
         except (Interrupted, KeyboardInterrupt) as interruption:
             number = getattr(interruption, "signal_number", None) or stop.signal_number or 2
-            print(f"stopped; to resume, run: {again}", file=sys.stderr)
+            print(for_terminal(f"stopped; to resume, run: {again}"), file=sys.stderr)
             raise typer.Exit(128 + number) from None
 
 
-def console_of_stdout() -> Console:
+def console_of_stdout() -> TextConsole:
     """The console for results. It is 140 columns wide if stdout is a file or a pipe."""
-    return Console() if sys.stdout.isatty() else Console(width=140)
+    return TextConsole() if sys.stdout.isatty() else TextConsole(width=140)

@@ -52,7 +52,7 @@ def compare(
     console = console_of_stdout()
     console.print(comparison_table(comparison))
     for text in comparison.notes:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print_text(text)
     if json_ is not None:
         write_json(json_, comparison.as_json())
 
@@ -92,7 +92,7 @@ def evaluate(
     console = console_of_stdout()
     console.print(suite_table([one.results for one in found]))
     for one in found:
-        console.print(f"Results: {one.folder}", markup=False, highlight=False, soft_wrap=True)
+        console.print_text(f"Results: {one.folder}")
 
 
 @app.command(cls=Command)
@@ -132,7 +132,7 @@ def answer(
         folder = answer_rows(
             checkpoint, data, output, greedy=greedy, overrides=set_, stop=stop, trust=trust
         )
-    print(f"Responses: {folder}")
+    console_of_stdout().print_text(f"Responses: {folder}")
 
 
 @app.command(cls=Command)
@@ -203,4 +203,4 @@ def judge(
     console = console_of_stdout()
     console.print(win_rate_table(results))
     for text in filter(None, (results.get("note"), f"Results: {folder}")):
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print_text(text)

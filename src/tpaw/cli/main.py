@@ -13,7 +13,7 @@ import tpaw
 from tpaw.cli.evaluate import app as evaluate_app
 from tpaw.cli.run import app as run_app
 from tpaw.cli.study import app as study_app
-from tpaw.errors import StorageError, TpawError
+from tpaw.errors import StorageError, TpawError, for_terminal
 from tpaw.storage.failures import storage_failure
 
 app = typer.Typer(
@@ -53,14 +53,14 @@ def main() -> None:
     except Exception as error:
         expected = _expected(error)
         if expected is None:
-            traceback.print_exc()
+            print(for_terminal(traceback.format_exc().rstrip()), file=sys.stderr)
             print(
                 "tpaw: this is a bug in tpaw; please report it with the command and the lines "
                 "above. Published files are kept.",
                 file=sys.stderr,
             )
             sys.exit(1)
-        print(f"tpaw: {expected}", file=sys.stderr)
+        print(for_terminal(f"tpaw: {expected}"), file=sys.stderr)
         sys.exit(expected.exit_code)
 
 

@@ -109,9 +109,10 @@ def status(
     from tpaw.report.status import done_and_next
 
     done, upcoming = done_and_next(run, settings)
+    console = console_of_stdout()
     for stage in done:
-        print(f"done  {stage}")
-    print(f"next  {upcoming}" if upcoming else "finished")
+        console.print_text(f"done  {stage}")
+    console.print_text(f"next  {upcoming}" if upcoming else "finished")
     if done:
         _print_summary(run, settings)
 
@@ -134,7 +135,7 @@ def plan(
     console = console_of_stdout()
     console.print(plan_table(plan_run(settings, len(inputs.examples))))
     for text in (inputs.described(), *inputs.first_rows()):
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print_text(text)
 
 
 @config_app.command("list")
@@ -190,4 +191,4 @@ def _print_summary(run: RunDirectory, settings: RunConfig) -> None:
     summary = summarise(run, settings)
     console.print(summary_table(summary))
     for text in (*summary["notes"], f"Results: {run.root}"):
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print_text(text)

@@ -50,7 +50,7 @@ def study(
     for table in study_tables(content):
         console.print(table)
     for text in (*sentences(content), f"Report and figures: {output}"):
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print_text(text)
     if failures:
         raise typer.Exit(1)
 

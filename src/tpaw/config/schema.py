@@ -176,6 +176,13 @@ class ModelConfig(Section):
         description="Run the Python code that comes with the model. Set it to true only for a "
         "model whose authors you trust.",
     )
+    allow_pickle: bool = Field(
+        False,
+        json_schema_extra=CHANGEABLE,
+        description="Read weights from pickled files (pytorch_model.bin). A pickled file can run "
+        "code when it is read, so set it to true only for a model whose authors you trust. "
+        "safetensors files need no permission.",
+    )
 
 
 class TeamConfig(Section):

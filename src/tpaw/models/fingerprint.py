@@ -77,15 +77,18 @@ def _safetensors_header(file: Path) -> dict[str, Any]:
         size = int.from_bytes(handle.read(8), "little")
         try:
             header = json.loads(handle.read(min(size, file.stat().st_size)))
-        except ValueError:
+            header.pop("__metadata__", None)
+            # The file counts offsets from the end of the header. Readers need them from its start.
+            for facts in header.values():
+                begin, end = facts["data_offsets"]
+                facts["data_offsets"] = [begin + 8 + size, end + 8 + size]
+            ends = [facts["data_offsets"][1] for facts in header.values()]
+        except (ValueError, TypeError, KeyError, AttributeError):
+            # Not JSON, or JSON of another form.
             raise InputError(
                 f"{file}: damaged: not a safetensors file; download or copy it again"
             ) from None
-    header.pop("__metadata__", None)
-    # The file counts offsets from the end of the header. Readers need them from its start.
-    for facts in header.values():
-        facts["data_offsets"] = [offset + 8 + size for offset in facts["data_offsets"]]
-    end = max((facts["data_offsets"][1] for facts in header.values()), default=8 + size)
+    end = max(ends, default=8 + size)
     if end != file.stat().st_size:
         raise InputError(
             f"{file}: damaged: {file.stat().st_size} bytes, but its header says {end}; download or "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING
 
 from tpaw.config.schema import ModelConfig
@@ -12,6 +13,12 @@ from tpaw.team import Player
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+# Tokens on which training and evaluation mode are compared.
+TRIAL_TOKENS = 8
+# Largest difference of a logit between the modes, relative to the largest logit. Kernels may round
+# differently; a dropout probability of 0.01 gives more.
+TRAINING_MODE_TOLERANCE = 1e-3
 
 
 def load_model(
@@ -41,6 +48,7 @@ def load_model(
         dtype=dtype,
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
+        use_safetensors=None if config.allow_pickle else True,
         output_loading_info=True,
     )
     # transformers initializes missing weights at random and only warns about it.
@@ -50,29 +58,75 @@ def load_model(
             f"{player.path}: weights of the model are missing: {missing}; restore the complete "
             "model"
         )
-    disable_dropout(model)
     model.to(device)
     model.eval()
+    disable_dropout(model)
     return model
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
-    """Set every dropout probability and router jitter to 0, in place.
+    """Make a model compute in training mode what it computes in evaluation mode, in place.
 
     A log-ratio compares the log-probs of two forward passes, so a forward pass must not be random.
-    Some models store a probability as a float attribute instead of a Dropout module. This function
-    sets every float attribute whose name contains "drop" or "jitter" to 0, in the modules and in
-    the model's configuration.
+    Only modules change: the model's configuration is saved with every checkpoint, and it stays the
+    user's.
+
+    - A dropout probability becomes 0: that of each Dropout module, and each float attribute whose
+      name contains "drop".
+    - A router with jitter stays in evaluation mode. Its jitter stays as it is, because PhiMoE's
+      router reads it in evaluation mode too: it decides which experts share a token.
+    - Some models read a probability from their configuration in every forward pass (Falcon,
+      Persimmon). If the modes still differ, the whole model stays in evaluation mode.
+      Gradient checkpointing then has no effect.
+
+    Args:
+        model: a model of transformers, or one that PEFT has wrapped.
     """
-    import torch
+    from torch.nn.modules.dropout import _DropoutNd
 
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
+        if isinstance(module, _DropoutNd):
             module.p = 0.0
-    for holder in (*model.modules(), getattr(model, "config", None)):
-        for name, value in list(vars(holder).items() if holder is not None else ()):
-            if isinstance(value, float) and ("drop" in name or "jitter" in name):
-                setattr(holder, name, 0.0)
+        floats = [name for name, value in vars(module).items() if isinstance(value, float)]
+        for name in floats:
+            if "drop" in name:
+                setattr(module, name, 0.0)
+        if any("jitter" in name for name in floats):
+            _keep_in_evaluation_mode(module)
+    if _training_mode_differs(model):
+        _keep_in_evaluation_mode(model)
+
+
+def _keep_in_evaluation_mode(module: torch.nn.Module) -> None:
+    module.eval()
+    # A bound method, so that a deep copy of the model is bound to the copy.
+    module.train = MethodType(_unchanged, module)  # type: ignore[method-assign]
+
+
+def _unchanged(module: torch.nn.Module, mode: bool = True) -> torch.nn.Module:
+    """Replaces `Module.train` of one module."""
+    return module
+
+
+def _training_mode_differs(model: torch.nn.Module) -> bool:
+    """Compare the logits of a few tokens in both modes. The model is left in the mode it was in."""
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    # A sharded model cannot run before it is wrapped.
+    if any(p.is_meta or isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()):
+        return False
+    was_training, device = model.training, next(model.parameters()).device
+    ids = torch.ones((1, TRIAL_TOKENS), dtype=torch.int64, device=device)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad():
+        trained, evaluated = (
+            model.train(mode)(input_ids=ids, use_cache=False).logits.float()
+            for mode in (True, False)
+        )
+    model.train(was_training)
+    largest = (trained - evaluated).abs().max()
+    return bool(largest > TRAINING_MODE_TOLERANCE * evaluated.abs().max())
 
 
 def pick_device(setting: str) -> torch.device:

@@ -11,7 +11,7 @@ from tpaw.data.examples import Prepared, prepare_examples
 from tpaw.data.inputs import Inputs
 from tpaw.errors import InputError
 from tpaw.evaluation.exact_match import has_answers
-from tpaw.models.checks import check_model
+from tpaw.models.checks import check_model, check_vocabulary
 from tpaw.models.loading import pick_device
 from tpaw.models.tokenizers import load_tokenizer, stop_token_ids
 from tpaw.runtime.progress import OnDone, ignore
@@ -63,7 +63,7 @@ def read_inputs(config: RunConfig, on_done: OnDone = ignore) -> Inputs:
     """
     pick_device(config.device)
     check_training(config)
-    model_config = check_model(config)
+    model_config = check_model(config.model, config.max_length, is_trained=True)
     tokenizer = load_tokenizer(config.model)
     stop_ids = stop_token_ids(config.model, tokenizer)
     tokenizer.eos_token_id = stop_ids[0]
@@ -84,11 +84,7 @@ def read_inputs(config: RunConfig, on_done: OnDone = ignore) -> Inputs:
         for ids in (example.prompt_ids, example.target_ids, example.rejected_ids)
         if ids is not None
     )
-    if used >= (vocab_size := model_config.get_text_config().vocab_size):
-        raise InputError(
-            f"model.path: {config.model.path}: the tokenizer gives token id {used}, the model has "
-            f"{vocab_size} tokens; they do not belong together"
-        )
+    check_vocabulary(config.model, model_config, used)
     if config.evaluate.exact_match and not heldout.examples:
         raise InputError("evaluate.exact_match: it needs held-out rows; set evaluate.data")
     if config.evaluate.exact_match and not has_answers(heldout.examples):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from rich.table import Table
-from rich.text import Text
 
 from tpaw.evaluation.compare import Comparison, ComparisonRow
 
@@ -18,7 +17,7 @@ def comparison_table(comparison: Comparison) -> Table:
         "lost : won = items that only the baseline / only this system solved.\n"
         f"Holm p = p-value corrected for {tests}."
     )
-    table = Table(caption=Text(caption), caption_style="", caption_justify="left")
+    table = Table(caption=caption, caption_style="", caption_justify="left")
     table.add_column("measure")
     table.add_column("system", overflow="fold")
     for heading in ("items", "value", "difference", "lost : won", "p", "Holm p"):
@@ -27,7 +26,7 @@ def comparison_table(comparison: Comparison) -> Table:
     for row in comparison.rows:
         if last is not None and row.measure != last:
             table.add_section()
-        table.add_row(*(Text(cell) for cell in _cells(row, repeated=row.measure == last)))
+        table.add_row(*_cells(row, repeated=row.measure == last))
         last = row.measure
     return table
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from tpaw.config.plan import IterationPlan
 from tpaw.errors import printable
@@ -47,14 +45,14 @@ def suite_table(results: Sequence[dict[str, Any]]) -> Table:
         f"Scores of {first['suite']} in percent, by lm-eval {first['versions']['lm_eval']}. "
         "[…] is a 95 % interval, ± a standard error."
     )
-    table = Table(caption=escape(caption), caption_style="", caption_justify="left")
+    table = Table(caption=caption, caption_style="", caption_justify="left")
     table.add_column("checkpoint")
     for name in first["benchmarks"]:
         table.add_column(f"{name} ({shots[name]}-shot)", justify="right")
     table.add_column("score", justify="right")
     for found in results:
         cells = [_score_cell(part) for part in (*found["benchmarks"].values(), found)]
-        table.add_row(escape(found["name"]), *cells)
+        table.add_row(found["name"], *cells)
     return table
 
 
@@ -89,7 +87,7 @@ def win_rate_table(results: dict[str, Any]) -> Table:
     Args:
         results: the content of results.json.
     """
-    table = Table(title=Text(printable(results["measure"])), title_style="")
+    table = Table(title=printable(results["measure"]), title_style="")
     headings = ("A", "B", "win rate of A", "wins", "losses", "ties", "identical", "invalid")
     for heading in (*headings, "pairs", "prompts"):
         table.add_column(heading, justify="left" if heading in "AB" else "right")
@@ -100,7 +98,7 @@ def win_rate_table(results: dict[str, Any]) -> Table:
     ties = results["ties"]
     counts = [results["wins"], results["losses"], sum(ties.values()), ties["identical"]]
     counts += [results[key] for key in ("invalid", "pairs", "prompts")]
-    names = (Text(printable(results[side]["name"], 40)) for side in "ab")
+    names = (printable(results[side]["name"], 40) for side in "ab")
     table.add_row(*names, rate, *(f"{count:,}" for count in counts))
     return table
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,6 +18,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from tpaw.errors import for_terminal
+from tpaw.runtime.console import TextConsole
 
 SECONDS_BETWEEN_LINES = 60.0
 
@@ -51,7 +53,7 @@ class _RateColumn(ProgressColumn):
 
 @contextlib.contextmanager
 def progress(
-    description: str, total: int | None, unit: str, console: Console | None = None
+    description: str, total: int | None, unit: str, console: TextConsole | None = None
 ) -> Iterator[Advance]:
     """Show the progress of a piece of work.
 
@@ -64,7 +66,7 @@ def progress(
     Yields:
         A function that advances the bar.
     """
-    console = console or Console(stderr=True)
+    console = console or TextConsole(stderr=True)
     started = time.monotonic()
     if console.is_terminal:
         columns = (
@@ -78,12 +80,12 @@ def progress(
             TextColumn("{task.fields[note]}", markup=False),
         )
         with Progress(*columns, console=console) as bars:
-            task = bars.add_task(description, total=total, unit=unit, note="")
+            task = bars.add_task(for_terminal(description), total=total, unit=unit, note="")
 
             def advance(count: int, note: str = "") -> None:
                 bars.advance(task, count)
                 if note:
-                    bars.update(task, note=note)
+                    bars.update(task, note=for_terminal(note))
 
             yield advance
         return
@@ -98,17 +100,13 @@ def progress(
             last_line = now
             left = (total - done) * (now - started) / max(done, 1) if total else None
             ahead = "" if left is None else f" of {total}, {left:.0f} s left"
-            _line(console, f"{description}: {done} {unit}{ahead} {note}")
+            console.print_text(f"{description}: {done} {unit}{ahead} {note}")
 
     yield advance_quietly
     seconds = time.monotonic() - started
-    _line(console, f"{description}: {done} {unit} in {seconds:.1f} s")
+    console.print_text(f"{description}: {done} {unit} in {seconds:.1f} s")
 
 
 def note(text: str) -> None:
     """Print one line to stderr."""
-    _line(Console(stderr=True), text)
-
-
-def _line(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    TextConsole(stderr=True).print_text(text)

@@ -117,7 +117,7 @@ def _configured(
     model = config.model.model_copy(update={"path": checkpoint.player.path, "revision": None})
     config = config.model_copy(update={"model": model})
     pick_device(config.device)
-    check_model(config)
+    check_model(config.model, config.max_length)
     assert config.evaluate.data is not None
     return config, config.evaluate.data
 
