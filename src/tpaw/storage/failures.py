@@ -41,7 +41,7 @@ def storage_failure(error: BaseException, folder: str | Path) -> str | None:
             continue
         where = path or str(folder)
         space = (
-            f" ({readable_size(shutil.disk_usage(_nearest(Path(where))).free)} free)"
+            f" ({readable_size(shutil.disk_usage(_nearest(Path(where))).free)} free now)"
             if number == errno.ENOSPC
             else ""
         )
