@@ -24,7 +24,7 @@ from tpaw.config.plan import plan_run
 from tpaw.config.schema import RunConfig
 from tpaw.data.examples import read_examples
 from tpaw.data.token_ids import read_table
-from tpaw.errors import PolicyMismatchError
+from tpaw.errors import NonFiniteError, PolicyMismatchError
 from tpaw.evaluation.items import write_items
 from tpaw.generation.generator import FakeGenerator, SamplingParams
 from tpaw.generation.responses import read_responses
@@ -421,6 +421,19 @@ def test_algorithm_1_imports_no_torch_and_fits_one_screen():
     assert len(source.splitlines()) <= 60
     loop = source.partition("def algorithm_1")[2].partition("\ndef ")[0]
     assert len(loop.splitlines()) <= 25
+
+
+def test_a_start_with_a_broken_weight_is_an_error_and_not_a_result(settings, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(settings["model"]["path"])
+    with torch.no_grad():
+        model.model.norm.weight[5] = torch.nan
+    folder = shutil.copytree(settings["model"]["path"], tmp_path / "broken")
+    model.save_pretrained(folder)
+    settings["model"] = {"path": str(folder)}
+    with refused(folder, "model.norm.weight", error=NonFiniteError):
+        self_play(RunConfig.load(settings), tmp_path / "run")
+    published = {path.parent.name for path in (tmp_path / "run").rglob("*.parquet")}
+    assert published == {"inputs"}
 
 
 def test_sampling_defaults_of_the_model_are_not_handed_on(settings, tmp_path, model_folder):

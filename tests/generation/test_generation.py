@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import warnings
+import re
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from builders import SAMPLING, ignore, make_model
-from messages import says
+from messages import refused, says
 
 import tpaw.generation.continuous_batching
 import tpaw.generation.hf
 from tpaw.data.token_ids import token_ids
+from tpaw.errors import NonFiniteError
+from tpaw.generation.batching import Batching, choose_batching
 from tpaw.generation.continuous_batching import SPARE_COLUMNS, draw
 from tpaw.generation.generator import finish
 from tpaw.generation.hf import HFGenerator
 from tpaw.generation.slot_cache import SlotCache
 from tpaw.logprobs.prepare import prepare_for_logprobs
+from tpaw.runtime.progress import note_once
 
 GREEDY = SAMPLING._replace(temperature=0.0)
 
@@ -80,17 +83,91 @@ UNUSUAL = {
 }
 
 
-# Models whose memory is not a key and a value for every column.
-OTHER_CACHES = {
-    "mamba": lambda: build("Mamba", vocab_size=320, hidden_size=32, num_hidden_layers=2),
-    "recurrent_gemma": lambda: build(
-        "RecurrentGemma",
-        **{k: v for k, v in SIZES.items() if k != "max_position_embeddings"}
-        | {"num_hidden_layers": 3},
-        num_hidden_layers_=3,
-        attention_window_size=64,
+BART = {
+    "vocab_size": 320,
+    "d_model": 32,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 64,
+    "max_position_embeddings": 256,
+    "is_decoder": True,
+    "is_encoder_decoder": False,
+}
+WITHOUT_POSITIONS = {k: v for k, v in SIZES.items() if k != "max_position_embeddings"}
+
+# Models that continuous batching cannot answer, and the fastest way that is right for each.
+SLOWER = {
+    "mamba": (
+        lambda: build("Mamba", vocab_size=320, hidden_size=32, num_hidden_layers=2),
+        Batching.ANY_LENGTHS,
+    ),
+    "recurrent_gemma": (
+        lambda: build(
+            "RecurrentGemma",
+            **WITHOUT_POSITIONS | {"num_hidden_layers": 3},
+            attention_window_size=16,
+        ),
+        Batching.EQUAL_LENGTHS,
+    ),
+    "minimax": (
+        lambda: build(
+            "MiniMax",
+            **SIZES,
+            num_local_experts=4,
+            block_size=16,
+            layer_types=["linear_attention", "full_attention"],
+        ),
+        Batching.EQUAL_LENGTHS,
+    ),
+    "deepseek_v4": (
+        lambda: build(
+            "DeepseekV4",
+            vocab_size=320,
+            hidden_size=32,
+            moe_intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            head_dim=16,
+            q_lora_rank=16,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            o_groups=2,
+            o_lora_rank=8,
+            index_n_heads=32,
+            index_head_dim=8,
+            index_topk=16,
+            sliding_window=16,
+            max_position_embeddings=256,
+            layer_types=["compressed_sparse_attention", "heavily_compressed_attention"],
+            mlp_layer_types=["moe", "moe"],
+            compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        ),
+        Batching.EQUAL_LENGTHS,
+    ),
+    "bart": (lambda: build("Bart", **BART), Batching.EQUAL_LENGTHS),
+    "rwkv": (
+        lambda: build(
+            "Rwkv",
+            vocab_size=320,
+            hidden_size=32,
+            attention_hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            context_length=128,
+        ),
+        Batching.ONE_BY_ONE,
     ),
 }
+
+
+def build_slower(kind):
+    """One of `SLOWER`, with weights so large that a wrong context changes the answer."""
+    model = SLOWER[kind][0]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.25)
+    return model
 
 
 def prompts(count, seed=0, longest=30):
@@ -109,14 +186,14 @@ def oracle_greedy(model, prompt, stop_ids, limit):
     return ids[len(prompt) :]
 
 
-@pytest.fixture(params=["own loop", "generate"])
+@pytest.fixture(params=[Batching.CONTINUOUS, Batching.ANY_LENGTHS], ids=["own loop", "generate"])
 def make_generator(request):
     """Both ways of answering, over models that either can serve."""
 
     def make(model, tokens_per_batch=200):
-        generator = HFGenerator(model, 200)
-        assert generator.why_unsupported is None
-        generator.why_unsupported = None if request.param == "own loop" else "a test"
+        generator = HFGenerator(model, tokens_per_batch)
+        assert generator.batching is Batching.CONTINUOUS
+        generator.batching = request.param
         return generator
 
     return make
@@ -138,7 +215,7 @@ def test_greedy_equals_one_row_at_a_time_and_stops_where_the_model_does(kind, mo
             oracle_greedy(model, prompt, stops, n) for prompt, n in zip(rows, limits, strict=True)
         ]
     generator = HFGenerator(model, 200)
-    assert generator.why_unsupported is None
+    assert generator.batching is Batching.CONTINUOUS
     widths = watch_rows(model)
     joined, add = [], SlotCache.add
 
@@ -171,26 +248,88 @@ def watch_rows(model):
     return widths
 
 
-@pytest.mark.parametrize("kind", OTHER_CACHES)
-def test_a_model_with_another_kind_of_cache_is_answered_by_generate(kind, monkeypatch):
-    model = OTHER_CACHES[kind]()
-    rows = prompts(9)
+IN_PERCENT = {"difference": re.compile(r"\d+(?=%)")}
+
+
+def generated_alone(model, prompt, limit):
+    """transformers' own `generate` for one prompt, without padding."""
+    config = transformers.GenerationConfig(
+        do_sample=False, max_new_tokens=limit, eos_token_id=None, pad_token_id=0
+    )
     with torch.no_grad():
-        free = [oracle_greedy(model, prompt, (), 12) for prompt in rows]
-        stops = (free[0][2], free[1][0])
-        expected = [oracle_greedy(model, prompt, stops, 12) for prompt in rows]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        generator = HFGenerator(model, 200)
-    [text] = [str(warning.message) for warning in caught if warning.category is UserWarning]
-    says(text, generator.why_unsupported)
+        ids = torch.tensor(prompt)[None].long()
+        mask = torch.ones_like(ids)
+        found = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    return found[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("kind", SLOWER)
+def test_a_model_that_cannot_share_batches_freely_answers_as_if_alone(kind, monkeypatch, capsys):
+    model = build_slower(kind)
+    rng = np.random.default_rng(0)
+    lengths = [1, 30, 2, 17, 30, 17, 9]
+    rows = [token_ids(rng.integers(5, 320, length)) for length in lengths]
+    model.generation_config = transformers.GenerationConfig()
+    free = [generated_alone(model, prompt, 12) for prompt in rows]
+    stops = (free[0][2], free[1][0])
+    expected = [finish(tokens, GREEDY._replace(stop_token_ids=stops), 12) for tokens in free]
+    note_once.cache_clear()
+    generator = HFGenerator(model, 200)
+    assert generator.batching is SLOWER[kind][1]
+    says(capsys.readouterr().err.strip(), generator.batching.value, hide=IN_PERCENT)
     monkeypatch.setattr(tpaw.generation.hf, "generate_continuously", None)
     done = []
-    sampling = GREEDY._replace(stop_token_ids=stops)
-    found = generator.generate(rows, sampling, 0, done.append)
+    found = generator.generate(rows, GREEDY._replace(stop_token_ids=stops), 0, done.append)
+    assert [c.token_ids.tolist() for c in found] == [c.token_ids.tolist() for c in expected]
+    assert [c.finish_reason for c in found] == [c.finish_reason for c in expected]
+    assert sum(done) == 7
+    # Seven one by one, five lengths, or batches of at most 200 tokens.
+    assert len(done) == {"mamba": 2, "rwkv": 7}.get(kind, 5)
+
+
+@pytest.mark.parametrize("kind", SLOWER)
+def test_the_way_is_the_same_in_bf16(kind):
+    model = build_slower(kind).to(torch.bfloat16)
+    assert HFGenerator(model, 200).batching is SLOWER[kind][1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt2", *UNUSUAL])
+def test_other_models_take_the_fast_way_without_a_word(kind, dtype, capsys):
+    model = UNUSUAL[kind]() if kind in UNUSUAL else make_model(kind, seed=1)
+    model.to(dtype)
+    HFGenerator(model, 200)
+    assert choose_batching(model) == (Batching.CONTINUOUS, ())
+    assert not capsys.readouterr().err
+
+
+def test_a_model_is_tried_once(monkeypatch):
+    model, calls = make_model(), []
+    model.register_forward_pre_hook(lambda *args: calls.append(1))
+    HFGenerator(model, 200)
+    assert calls
+    calls.clear()
+    HFGenerator(model, 200)
+    assert not calls
+
+
+def test_a_model_whose_cache_gives_other_logits_is_asked_without_it(monkeypatch):
+    """Positions from the length of the input alone, as if there were no cache."""
+    model = make_model("gpt2", seed=1)
+    forward = model.transformer.forward
+
+    def misplaced(input_ids, **kwargs):
+        kwargs["position_ids"] = torch.arange(input_ids.shape[1])[None].expand(input_ids.shape)
+        return forward(input_ids, **kwargs)
+
+    monkeypatch.setattr(model.transformer, "forward", misplaced)
+    generator = HFGenerator(model, 200)
+    assert generator.batching is Batching.WITHOUT_CACHE
+    rows = prompts(5)
+    with torch.no_grad():
+        expected = [oracle_greedy(model, prompt, (), 12) for prompt in rows]
+    found = generator.generate(rows, GREEDY._replace(stop_token_ids=()), 0, ignore)
     assert [c.token_ids.tolist() for c in found] == expected
-    assert sum(done) == 9
-    assert len(done) > 1
 
 
 @pytest.mark.parametrize("sampling", [SAMPLING, GREEDY])
@@ -218,13 +357,14 @@ def test_the_cache_stays_within_the_budget_and_grows_as_prompts_get_shorter(monk
         sizes.append((slots, columns))
         reshape(cache, slots, columns)
 
+    rows, model = prompts(60), make_model()
+    choose_batching(model)  # its trial has a cache too
     monkeypatch.setattr(SlotCache, "reshape", watch)
-    rows = prompts(60)
-    HFGenerator(make_model(), 200).generate(rows, GREEDY, 0, ignore)
+    HFGenerator(model, 200).generate(rows, GREEDY, 0, ignore)
     assert all(slots * (columns - SPARE_COLUMNS) <= 200 for slots, columns in sizes)
     assert len({slots for slots, _ in sizes}) > 2
     sizes.clear()
-    HFGenerator(make_model(), 1).generate(rows[:9], GREEDY, 0, ignore)
+    HFGenerator(model, 1).generate(rows[:9], GREEDY, 0, ignore)
     assert {slots for slots, _ in sizes} == {1}
 
 
@@ -385,9 +525,63 @@ def test_a_model_that_has_scored_answers_as_before():
     answers = []
     for _ in range(2):
         generator = HFGenerator(model, 200)
-        assert generator.why_unsupported is None
+        assert generator.batching is Batching.CONTINUOUS
         answers.append(
             [c.token_ids.tolist() for c in generator.generate(asked, sampling, 0, ignore)]
         )
         prepare_for_logprobs(model, 99)
     assert answers[0] == answers[1]
+
+
+BROKEN = pytest.mark.parametrize("value", [float("nan"), float("inf")])
+
+
+@BROKEN
+@pytest.mark.parametrize("sampling", [SAMPLING, GREEDY], ids=["sampled", "greedy"])
+def test_a_model_that_is_broken_in_the_middle_of_its_answers_is_an_error(
+    sampling, value, make_generator
+):
+    """The trial has passed; a long prompt then makes an activation overflow, for example."""
+    model = make_model("gpt2", seed=1)
+    generator = make_generator(model)
+    with torch.no_grad():
+        model.transformer.wpe.weight[30] = value
+    model.name_or_path = "runs/x/iterations/1/checkpoint"
+    rows = [*prompts(5, longest=10), token_ids(range(5, 25))]
+    short = sampling._replace(max_new_tokens=5)
+    assert len(generator.generate(rows, short, 0, ignore)) == 6  # position 30 is not reached
+    with refused("runs/x/iterations/1/checkpoint", "transformer.wpe.weight", error=NonFiniteError):
+        generator.generate(rows, sampling, 0, ignore)
+
+
+@BROKEN
+def test_a_broken_model_is_an_error_before_its_first_answer(value):
+    model = make_model(seed=1)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+    with refused("layers.1.mlp.up_proj.weight", error=NonFiniteError):
+        HFGenerator(model, 200)
+
+
+def test_finite_weights_whose_activations_overflow_are_an_error():
+    model = make_model(seed=1)
+    with torch.no_grad():
+        model.model.norm.weight *= 3e38
+    with refused("precision", error=NonFiniteError):
+        HFGenerator(model, 200)
+
+
+def test_a_token_that_the_model_never_emits_is_allowed(make_generator):
+    """Some models set the logits of unused tokens to -inf."""
+    model = make_model(seed=1)
+    head = model.lm_head.forward
+
+    def masked(hidden):
+        logits = head(hidden).clone()
+        logits[..., 300:] = -torch.inf
+        return logits
+
+    model.lm_head.forward = masked
+    for sampling in (SAMPLING, GREEDY):
+        found = make_generator(model).generate(prompts(5), sampling, 0, ignore)
+        assert all((c.token_ids < 300).all() for c in found)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from builders import LAYOUTS, make_model
-from messages import refused
+from messages import DIFFERENCE, refused
 from oracles import expected_logps, ragged_team
 
 from tpaw.logprobs.packing import PACKED_LAYOUT, PADDED_LAYOUT, packed_batch
@@ -211,7 +211,7 @@ def test_a_log_prob_that_is_no_number_is_not_taken_for_a_changed_head():
 def test_virtual_tokens_are_refused():
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     model = peft.get_peft_model(make_model("llama"), config)
-    with refused("virtual tokens", error=ValueError):
+    with refused("virtual tokens"):
         prepare_for_logprobs(model, 99)
 
 
@@ -225,3 +225,76 @@ def test_lora_may_come_around_a_head_that_has_answered():
     assert prepare_for_logprobs(model, 99) == (PACKED_LAYOUT, ())
     logps_S = response_logps(model, packed_batch(ragged_team(2, seed=0)))
     assert torch.allclose(logps_S, expected_S, rtol=1e-5)
+
+
+ENCODERS = {
+    "bert": {},
+    "roberta": {"max_position_embeddings": 64},
+    "electra": {"embedding_size": 32},
+    "xlnet": {"d_inner": 48, "num_hidden_layers": None, "n_layer": 2, "d_head": 8},
+}
+
+
+def small(kind, **changes):
+    settings = {k: v for k, v in (TINY | changes).items() if v is not None}
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(kind, **settings)
+    ).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_a_model_that_sees_what_it_must_predict_is_refused(kind):
+    with refused(kind, "not causal", "nats", hide=DIFFERENCE):
+        prepare_for_logprobs(small(kind, **ENCODERS[kind]), 40)
+
+
+def test_the_same_model_as_a_decoder_passes():
+    model = small("bert", is_decoder=True)
+    layout, _ = prepare_for_logprobs(model, 40)
+    sequences = ragged_team(1, seed=1, vocab_size=64)
+    sequences = [s for s in sequences if sum(map(len, s)) <= 40]
+    with torch.no_grad():
+        found_S = response_logps(model, layout.collate(sequences))
+        assert torch.allclose(found_S, expected_logps(model, sequences), rtol=1e-5, atol=1e-4)
+
+
+def test_a_model_whose_log_probs_depend_on_the_rows_beside_it_is_refused(monkeypatch):
+    """Causal, but the temperature depends on the number of tokens in a row."""
+    model = small("llama")
+    forward = model.forward
+
+    def tempered(input_ids, **kw):
+        output = forward(input_ids=input_ids, **kw)
+        output.logits = output.logits * (1 + input_ids.shape[1] / 100)
+        return output
+
+    monkeypatch.setattr(model, "forward", tempered)
+    with refused("llama", "padded", "nats", hide=DIFFERENCE):
+        prepare_for_logprobs(model, 99)
+
+
+def test_a_model_that_fails_is_refused_by_what_it_says(monkeypatch):
+    model = make_model("llama")
+
+    def failing(**kw):
+        raise ValueError("sequence length 9 has to be a multiple of 64")
+
+    monkeypatch.setattr(model, "forward", failing)
+    with refused("llama", "ValueError", "a multiple of 64"):
+        prepare_for_logprobs(model, 99)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rope_that_depends_on_the_longest_sequence_is_refused(kind):
+    rope = {"rope_type": kind, "factor": 2.0, "rope_theta": 1e4}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if kind == "longrope" else {}
+    rope |= {"original_max_position_embeddings": 40}
+    model = small("llama", rope_parameters=rope, max_position_embeddings=80)
+    assert prepare_for_logprobs(model, 40) == (PACKED_LAYOUT, ())
+    with refused(41, 40, kind):
+        prepare_for_logprobs(model, 41)

@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 import tpaw.logprobs.fused_head
 import tpaw.logprobs.response
 from tpaw.data.token_ids import token_ids
-from tpaw.logprobs.attention import packed_attention
 from tpaw.logprobs.packing import PACKED_LAYOUT, packed_batch, padded_batch
 from tpaw.logprobs.prepare import prepare_for_logprobs
 from tpaw.logprobs.response import response_logps
@@ -125,16 +124,27 @@ def test_no_tensor_is_as_large_as_the_logits(kind, layout, monkeypatch):
 
 
 @LAYOUTS
-@pytest.mark.parametrize("target", ["all-linear", ["lm_head", "q_proj"]])
-def test_lora_on_the_body_and_on_the_head(target, layout, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("llama", {"target_modules": "all-linear"}),
+        ("llama", {"target_modules": ["lm_head", "q_proj"]}),
+        ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
+        ("qwen2", {"target_modules": ["embed_tokens", "q_proj"]}),
+        ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 7, 250]}),
+        ("qwen2", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 7, 250]}),
+    ],
+    ids=["all-linear", "head", "embeddings", "tied-embeddings", "tokens", "tied-tokens"],
+)
+def test_lora_gives_the_plain_log_probs_and_gradients(kind, settings, layout, monkeypatch):
     monkeypatch.setattr(tpaw.logprobs.response, "TOKENS_IN_A_CHUNK", 7)
     sequences = ragged_team(2, seed=5)
     results = []
     for is_oracle in (True, False):
         torch.manual_seed(1)
         model = peft.get_peft_model(
-            make_model("llama", seed=5),
-            peft.LoraConfig(r=4, target_modules=target, init_lora_weights=False),
+            make_model(kind, seed=5),
+            peft.LoraConfig(r=4, init_lora_weights=False, **settings),
         ).double()
         if is_oracle:
             logps_S = expected_logps(model, sequences)
@@ -143,6 +153,8 @@ def test_lora_on_the_body_and_on_the_head(target, layout, monkeypatch):
             logps_S = response_logps(model, layout.collate(sequences))
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         assert any("lora" in name for name in trained)
+        if "trainable_token_indices" in settings:
+            assert any("token_adapter" in name for name in trained)
         results.append([logps_S, *torch.autograd.grad(logps_S.sum(), list(trained.values()))])
     for wanted, found in zip(*results, strict=True):
         assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max().item())
@@ -172,20 +184,6 @@ def test_a_wrapper_that_rounds_what_the_model_returns_does_not_round_log_probs()
     for plain, rounded in zip(*results, strict=True):
         assert torch.equal(plain, rounded)
     assert len(heard) == 1
-
-
-@pytest.mark.parametrize(
-    "asked",
-    [{"sliding_window": 7}, {"softcap": 30.0}, {"s_aux": 1.0}],
-    ids=lambda asked: next(iter(asked)),
-)
-def test_attention_that_spans_do_not_have_is_refused_and_never_left_out(asked):
-    rows = packed_batch([(token_ids(range(4)), token_ids(range(5)))])  # 8 tokens
-    states = torch.randn(1, 2, 8, 4)
-    options = {"tpaw_spans": rows["spans"]}
-    packed_attention(None, states, states, states, None, sliding_window=8, **options)
-    with refused(*[name.split("_")[0] for name in asked], error=ValueError):
-        packed_attention(None, states, states, states, None, **asked, **options)
 
 
 @LAYOUTS

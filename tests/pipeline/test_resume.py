@@ -6,10 +6,12 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 from builders import stopped_at_step
 from messages import refused, says
 
@@ -18,7 +20,13 @@ import tpaw.pipeline.space
 import tpaw.pipeline.stages
 import tpaw.training.iteration
 from tpaw.config.schema import RunConfig
-from tpaw.errors import ArtifactError, DivergenceError, StorageError, TpawError
+from tpaw.errors import (
+    ArtifactError,
+    DivergenceError,
+    MemoryShortageError,
+    StorageError,
+    TpawError,
+)
 from tpaw.models.references import find_checkpoint
 from tpaw.report.summary import summarise
 from tpaw.selfplay import self_play
@@ -373,3 +381,41 @@ def test_files_of_trackers_outlive_the_saved_steps(settings, tmp_path, monkeypat
     self_play(RunConfig.load(settings), tmp_path / "r")
     assert seen == [str(tmp_path / "r" / "iterations" / str(i) / "tensorboard") for i in (1, 2)]
     assert "TENSORBOARD_LOGGING_DIR" not in os.environ
+
+
+SHORTAGES = {
+    # Two for the held-out rows, and one shard of the three.
+    "generate.tokens_per_batch": ("tpaw.generation.hf.generate_continuously", 3),
+    "score.tokens_per_row": ("tpaw.scoring.score.response_logps", 1),
+    "train.tokens_per_row": ("tpaw.training.trainer.response_logps", 5),
+}
+
+
+def test_a_run_that_is_out_of_memory_goes_on_with_less(settings, tmp_path):
+    settings["iterations"] = 1
+    kept = {}
+    for key, (where, calls) in SHORTAGES.items():
+        module, _, name = where.rpartition(".")
+        section, _, field = key.partition(".")
+        work, done = getattr(sys.modules[module], name), []
+
+        def starved(*args, done=done, calls=calls, work=work, **kwargs):
+            if len(done) == calls:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            done.append(args)
+            return work(*args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(where, starved)
+            with refused(key, settings[section][field], error=MemoryShortageError):
+                self_play(RunConfig.load(settings), tmp_path / "run")
+        settings[section][field] //= 2
+        assert kept.items() <= _times(tmp_path / "run").items()
+        kept = _times(tmp_path / "run")
+    self_play(RunConfig.load(settings), tmp_path / "run")
+    assert kept.items() <= _times(tmp_path / "run").items()
+
+
+def _times(folder):
+    """When each published table was written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 from builders import make_model, score, scorer
+from messages import refused
 from oracles import oracle, ragged, ragged_team
 
 import tpaw.scoring.score
 from tpaw.config.schema import ScoreConfig
-from tpaw.data.token_ids import read_table, token_ids
+from tpaw.data.token_ids import TokenSequence, read_table, token_ids
+from tpaw.errors import NonFiniteError
 from tpaw.logprobs.response import response_logps
-from tpaw.scoring.score import Precision, fill_store
+from tpaw.scoring.score import Precision, fill_store, score_sequences
 from tpaw.scoring.store import LogprobStore, sequence_key
 from tpaw.storage.artifacts import read_manifest
 
@@ -176,3 +178,26 @@ def test_a_stage_that_goes_on_after_a_crash_writes_the_same_bytes(tmp_path):
     assert whole == killed
     entries = read_manifest(tmp_path / "killed")["files"]
     assert sum(entry["sequences"] for entry in entries) == len(wanted)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_with_a_broken_weight_does_not_score(value):
+    model = make_model(seed=1)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+    model.name_or_path = "runs/x/iterations/1/checkpoint"
+    with refused("runs/x/iterations/1/checkpoint", "layers.1.mlp.up_proj", error=NonFiniteError):
+        score(model, ragged(5, seed=0))
+
+
+def test_a_model_that_gives_a_token_probability_zero_does_not_score_it():
+    model = make_model("llama", seed=1)
+    prepared = scorer(model)
+    with torch.no_grad():
+        model.lm_head.bias = torch.nn.Parameter(torch.zeros(320))
+        model.lm_head.bias[7] = -torch.inf
+    allowed = TokenSequence(token_ids([5, 7, 9]), token_ids([6, 8]))
+    forbidden = TokenSequence(token_ids([5, 9]), token_ids([6, 7]))
+    assert np.isfinite(score_sequences(prepared, [allowed], tokens_per_row=99)).all()
+    with refused("lm_head.bias", error=NonFiniteError):
+        score_sequences(prepared, [allowed, forbidden], tokens_per_row=99)

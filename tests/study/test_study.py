@@ -72,6 +72,14 @@ def test_methods_may_have_names_recipes_and_settings_of_their_own(write):
 
 
 @pytest.mark.parametrize(
+    "recipe", ["gsm8k-qwen2.5-1.5b", "ultrachat-qwen2.5-1.5b", "ultrachat-llama-3.1-8b"]
+)
+def test_a_study_takes_the_recipes_of_the_paper(write, recipe):
+    _, conditions = read_study(write(recipe=recipe, methods=["tpaw", "spin", "sft_continue"]))
+    assert len(conditions) == 3
+
+
+@pytest.mark.parametrize(
     ("study", "parts"),
     [
         pytest.param(study, parts, id=name)
@@ -80,6 +88,8 @@ def test_methods_may_have_names_recipes_and_settings_of_their_own(write):
             ("key", {"method": ["tpaw"]}, "method", "methods"),
             ("setting", {"vary": {"objective.etaa": [1]}}, "objective.etaa", "objective.eta"),
             ("no value", {"vary": {"objective.eta": []}}, "vary.objective.eta"),
+            ("many seeds", {"seeds": 99999999999}, "10000"),
+            ("many runs", {"vary": {f"x{i}": list(range(10)) for i in range(9)}}, "10000"),
             ("bad value", {"vary": {"objective.eta": [0.5]}}, "eta = 0.5", "objective.eta"),
             ("no list", {"vary": {"objective.eta": 3}}, "vary", 3),
             ("seeds twice", {"seeds": [1, 1]}, "seeds", "[1, 1]"),

@@ -139,7 +139,7 @@ def test_a_run_that_fails_does_not_stop_the_others(study, tmp_path, tpaw_, monke
 
     monkeypatch.setattr(tpaw.study.runner, "run_study", functools.partial(run_study, launch=launch))
     settings = yaml.safe_load(study.read_text()) | {
-        "methods": {"tpaw": [], "hopeless": {"train": {"learning_rate": 1e30}}},
+        "methods": {"tpaw": [], "hopeless": {"train": {"learning_rate": 1e6}}},
         "seeds": 1,
         "set": {"iterations": 1, "train": {"epochs": 2}},
     }

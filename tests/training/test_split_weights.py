@@ -353,7 +353,7 @@ def test_a_checkpoint_holds_the_joined_weights_in_fp32(
 
 def test_the_first_step_check_sees_rounding_only(split_settings, tmp_path, monkeypatch):
     """And what it would see if players were scored with weights that are not rounded alike."""
-    monkeypatch.setattr(tpaw.training.trainer, "FIRST_STEP_TOLERANCE", {"bf16": 3e-5})
+    monkeypatch.setattr(tpaw.training.first_step, "FIRST_STEP_TOLERANCE", {"bf16": 3e-5})
     assert self_play(RunConfig.load(split_settings), tmp_path / "r").index == 2
     monkeypatch.setattr("tpaw.pipeline.players.round_weights", lambda model: None)
     with refused(error=PolicyMismatchError, hide=DIFFERENCE):

@@ -126,15 +126,16 @@ def plan(
     """Show the players and the cost of every iteration. Nothing is trained or written."""
     settings = _load(config, set_, trust)
     from tpaw.config.plan import plan_run
-    from tpaw.pipeline.preflight import read_inputs
+    from tpaw.pipeline.preflight import read_inputs, try_architecture
     from tpaw.report.tables import plan_table
     from tpaw.runtime.progress import progress
 
     with progress("read and tokenize", None, "records") as advance:
         inputs = read_inputs(settings, advance)
+    layout = try_architecture(settings)
     console = console_of_stdout()
     console.print(plan_table(plan_run(settings, len(inputs.examples))))
-    for text in (inputs.described(), *inputs.first_rows()):
+    for text in (*layout, inputs.described(), *inputs.first_rows()):
         console.print_text(text)
 
 

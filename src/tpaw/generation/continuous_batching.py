@@ -31,6 +31,7 @@ from tpaw.generation.generator import SamplingParams
 from tpaw.generation.slot_cache import SlotCache
 from tpaw.logprobs.attention import PACKED
 from tpaw.logprobs.packing import PromptGroup, assign_padded
+from tpaw.models.finite import non_finite
 from tpaw.runtime.progress import OnDone
 
 # Token budget of one forward pass over prompts. It limits activation memory. A larger budget is
@@ -75,7 +76,8 @@ def why_unsupported(model: PreTrainedModel) -> str | None:
     if getattr(config, "attention_chunk_size", None) is not None:
         return "it uses chunked attention"
     attention = str(config._attn_implementation)
-    if attention not in ("eager", "sdpa", PACKED) and not attention.startswith("flash_attention_"):
+    known = ("eager", "sdpa", *PACKED.values())
+    if attention not in known and not attention.startswith("flash_attention_"):
         return f"its attention implementation is {attention}"
     return None
 
@@ -132,6 +134,9 @@ def generate_continuously(
 
     Returns:
         The emitted token ids, in the order of the prompts. A stop token is included.
+
+    Raises:
+        NonFiniteError: the model's logits are NaN or infinite.
     """
     requests = [
         GenerationRequest(i, prompt, params.limit(prompt), seed) for i, prompt in enumerate(prompts)
@@ -151,7 +156,10 @@ def generate_continuously(
                 active += newcomers
         logits_NV = forward.step(active)
         ended = []
-        tokens = _choose(logits_NV, active, params)
+        try:
+            tokens = _choose(logits_NV, active, params)
+        except FloatingPointError:
+            raise non_finite(model, "logits") from None
         for slot, (request, token) in enumerate(zip(active, tokens, strict=True)):
             request.emitted.append(token)
             count = len(request.emitted)
@@ -166,6 +174,35 @@ def generate_continuously(
             active = [active[slot] for slot in cache.drop(ended)]
             on_done(len(ended))
     return [emitted[i] for i in range(len(prompts))]
+
+
+@torch.inference_mode()
+def greedy_logits(
+    model: PreTrainedModel, prompts: Sequence[TokenIds], steps: int
+) -> tuple[list[list[int]], Tensor]:
+    """Generate a few greedy tokens for prompts that share one cache, to compare their logits.
+
+    Args:
+        model: a model that `why_unsupported` gives no reason for.
+        prompts: int32 token ids, at least one token each.
+        steps: tokens to generate for each prompt. Nothing ends a response earlier.
+
+    Returns:
+        The token ids, and the logits of every step, (prompts, steps, V), float32.
+    """
+    requests = [GenerationRequest(i, prompt, steps, 0) for i, prompt in enumerate(prompts)]
+    forward = _Forward(model)
+    # `read` adds the longest request first, so the slots differ from the order of the prompts.
+    forward.cache.reshape(len(requests), max(r.longest for r in requests) + 1)
+    logits = []
+    requests.sort(key=lambda request: -len(request.prompt))
+    forward.read(requests)
+    for _ in range(steps):
+        logits.append(forward.step(requests))
+        for request, token in zip(requests, logits[-1].argmax(-1).tolist(), strict=True):
+            request.emitted.append(token)
+    order = np.argsort([request.index for request in requests]).tolist()
+    return [requests[slot].emitted for slot in order], torch.stack(logits, 1)[order]
 
 
 def _free_slots(cache: SlotCache, waiting: int, longest: int, tokens_per_batch: int) -> int:
@@ -254,9 +291,18 @@ class _Forward:
 def _choose(
     logits_NV: Tensor, requests: Sequence[GenerationRequest], params: SamplingParams
 ) -> list[int]:
-    """Choose the next token of each request: the most likely one at temperature 0, else sample."""
+    """Choose the next token of each request: the most likely one at temperature 0, else sample.
+
+    Raises:
+        FloatingPointError: logits of a request are NaN, or the largest one is infinite.
+    """
     if params.temperature == 0:
-        return list(logits_NV.argmax(-1).tolist())
+        token_N1 = logits_NV.argmax(-1, keepdim=True)
+        # Read back together with the tokens, because each read waits for the device.
+        pairs_N2 = torch.cat([token_N1.double(), logits_NV.gather(1, token_N1).double()], 1).cpu()
+        if not bool(pairs_N2.isfinite().all()):
+            raise FloatingPointError
+        return list(pairs_N2[:, 0].long().tolist())
     draws = torch.tensor([[request.draws.random()] for request in requests], dtype=torch.float64)
     warpers = LogitsProcessorList()
     if params.temperature != 1:
@@ -282,10 +328,16 @@ def draw(probabilities_NV: Tensor, draws_N1: Tensor) -> list[int]:
 
     Returns:
         N token ids.
+
+    Raises:
+        FloatingPointError: a probability is NaN.
     """
     padding = -probabilities_NV.shape[1] % BLOCK
     blocks_NBK = F.pad(probabilities_NV, (0, padding)).view(len(draws_N1), -1, BLOCK)
-    block_N1, rest_N1 = _invert(blocks_NBK.sum(-1, dtype=torch.float64).cpu(), draws_N1)
+    sums_NB = blocks_NBK.sum(-1, dtype=torch.float64).cpu()
+    if not bool(sums_NB.isfinite().all()):
+        raise FloatingPointError
+    block_N1, rest_N1 = _invert(sums_NB, draws_N1)
     index_N1K = block_N1.to(blocks_NBK.device)[..., None].expand(-1, -1, BLOCK)
     inside_NK = blocks_NBK.gather(1, index_N1K)[:, 0].double().cpu()
     place_N1, _ = _invert(inside_NK, rest_N1)

@@ -1,25 +1,37 @@
 """Prepares a loaded model for `response_logps`: attaches the head and chooses the layout.
 
-The model's own configuration is checked first. Then a few tokens are computed the plain way and the
-fast way, if all weights are on this device. A model that fails the trial uses the slower way, and a
-note says why; it never gives wrong numbers.
+Before a model is used, a few tokens are computed. What is expected comes from the model's own
+forward, one sequence at a time. A model whose log-probs see later tokens, or whose padded rows
+give other log-probs, is refused. Then the fast ways are tried: log-probs without logits, and packed
+rows. Where one of them differs, the slower way is used and a note says why. A model never gets a
+way that gives wrong numbers.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
-from tpaw.data.token_ids import TokenSequence, token_ids
-from tpaw.logprobs.attention import PACKED
-from tpaw.logprobs.packing import PACKED_LAYOUT, PADDED_LAYOUT, Layout
+from tpaw.data.token_ids import TokenIds, TokenSequence, token_ids
+from tpaw.errors import InputError, printable
+from tpaw.logprobs.attention import PACKED, PackingError
+from tpaw.logprobs.packing import (
+    PACKED_LAYOUT,
+    PADDED_LAYOUT,
+    Layout,
+    PackedBatch,
+    padded_batch,
+)
 from tpaw.logprobs.response import HeadChangedError, LogprobHead, response_logps
+from tpaw.models.checks import why_length_matters
 
 # Relative, and absolute in nats. Two correct ways to compute a log-prob in fp32 differ by about
 # 1e-6 of it, more in deep models with large activations. A wrong one is off by 1e-2 and more in a
@@ -27,6 +39,9 @@ from tpaw.logprobs.response import HeadChangedError, LogprobHead, response_logps
 RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE = 2e-5, 1e-4
 # For the kernel that computes in bf16 alone. It checks for gross errors only.
 BF16_RELATIVE_TOLERANCE, BF16_ABSOLUTE_TOLERANCE = 0.02, 0.2
+
+# Tokens of the long sequence of the trial; no multiple of a chunk length.
+LONG_TRIAL = 133
 
 PACKING_DISABLED = "Sequence packing is disabled for this model: {}. Training is about 2x slower."
 LOGITS_HELD = "All logits are held in memory: {}. Lower tokens_per_row if memory runs out."
@@ -43,6 +58,24 @@ class Preparation(NamedTuple):
     layout: Layout
     notes: tuple[str, ...]
 
+    @property
+    def holds_logits(self) -> bool:
+        """Whether the logits of all tokens of a forward pass are in memory at once."""
+        return any(note.startswith(LOGITS_HELD.partition(":")[0]) for note in self.notes)
+
+    def described(self) -> tuple[str, ...]:
+        """How the log-probs of this model are computed, as sentences; the notes come last."""
+        is_packed = self.layout is PACKED_LAYOUT
+        return (
+            "Layout: packed rows, in which responses share their prompt."
+            if is_packed
+            else "Layout: one sequence per row.",
+            "Output head: all logits are held."
+            if self.holds_logits
+            else "Output head: log-probs, without holding the logits.",
+            *self.notes,
+        )
+
 
 def prepare_for_logprobs(model: Any, longest: int) -> Preparation:
     """Attach a `LogprobHead` to a model and choose the layout of its sequences.
@@ -53,26 +86,33 @@ def prepare_for_logprobs(model: Any, longest: int) -> Preparation:
     Args:
         model: a causal language model of transformers, or one that PEFT has wrapped.
         longest: tokens of the longest prompt plus response.
+
+    Raises:
+        InputError: the model is not causal, its log-probs depend on the other sequences of a batch,
+            or it fails on a few tokens.
     """
-    module = getattr(model, "get_output_embeddings", lambda: None)()
     # An earlier preparation, around which LoRA may have been put since.
     if (earlier := LogprobHead.attached_to(model)) is not None:
         earlier.detach()
+    if (reason := why_length_matters(model.config, longest)) is not None:
+        raise InputError(f"the longest prompt plus response has {longest} tokens: {reason}")
+    trial = _Trial(model, longest)
+    trial.refuse_a_wrong_model()
+    module = getattr(model, "get_output_embeddings", lambda: None)()
     if module is None:
         return Preparation(
             PADDED_LAYOUT, (LOGITS_HELD.format("the model has no output head that is known"),)
         )
     notes = []
-    trial = _Trial(model)
     head = LogprobHead(module)
     head.attach()
-    if (error := trial.error_of(PADDED_LAYOUT)) is not None:
+    if (error := trial.error_of(PADDED_LAYOUT, head)) is not None:
         head.detach()
         notes.append(LOGITS_HELD.format(f"the model changes the output of its head ({error})"))
-    reason = _why_not_packed(model, longest)
+    reason = _why_not_packed(model)
     if reason is None:
         before = model.config._attn_implementation
-        model.set_attn_implementation(PACKED)
+        model.set_attn_implementation(PACKED.get(before, before))
         if (error := trial.error_of(PACKED_LAYOUT)) is not None:
             model.set_attn_implementation(before)
             reason = f"its attention gives other results from packed sequences ({error})"
@@ -82,84 +122,183 @@ def prepare_for_logprobs(model: Any, longest: int) -> Preparation:
 
 
 class _Trial:
-    """A few tokens, and their log-probs under the untouched model."""
+    """A few tokens, and their log-probs by the model's own forward, one sequence at a time.
 
-    def __init__(self, model: Any) -> None:
+    Attributes:
+        sequences: of different lengths; some share their prompt.
+        is_possible: false for a sharded model, which runs only once it is wrapped.
+        expected_S: float64, in nats.
+    """
+
+    def __init__(self, model: Any, longest: int) -> None:
         self.model = model
-        vocabulary = model.get_input_embeddings().num_embeddings
-        rng = np.random.default_rng(0)
-        prompts = [token_ids(rng.integers(0, vocabulary, length)) for length in (1, 5)]
+        # From the configuration: LoRA and others put their own modules around the embeddings.
+        self.vocabulary = model.config.get_text_config().vocab_size
+        self._rng = np.random.default_rng(0)
+        prompts = [self._random_ids(length) for length in (1, 5)]
         self.sequences = [
-            TokenSequence(prompt, token_ids(rng.integers(0, vocabulary, length)))
+            TokenSequence(prompt, self._random_ids(length))
             for prompt in prompts
             for length in (4, 1, 3)
         ]
-        # A sharded model runs only once it is wrapped; its configuration alone must do.
+        # Some models compute long sequences otherwise, in chunks for example.
+        if longest > LONG_TRIAL:
+            prompt = self._random_ids(LONG_TRIAL - 3)
+            self.sequences += [TokenSequence(prompt, self._random_ids(3))]
         self.is_possible = not any(
             p.is_meta or isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()
         )
-        self.expected_S = self._logps(PADDED_LAYOUT)
+        self.expected_S = torch.empty(0)
+        # In fp32, whatever the weights are: rounding to bf16 would hide a difference.
+        self._wide = {
+            name: parameter.float()
+            for name, parameter in model.named_parameters()
+            if parameter.dtype in (torch.bfloat16, torch.float16) and self.is_possible
+        }
 
-    def error_of(self, layout: Layout) -> str | None:
-        """How the model, as it is now, fails to give the same log-probs; None if it gives them."""
+    def refuse_a_wrong_model(self) -> None:
+        """Compare sequences that stand alone with the padded rows that any model can get.
+
+        Raises:
+            InputError: the model fails, or the log-probs differ.
+        """
+        if not self.is_possible:
+            return
+        rows = padded_batch(self.sequences)
+        continued: PackedBatch = {**rows, "input_ids_BL": self._continued(rows["input_ids_BL"])}
+        try:
+            alone = [self._logps(padded_batch([sequence])) for sequence in self.sequences]
+            padded_S, continued_S = self._logps(rows), self._logps(continued)
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, RuntimeError, LookupError, AssertionError) as error:
+            raise InputError(
+                f"{_kind_of(self.model)} cannot be used: it fails on a few tokens "
+                f"({_named(error)}); choose another model"
+            ) from error
+        self.expected_S = torch.cat(alone)
+        kind = _kind_of(self.model)
+        if (change := _difference(continued_S, padded_S)) is not None:
+            advice = "choose a causal model"
+            if getattr(self.model.config.get_text_config(), "is_decoder", None) is False:
+                advice += "; if it was trained as one, set is_decoder to true in its config.json"
+            raise InputError(
+                f"{kind} is not causal: log-probs change {change} when only later tokens change, "
+                f"so each token sees those that it must predict; {advice}"
+            )
+        if (change := _difference(padded_S, self.expected_S)) is not None:
+            raise InputError(
+                f"{kind} cannot be used: the log-probs of a sequence change {change} when it is "
+                "padded on the right beside other sequences; choose another model"
+            )
+
+    def error_of(self, layout: Layout, new_head: LogprobHead | None = None) -> str | None:
+        """How the model, as it is now, fails to give the same log-probs; None if it gives them.
+
+        Args:
+            new_head: a head that does not know its logit map yet.
+        """
         if not self.is_possible:
             return None
         try:
-            error = _difference(
-                self._logps(layout), self.expected_S, RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE
-            )
+            if new_head is not None:
+                new_head.learn_logit_map(self.model)
+            error = _difference(self._logps(layout.collate(self.sequences)), self.expected_S)
             if error is None and next(self.model.parameters()).device.type == "cuda":
                 # Packed rows use a kernel for bf16 alone there.
-                rounded_S = self._logps(layout, in_bf16=True)
+                rounded_S = self._logps(layout.collate(self.sequences), in_bf16=True)
                 tolerances = BF16_RELATIVE_TOLERANCE, BF16_ABSOLUTE_TOLERANCE
                 error = _difference(rounded_S, self.expected_S, *tolerances)
-        except (TypeError, ValueError, RuntimeError, HeadChangedError) as problem:
-            return f"{type(problem).__name__}: {str(problem).partition(chr(10))[0][:200]}"
-        return error
+        except HeadChangedError:
+            return "a soft cap or a scale, for example"
+        except PackingError as problem:
+            return str(problem)
+        except RuntimeError as problem:
+            # Tensors of other shapes or strides than the model expects. Whatever else fails is not
+            # a property of the model: memory that runs out, a kernel that is not there.
+            if type(problem) is not RuntimeError:
+                raise
+            return _named(problem)
+        return None if error is None else f"off {error}"
 
-    def _logps(self, layout: Layout, in_bf16: bool = False) -> Tensor:
-        if not self.is_possible:
-            return torch.empty(0)
+    def _logps(self, batch: PackedBatch, in_bf16: bool = False) -> Tensor:
         device = next(self.model.parameters()).device
-        # In fp32, whatever the weights are: rounding to bf16 would hide a difference.
-        wide = {
-            name: parameter.float()
-            for name, parameter in self.model.named_parameters()
-            if parameter.dtype in (torch.bfloat16, torch.float16)
-        }
 
         def entered(**inputs: Any) -> Any:
-            return functional_call(self.model, wide, (), inputs)
+            return functional_call(self.model, self._wide, (), inputs)
 
         head = LogprobHead.attached_to(self.model)
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=in_bf16):
-            batch = send_to_device(layout.collate(self.sequences), device)
-            logps_S = response_logps(entered, batch, head)
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_bf16)
+        with torch.no_grad(), autocast, _narrow_windows(self.model):
+            logps_S = response_logps(entered, send_to_device(batch, device), head)
         if head is not None:
             head.raise_if_changed()
         return logps_S
 
+    def _continued(self, input_ids_BL: Tensor) -> Tensor:
+        """The padded rows with other tokens in place of the padding."""
+        continued_BL = input_ids_BL.clone()
+        for row, (prompt, response) in enumerate(self.sequences):
+            end = len(prompt) + len(response)
+            others = self._random_ids(input_ids_BL.shape[1] - end)
+            continued_BL[row, end:] = torch.from_numpy(others.astype(np.int64))
+        return continued_BL
+
+    def _random_ids(self, length: int) -> TokenIds:
+        return token_ids(self._rng.integers(0, self.vocabulary, length))
+
+
+@contextlib.contextmanager
+def _narrow_windows(model: nn.Module) -> Iterator[None]:
+    """Narrow each sliding window to 3 tokens, so that windows matter in the trial."""
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        for owner in (module, getattr(module, "config", None)):
+            if type(getattr(owner, "__dict__", {}).get("sliding_window")) is int:
+                found[id(owner)] = owner
+    windows = [owner.sliding_window for owner in found.values()]
+    try:
+        for owner in found.values():
+            owner.sliding_window = min(owner.sliding_window, 3)
+        yield
+    finally:
+        for owner, window in zip(found.values(), windows, strict=True):
+            owner.sliding_window = window
+
 
 def _difference(
-    found_S: Tensor, expected_S: Tensor, relative: float, absolute: float
+    found_S: Tensor,
+    expected_S: Tensor,
+    relative: float = RELATIVE_TOLERANCE,
+    absolute: float = ABSOLUTE_TOLERANCE,
 ) -> str | None:
-    if torch.allclose(found_S, expected_S, rtol=relative, atol=absolute):
+    if torch.allclose(found_S, expected_S, rtol=relative, atol=absolute, equal_nan=True):
         return None
-    return f"off by {float((found_S - expected_S).abs().max()):.1g} nats on a few tokens"
+    return f"by {float((found_S - expected_S).abs().max()):.1g} nats on a few tokens"
 
 
-def _why_not_packed(model: Any, longest: int) -> str | None:
+def _kind_of(model: Any) -> str:
+    return f"model type {printable(str(model.config.model_type))}"
+
+
+def _named(error: Exception) -> str:
+    return printable(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+
+
+def _why_not_packed(model: Any) -> str | None:
     config = model.config.get_text_config()
-    if config._attn_implementation not in ("sdpa", PACKED):
-        return f"its attention is {config._attn_implementation!r}, not sdpa"
+    attention = config._attn_implementation
+    # Eager attention is a choice if the model has SDPA, and all that it has if not.
+    if attention not in ("sdpa", *PACKED.values()) and (
+        attention != "eager" or model._supports_sdpa
+    ):
+        return f"its attention is {attention!r}, not sdpa"
     if not model.is_backend_compatible():
         return "its attention does not follow transformers' interface"
     kinds = set(getattr(config, "layer_types", None) or ())
     other = kinds - {"full_attention", "sliding_attention"}
     if other:
         return f"it has layers of {', '.join(sorted(other))}"
-    window = getattr(config, "sliding_window", None)
-    is_sliding = "sliding_attention" in kinds or not kinds
-    if window is not None and is_sliding and window < longest:
-        return f"its attention window of {window} tokens is shorter than {longest} tokens"
+    if "sliding_attention" in kinds and getattr(config, "sliding_window", None) is None:
+        return "the size of its attention window is unknown"
     return None

@@ -15,15 +15,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tpaw.logprobs.fused_head import token_logps
+from tpaw.logprobs.fused_head import UNCHANGED, LogitMap, token_logps
 from tpaw.logprobs.packing import PackedBatch
 
 # Tokens in a chunk, for a head that is not a plain matrix.
 TOKENS_IN_A_CHUNK = 1024
+# Outputs of a head that show what a model does to them: the first gives the scale, the second the
+# cap, and the others show whether it is something else.
+_PROBE = torch.tensor([2.0**-40, 2.0**40, -1.0, 3.0, -30.0, 200.0], dtype=torch.float64)
 
 
 class HeadChangedError(RuntimeError):
-    """The model changes the output of its head, by a soft cap or a scale for example."""
+    """The model changes the output of its head in a way that `LogprobHead.logit_map` does not."""
 
 
 class LabelRequest:
@@ -62,17 +65,20 @@ class LogprobHead:
     apart from the model would bypass the hooks of DDP, FSDP and DeepSpeed.
 
     Attributes:
-        has_changed: bool tensor on the device, true once the model changed a log-prob after the
-            head had returned it; None if no output ever had to be compared.
+        logit_map: what the model does to the output of the head; see `learn_logit_map`.
+        has_changed: bool tensor on the device, true once the model did something else to a log-prob
+            that the head had returned; None if no output ever had to be compared.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self.logit_map: LogitMap = UNCHANGED
         self.has_changed: Tensor | None = None
         self._logits_of = module.forward
         # Decided now: a wrapper may change the class of the module later.
         self._is_plain_matrix = type(module) is nn.Linear
         self._request: LabelRequest | None = None
+        self._is_probed = False
 
     @classmethod
     def attached_to(cls, model: Any) -> LogprobHead | None:
@@ -94,6 +100,31 @@ class LogprobHead:
         if self.module.forward != self._logits_of:  # it was an instance attribute before
             self.module.forward = self._logits_of
 
+    def learn_logit_map(self, model: Callable[..., Any]) -> None:
+        """Find out what the model does to the output of its head, by known outputs.
+
+        transformers has no name for it: Gemma 2 caps, Granite divides, Cohere multiplies.
+
+        Raises:
+            HeadChangedError: the model does something else than to scale and to cap, or does it by
+                weights that are trained.
+        """
+        device = next(self.module.parameters()).device
+        ids = torch.zeros((1, 2), dtype=torch.int64, device=device)
+        self._is_probed = True
+        try:
+            found = model(input_ids=ids, use_cache=False).logits
+        finally:
+            self._is_probed = False
+        if found.shape != _PROBE.shape or found.requires_grad:
+            raise HeadChangedError(_CHANGED)
+        found = found.double()
+        slope = (found / _PROBE).tolist()
+        self.logit_map = LogitMap(slope[0], None if slope[1] > slope[0] / 2 else float(found[1]))
+        if not torch.allclose(self.logit_map.of(_PROBE), found, rtol=1e-5):
+            self.logit_map = UNCHANGED
+            raise HeadChangedError(_CHANGED)
+
     @contextlib.contextmanager
     def answering(self, request: LabelRequest) -> Iterator[None]:
         """Return the request's log-probs instead of logits while in this context."""
@@ -104,7 +135,7 @@ class LogprobHead:
             self._request = None
 
     def keep_if_unchanged(self, output: Tensor, logps_R: Tensor) -> Tensor:
-        """The log-probs; NaN where the model returned other numbers than the head did.
+        """The log-probs; NaN if the model did something else to them than the logit map.
 
         Nothing is read back from the device. `raise_if_changed` does that.
         """
@@ -112,11 +143,16 @@ class LogprobHead:
             return logps_R
         if output.shape != logps_R.shape:
             raise HeadChangedError(_CHANGED)
-        found, answered = output.detach(), logps_R.detach().to(output.dtype)
-        changed = ~((found == answered) | answered.isnan()).all()
+        found = output.detach()
+        expected = self.logit_map.of(logps_R.detach()).to(output.dtype)
+        # A map is computed in another order here than in the model.
+        tolerance = 0 if self.logit_map == UNCHANGED else 8 * torch.finfo(output.dtype).eps
+        is_equal = torch.isclose(found, expected, rtol=tolerance, atol=0, equal_nan=True)
+        changed = ~(is_equal | expected.isnan()).all()
         self.has_changed = changed if self.has_changed is None else self.has_changed | changed
         # FSDP2 rounds what a wrapped model returns; its hooks need that output in the graph.
-        kept_R = output if output.dtype == logps_R.dtype else logps_R + 0 * output
+        is_kept = output.dtype == logps_R.dtype and self.logit_map == UNCHANGED
+        kept_R = output if is_kept else logps_R + 0 * output
         return torch.where(changed, torch.nan, kept_R)
 
     def raise_if_changed(self) -> None:
@@ -125,6 +161,8 @@ class LogprobHead:
             raise HeadChangedError(_CHANGED)
 
     def _forward(self, hidden: Tensor) -> Tensor:
+        if self._is_probed:
+            return _PROBE
         request = self._request
         if request is None:
             return self._logits_of(hidden)  # type: ignore[no-any-return]
@@ -132,13 +170,23 @@ class LogprobHead:
         if self._is_plain_matrix:
             # Read in the call: FSDP and DeepSpeed gather the whole weights for it.
             weight, bias = self.module.weight, self.module.bias
-            request.logps_R = token_logps(hidden_RH, weight, bias, request.labels_R)  # type: ignore[arg-type]
+            request.logps_R = token_logps(
+                hidden_RH,
+                weight,  # type: ignore[arg-type]
+                bias,  # type: ignore[arg-type]
+                request.labels_R,
+                self.logit_map,
+            )
         else:
-            request.logps_R = _logps_by_logits(self._logits_of, hidden_RH, request.labels_R)
+            request.logps_R = _logps_by_logits(
+                lambda hidden_CH: self.logit_map.of(self._logits_of(hidden_CH)),
+                hidden_RH,
+                request.labels_R,
+            )
         return request.logps_R
 
 
-_CHANGED = "the model changes the output of its head (a soft cap or a scale, for example)"
+_CHANGED = "the model changes the output of its head, and not by a factor and a soft cap alone"
 
 
 def response_logps(

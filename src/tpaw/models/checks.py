@@ -14,6 +14,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+# What transformers' classes raise if a configuration does not fit them.
+BUILD_ERRORS = (
+    ValueError,
+    RuntimeError,
+    ArithmeticError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+)
+
+
 def check_model(
     model: ModelConfig, max_length: int | None = None, *, is_trained: bool = False
 ) -> PreTrainedConfig:
@@ -38,7 +50,7 @@ def check_model(
         raise InputError(f"{name}: this is an adapter; merge it into its base model first")
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"{name}: the folder has no config.json; give a model folder")
-    found = _read_config(name, path, model)
+    found = read_config(model)
     _check_kind(name, found)
     quantization = getattr(found, "quantization_config", None)
     if quantization is not None and is_trained:
@@ -52,6 +64,44 @@ def check_model(
     if path.is_dir():
         check_weights(model, path, is_quantised=quantization is not None)
     return found
+
+
+def read_config(model: ModelConfig) -> PreTrainedConfig:
+    """The configuration of a model.
+
+    Args:
+        model: the section `model` of the configuration.
+
+    Raises:
+        InputError: it cannot be found or read.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    name, path = f"model.path: {model.path}", Path(resolve_path(model.path))
+    try:
+        return AutoConfig.from_pretrained(
+            str(path) if path.is_dir() else model.path,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+        )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        StrictDataclassError,
+    ) as error:
+        if path.is_dir():
+            raise InputError(
+                f"{name}: transformers cannot read its config.json "
+                f"({_first_line(error)}); give the folder of a model"
+            ) from None
+        raise InputError(
+            f"{name}: neither a local model folder nor a model that the Hub provides "
+            f"({_first_line(error)}); check the path, the Hub id and your access rights"
+        ) from None
 
 
 def check_weights(model: ModelConfig, folder: Path, *, is_quantised: bool = False) -> None:
@@ -98,13 +148,10 @@ def check_weights(model: ModelConfig, folder: Path, *, is_quantised: bool = Fals
             f"{name}: {what or 'it needs a library'} ({_first_line(error)}); install it, or give "
             "another model"
         ) from None
-    except (ValueError, RuntimeError, ArithmeticError, LookupError, TypeError) as error:
+    except BUILD_ERRORS as error:
         if is_quantised:  # some methods cannot load without memory; loading will tell
             return
-        raise InputError(
-            f"{name}: transformers cannot build this model ({type(error).__name__}: "
-            f"{_first_line(error)}); check its config.json"
-        ) from None
+        raise cannot_build(model, error) from None
     finally:
         logging.set_verbosity(verbosity)
         if bars:
@@ -120,6 +167,14 @@ def check_weights(model: ModelConfig, folder: Path, *, is_quantised: bool = Fals
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise InputError(f"{name}: weights are missing: {missing}; restore the complete model")
+
+
+def cannot_build(model: ModelConfig, error: Exception) -> InputError:
+    """The error for a configuration that does not fit transformers' class of the model."""
+    return InputError(
+        f"model.path: {model.path}: transformers cannot build this model "
+        f"({type(error).__name__}: {_first_line(error)}); check its config.json"
+    )
 
 
 def check_vocabulary(model: ModelConfig, found: PreTrainedConfig, largest_id: int) -> None:
@@ -162,35 +217,6 @@ def why_length_matters(found: PreTrainedConfig, longest: int) -> str | None:
                 f"most {limit}"
             )
     return None
-
-
-def _read_config(name: str, path: Path, model: ModelConfig) -> PreTrainedConfig:
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(
-            str(path) if path.is_dir() else model.path,
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-        )
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        StrictDataclassError,
-    ) as error:
-        if path.is_dir():
-            raise InputError(
-                f"{name}: transformers cannot read its config.json "
-                f"({_first_line(error)}); give the folder of a model"
-            ) from None
-        raise InputError(
-            f"{name}: neither a local model folder nor a model that the Hub provides "
-            f"({_first_line(error)}); check the path, the Hub id and your access rights"
-        ) from None
 
 
 def _check_kind(name: str, found: PreTrainedConfig) -> None:

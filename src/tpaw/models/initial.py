@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from tpaw.config.schema import ModelConfig
 from tpaw.errors import ArtifactError, InputError
-from tpaw.models.fingerprint import fingerprint
+from tpaw.models.fingerprint import fingerprint, weights_hash
 from tpaw.storage.artifacts import read_facts, write_json
 from tpaw.storage.resources import resolve_path
 from tpaw.storage.seals import are_intact, seal_facts
@@ -29,7 +30,7 @@ def initial_player(config: ModelConfig, record: Path, *, may_record: bool = True
         folder that does not exist; loading it raises an error.
 
     Raises:
-        InputError: the weights differ from the recorded ones, or the folder has no weights.
+        InputError: the model differs from the recorded one, or the folder has no weights.
         ArtifactError: the record is damaged or edited, or missing although it may not be written.
     """
     recorded = read_facts(record) if record.exists() else None
@@ -51,15 +52,19 @@ def initial_player(config: ModelConfig, record: Path, *, may_record: bool = True
     if recorded and recorded["path"] == config.path:
         commit = recorded["revision"]
     folder, revision = locate(config, commit)
-    player = Player(0, str(folder), fingerprint(folder))
+    weights = weights_hash(folder)
+    player = Player(0, str(folder), fingerprint(folder, weights))
     if recorded:
-        if recorded["fingerprint"] != player.fingerprint:
+        # Earlier versions recorded the hash of the weights alone.
+        if recorded["fingerprint"] not in (player.fingerprint, weights):
             raise InputError(
-                f"model.path: {config.path}: its weights differ from those of θ_0 in this run "
+                f"model.path: {config.path}: it differs from θ_0 of this run in its weights, "
+                "configuration, tokenizer or chat template "
                 f"(fingerprint {player.fingerprint[:12]}, recorded "
                 f"{recorded['fingerprint'][:12]}); give the model that the run began with, or "
                 "choose another --output"
             )
+        player = replace(player, fingerprint=recorded["fingerprint"])
     else:
         record.parent.mkdir(exist_ok=True)
         facts = {"index": 0, "path": config.path, "revision": revision}

@@ -25,7 +25,7 @@ class Checkpoint(NamedTuple):
 
     Attributes:
         name: name for display: RUN@i, or the name of the model.
-        player: folder and fingerprint of the weights.
+        player: folder and fingerprint of the model.
         model: the section `model` of the run's configuration (its `path` is θ_0), or the defaults
             for a model without a run.
         run: the run that made the checkpoint, or None.

@@ -11,8 +11,16 @@ from tpaw.data.examples import Prepared, prepare_examples
 from tpaw.data.inputs import Inputs
 from tpaw.errors import InputError
 from tpaw.evaluation.exact_match import has_answers
-from tpaw.models.checks import check_model, check_vocabulary
-from tpaw.models.loading import pick_device
+from tpaw.logprobs.prepare import prepare_for_logprobs
+from tpaw.models.checks import (
+    BUILD_ERRORS,
+    cannot_build,
+    check_model,
+    check_vocabulary,
+    read_config,
+)
+from tpaw.models.loading import disable_dropout, pick_device
+from tpaw.models.reduced import reduced_model
 from tpaw.models.tokenizers import load_tokenizer, stop_token_ids
 from tpaw.runtime.progress import OnDone, ignore
 from tpaw.runtime.watch import Watch
@@ -38,6 +46,7 @@ def read_and_check(config: RunConfig, output: str | Path, watch: Watch) -> Input
     with watch.progress("read and tokenize", None, "records") as on_done:
         inputs = read_inputs(config, on_done)
     plan_run(config, len(inputs.examples))  # it refuses an iteration without effect
+    try_architecture(config)
     return inputs
 
 
@@ -91,3 +100,26 @@ def read_inputs(config: RunConfig, on_done: OnDone = ignore) -> Inputs:
         raise InputError("evaluate.exact_match: some held-out target has no `#### answer`")
     skipped = {"data": train.skipped, "evaluate.data": heldout.skipped}
     return Inputs(train.examples, heldout.examples, skipped, tokenizer, stop_ids)
+
+
+def try_architecture(config: RunConfig) -> tuple[str, ...]:
+    """Compute a few log-probs with a small random model of the same architecture.
+
+    Returns:
+        How log-probs are computed with this model, as sentences.
+
+    Raises:
+        InputError: the architecture cannot be used; see `prepare_for_logprobs`.
+    """
+    found = read_config(config.model)
+    try:
+        model = reduced_model(found, config.model)
+        if model is None:
+            return ("Layout: not known before the run; a layer of this model is too large to try.",)
+        disable_dropout(model)
+    except BUILD_ERRORS as error:
+        raise cannot_build(config.model, error) from None
+    try:
+        return prepare_for_logprobs(model, config.max_length).described()
+    except InputError as error:
+        raise InputError(f"model.path: {config.model.path}: {error}") from None

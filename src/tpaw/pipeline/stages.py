@@ -31,6 +31,7 @@ from tpaw.pipeline.space import space_for_responses, space_for_scores, space_for
 from tpaw.report.summary import write_summary
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.isolation import isolated
+from tpaw.runtime.memory import memory_limited_by
 from tpaw.runtime.progress import note, progress
 from tpaw.runtime.watch import Watch
 from tpaw.scoring.score import fill_store
@@ -245,6 +246,7 @@ class Stages:
             with (
                 publishing(folder, meta) as temporary,
                 progress(title, steps, "steps") as advance,
+                memory_limited_by("train.tokens_per_row", self.config.train.tokens_per_row),
             ):
                 meta |= train_iteration(
                     model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -110,3 +111,9 @@ def progress(
 def note(text: str) -> None:
     """Print one line to stderr."""
     TextConsole(stderr=True).print_text(text)
+
+
+@functools.cache
+def note_once(text: str) -> None:
+    """Print one line to stderr, unless this process has printed the same line before."""
+    note(text)

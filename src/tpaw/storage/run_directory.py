@@ -189,7 +189,7 @@ class RunDirectory:
 
     def has_begun(self) -> bool:
         """Whether the folder is the run directory of a run that has begun."""
-        return self.run_file.exists()
+        return os.path.exists(self.run_file)  # false also for a name that no file can have
 
     def uses_initial_player(self) -> bool:
         """Whether the run has files that were made with θ_0."""

@@ -78,9 +78,6 @@ class TripleSizes:
     Args:
         dataset: rows with `TOKEN_COLUMNS`.
         response_columns: the columns that hold responses, the target first.
-
-    Raises:
-        ValueError: a prompt has no tokens, or a player's log-prob is NaN.
     """
 
     def __init__(
@@ -90,11 +87,6 @@ class TripleSizes:
         for i in range(len(dataset)):
             row = dataset[i]
             prompt, target = token_ids(row["prompt_ids"]), token_ids(row["target_ids"])
-            if len(prompt) == 0:
-                raise ValueError(f"train_dataset: row {i}: prompt_ids is empty")
-            for name in PLAYER_COLUMNS:
-                if name in row and np.isnan(np.asarray(row[name], dtype=np.float64)).any():
-                    raise ValueError(f"train_dataset: row {i}: {name} is NaN")
             lengths.append((len(prompt), *(len(row[name]) for name in response_columns)))
             key = (prompt.tobytes(), target.tobytes())
             group_of.append(groups.setdefault(key, len(groups)))

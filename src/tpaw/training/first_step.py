@@ -12,12 +12,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+from tpaw.objectives.base import PairLogps
 
 # Nats per token. On a CPU rounding gives 1e-8 in fp32 and 4e-5 in bf16 (docs/log.md). A GPU chooses
 # kernels by the shape of the batch, so there is room above that. A wrong template, mask or
 # checkpoint gives 0.1 and more.
 FIRST_STEP_TOLERANCE: Mapping[str, float] = {"fp32": 1e-4, "bf16": 2e-2}
+
+
+def tolerance_for(model: nn.Module, args: TrainingArguments) -> float:
+    """The `FIRST_STEP_TOLERANCE` of the precision that a model computes in, in nats per token."""
+    half = (torch.bfloat16, torch.float16)
+    is_half = args.bf16 or args.fp16 or any(p.dtype in half for p in model.parameters())
+    return FIRST_STEP_TOLERANCE["bf16" if is_half else "fp32"]
 
 
 def is_untouched(step: int, lr_scheduler: Any) -> bool:
@@ -31,18 +41,24 @@ def is_untouched(step: int, lr_scheduler: Any) -> bool:
     return bool(step <= int(first_rate_is_zero))
 
 
-def difference_per_token(policy_logps: Tensor, player_logps: Tensor, tokens: Tensor) -> Tensor:
-    """Mean |log π_θ − log π_j| in nats per token, a scalar on the device; NaN becomes infinity."""
-    difference = (policy_logps - player_logps).detach().abs().sum() / tokens.sum().clamp(min=1)
-    return difference.nan_to_num(nan=torch.inf)
+def total_differences(logps: PairLogps) -> tuple[Tensor, Tensor]:
+    """Sum of |log π_θ − log π_j| in nats for each player j, (K,), and the number of tokens."""
+    differences_BK = (logps.policy_target_B.detach()[:, None] - logps.player_target_BK).abs()
+    differences_BK = (
+        differences_BK
+        + (logps.policy_generated_B.detach()[:, None] - logps.player_generated_BK).abs()
+    )
+    tokens = logps.target_tokens_B.sum() + logps.generated_tokens_B.sum()
+    return differences_BK.sum(dim=0), tokens
 
 
-def with_policy_in_column(player_logps_BK: Tensor, policy_logps_B: Tensor, column: int) -> Tensor:
-    """The players' log-probs with the policy's own in one column.
+def started_as(logps: PairLogps, column: int) -> PairLogps:
+    """The log-probs with the policy's own, without gradient, in the column of one player.
 
     The rewards of that player are then exactly 0, as they are in exact arithmetic. Equation 4 asks
     for their sign, which rounding would decide otherwise.
     """
-    replaced_BK = player_logps_BK.clone()
-    replaced_BK[:, column] = policy_logps_B.detach()
-    return replaced_BK
+    target_BK, generated_BK = logps.player_target_BK.clone(), logps.player_generated_BK.clone()
+    target_BK[:, column] = logps.policy_target_B.detach()
+    generated_BK[:, column] = logps.policy_generated_B.detach()
+    return logps._replace(player_target_BK=target_BK, player_generated_BK=generated_BK)

@@ -13,6 +13,7 @@ Shape suffixes: B triples in a micro-batch, K players, S sequences of a micro-ba
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,14 +21,21 @@ import torch
 from accelerate.utils import DistributedType, send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.utils import logging
 
 from tpaw.errors import DivergenceError, PolicyMismatchError
 from tpaw.logprobs.prepare import prepare_for_logprobs
 from tpaw.logprobs.response import LogprobHead, response_logps
 from tpaw.models.loading import disable_dropout
-from tpaw.objectives.base import Objective, ObjectiveNeeds, ObjectiveOutput, PairLogps
+from tpaw.objectives.base import Objective, ObjectiveOutput, PairLogps
 from tpaw.training.batching import (
     INITIAL_COLUMN,
     BatchedTriples,
@@ -35,14 +43,15 @@ from tpaw.training.batching import (
     TripleBatchSampler,
     TripleMicroBatch,
     TripleSizes,
-    columns_for,
 )
-from tpaw.training.first_step import (
-    FIRST_STEP_TOLERANCE,
-    difference_per_token,
-    is_untouched,
-    with_policy_in_column,
+from tpaw.training.checks import (
+    CheckedRows,
+    check_arguments,
+    check_objective,
+    check_options,
+    half_precision_note,
 )
+from tpaw.training.first_step import is_untouched, started_as, tolerance_for, total_differences
 
 logger = logging.get_logger(__name__)
 
@@ -59,8 +68,9 @@ class TeamTrainer(Trainer):
     """Minimises the mean loss of an objective over each global batch of triples.
 
     Args:
-        model: the policy. Its weights should be fp32: at learning rates of 1e-7 to 1e-6 a bf16
-            weight does not move at all. Pass `bf16=True` in `args` for bf16 computation.
+        model: the policy, or the path of one, which is loaded in fp32. Its weights should be fp32:
+            at learning rates of 1e-7 to 1e-6 a bf16 weight does not move at all. Pass `bf16=True`
+            in `args` for bf16 computation.
         args: transformers' TrainingArguments.
         train_dataset: rows that can be indexed: `prompt_ids`, `target_ids` and `generated_ids` with
             token ids; `player_target_logps` and `player_generated_logps` with one summed log-prob
@@ -68,9 +78,9 @@ class TeamTrainer(Trainer):
             those that the objective needs.
         processing_class: the tokenizer, to be saved with the model; it is not used otherwise.
         objective: the loss, `TeamObjective(lambda_=0.1, eta=6.0, gamma=0.5)` for example.
-        start_column: column of the player that the policy starts as. Until the first update the two
-            count as equal, and training stops if they differ by more than rounding. None: the
-            policy starts as none of the players, and nothing is checked.
+        start_column: column of the player that the policy starts as. Training stops if the two
+            differ by more than rounding. Until the first update the two count as equal. None: a
+            forward pass over the first batch finds the column, and a warning says if there is none.
         first_step_tolerance: the difference that counts as rounding, in nats per token, averaged
             over a micro-batch. Default: `FIRST_STEP_TOLERANCE` for the precision of `args`.
         tokens_per_row: token budget of one forward pass. Each batch is divided into micro-batches
@@ -80,9 +90,9 @@ class TeamTrainer(Trainer):
             responses goes through the model once for all of them.
 
     Raises:
-        TypeError: `objective` is not an Objective.
-        ValueError: the dataset is empty, cannot be indexed, lacks a column or has a prompt without
-            tokens; `start_column` is not one of its players; or an argument has no effect here.
+        TypeError: `objective` is not an Objective, or `model` is not a model.
+        ValueError: a row of the dataset cannot be trained on (see `CheckedRows`); `start_column` is
+            not one of its players; or an argument has no effect here.
         PolicyMismatchError: see `start_column`.
         DivergenceError: a log-prob of the policy is NaN or infinite.
     """
@@ -92,7 +102,7 @@ class TeamTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | nn.Module,
+        model: PreTrainedModel | nn.Module | str,
         args: TrainingArguments,
         train_dataset: Any,
         processing_class: PreTrainedTokenizerBase | None,
@@ -103,27 +113,33 @@ class TeamTrainer(Trainer):
         group_by_prompt: bool = False,
         **kwargs: Any,
     ) -> None:
-        _check_objective(objective)
-        if kwargs.get("eval_dataset") is not None:
-            raise ValueError(
-                "eval_dataset: TeamTrainer does not evaluate; evaluate the responses of a "
-                "checkpoint instead"
-            )
-        _check_dataset(train_dataset, objective, start_column)
-        _refuse_what_would_do_nothing(args)
+        check_objective(objective)
+        check_options(kwargs)
+        check_arguments(args)
         if _format_of(train_dataset) in ("numpy", "torch", "tensorflow", "jax"):
             train_dataset = train_dataset.with_format(None)  # those round log-probs to float32
+        if isinstance(model, str | os.PathLike):
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        elif not isinstance(model, nn.Module):
+            raise TypeError(f"model: {model!r:.60}: it must be a loaded model or the path of one")
+        rows = CheckedRows(train_dataset, objective.needs, getattr(model, "config", None))
+        if start_column is not None and not 0 <= start_column < rows.players:
+            raise ValueError(
+                f"start_column: {start_column}; it must be None, or a column of the {rows.players} "
+                "players (from 0)"
+            )
         args.remove_unused_columns = False
         args.logging_nan_inf_filter = False
         disable_dropout(model)
         responses = ["target_ids", "generated_ids"]
         if objective.needs.initial_responses:
             responses.append(INITIAL_COLUMN)
-        self._sizes = TripleSizes(train_dataset, responses)
+        self._sizes = TripleSizes(rows, responses)
         self._layout, notes = prepare_for_logprobs(model, self._sizes.longest)
         self._head = LogprobHead.attached_to(model)
-        for note in notes:
-            logger.warning(note)
+        for note in (*notes, half_precision_note(model, args.learning_rate)):
+            if note is not None:
+                logger.warning(note)
         super().__init__(
             model=model,
             args=args,
@@ -137,10 +153,13 @@ class TeamTrainer(Trainer):
         self.group_by_prompt = group_by_prompt
         self.objective = objective
         self.start_column = start_column
-        default = FIRST_STEP_TOLERANCE["bf16" if args.bf16 or args.fp16 else "fp32"]
         self.first_step_tolerance = (
-            default if first_step_tolerance is None else first_step_tolerance
+            tolerance_for(model, args) if first_step_tolerance is None else first_step_tolerance
         )
+        # The column that the policy starts as, and the state of the training it was found in.
+        self._start = start_column
+        self._looks_for_start = start_column is None and objective.needs.references != "none"
+        self._looked_in: TrainerState | None = None
         # Since the last log, by metric; and since the last batch, whether something failed.
         self._metric_names: tuple[str, ...] = ()
         self._metric_sums: Tensor | None = None
@@ -198,6 +217,8 @@ class TeamTrainer(Trainer):
         )
         losses = []
         micro_batches = inputs["micro_batches"]
+        if self._looks_for_start and self._is_untouched and self._looked_in is not self.state:
+            self._start, self._looked_in = self._find_start(model, micro_batches), self.state
         for i, micro_batch in enumerate(micro_batches, start=1):
             is_last = i == len(micro_batches)
             # DeepSpeed updates the weights in `backward` unless this flag says that the step has
@@ -208,6 +229,18 @@ class TeamTrainer(Trainer):
                 losses.append(super().training_step(model, micro_batch, num_items_in_batch))
         self._agree_or_raise()
         return torch.stack(losses).sum()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Not supported.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "TeamTrainer only trains; save the model and evaluate its responses instead"
+        )
+
+    predict = evaluate
 
     def floating_point_ops(self, inputs: TripleBatch) -> float:
         """Of forward and backward over the batch: 6 for each weight and token."""
@@ -226,23 +259,14 @@ class TeamTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """This micro-batch's share of the mean over the global batch; float32 scalar."""
-        logps_S = response_logps(model, inputs["packed"], self._head)
-        target_B, generated_B, *initial_B = torch.split(logps_S, len(inputs["target_tokens_B"]))
-        logps = PairLogps(
-            policy_target_B=target_B,
-            policy_generated_B=generated_B,
-            player_target_BK=inputs["player_target_logps_BK"],
-            player_generated_BK=inputs["player_generated_logps_BK"],
-            target_tokens_B=inputs["target_tokens_B"],
-            generated_tokens_B=inputs["generated_tokens_B"],
-            policy_initial_B=initial_B[0] if initial_B else None,
-        )
+        logps = self._logps(model, inputs)
         if self.model.training:
-            self._is_finite.append(logps_S.isfinite().all())
-            if self.start_column is not None and is_untouched(
-                self.state.global_step, self.lr_scheduler
-            ):
-                logps = self._started(logps, self.start_column)
+            self._is_finite.append(_are_finite(logps))
+            if self._start is not None and self._is_untouched:
+                if self.start_column is not None:
+                    differences_K, tokens = total_differences(logps)
+                    self._differences.append(differences_K[self._start] / tokens.clamp(min=1))
+                logps = started_as(logps, self._start)
         output = self.objective(logps)
         if self.model.training:
             self._record(output, logps, inputs)
@@ -266,22 +290,50 @@ class TeamTrainer(Trainer):
                     logs[f"logps/{kind}_per_token"] = total[f"logps/{kind}"] / count
         super().log(logs, start_time)
 
-    def _started(self, logps: PairLogps, column: int) -> PairLogps:
-        """Note how far the policy is from the player that it starts as, and count them as equal."""
-        policy = torch.cat([logps.policy_target_B, logps.policy_generated_B])
-        player = torch.cat(
-            [logps.player_target_BK[:, column], logps.player_generated_BK[:, column]]
+    def _logps(self, model: nn.Module, inputs: TripleMicroBatch) -> PairLogps:
+        logps_S = response_logps(model, inputs["packed"], self._head)
+        target_B, generated_B, *initial_B = torch.split(logps_S, len(inputs["target_tokens_B"]))
+        return PairLogps(
+            policy_target_B=target_B,
+            policy_generated_B=generated_B,
+            player_target_BK=inputs["player_target_logps_BK"],
+            player_generated_BK=inputs["player_generated_logps_BK"],
+            target_tokens_B=inputs["target_tokens_B"],
+            generated_tokens_B=inputs["generated_tokens_B"],
+            policy_initial_B=initial_B[0] if initial_B else None,
         )
-        tokens = torch.cat([logps.target_tokens_B, logps.generated_tokens_B])
-        self._differences.append(difference_per_token(policy, player, tokens))
-        return logps._replace(
-            player_target_BK=with_policy_in_column(
-                logps.player_target_BK, logps.policy_target_B, column
-            ),
-            player_generated_BK=with_policy_in_column(
-                logps.player_generated_BK, logps.policy_generated_B, column
-            ),
+
+    @property
+    def _is_untouched(self) -> bool:
+        return is_untouched(self.state.global_step, self.lr_scheduler)
+
+    @torch.no_grad()
+    def _find_start(self, model: nn.Module, micro_batches: list[TripleMicroBatch]) -> int | None:
+        """The column of the player that the policy is, but for rounding; None if it is none.
+
+        It takes a forward pass over a batch of all processes. Waits for the device.
+        """
+        found = []
+        for micro_batch in micro_batches:
+            inputs = self._prepare_inputs(micro_batch)
+            with self.compute_loss_context_manager():
+                differences_K, tokens = total_differences(self._logps(model, inputs))
+            sums = torch.cat([differences_K, tokens[None]])
+            found.append(torch.zeros_like(sums) if micro_batch["is_filler"] else sums)
+        sums = self.accelerator.reduce(torch.stack(found).sum(dim=0), reduction="sum")
+        difference_K = (sums[:-1] / sums[-1].clamp(min=1)).nan_to_num(nan=torch.inf)
+        column = int(difference_K.argmin())
+        difference = float(difference_K[column])
+        if difference <= self.first_step_tolerance:
+            return column
+        logger.warning(
+            f"The policy starts as none of the players: the nearest is that of column {column}, "
+            f"with log-probs that differ by {difference:.2g} nats per token (rounding alone stays "
+            f"below {self.first_step_tolerance:.2g}). If it should start as one of them, check "
+            "the weights, token ids, masks, templates and dtypes that the log-probs were computed "
+            "with."
         )
+        return None
 
     def _record(self, output: ObjectiveOutput, logps: PairLogps, inputs: TripleMicroBatch) -> None:
         """Add the metrics of a micro-batch to the sums, on the device."""
@@ -333,79 +385,9 @@ class TeamTrainer(Trainer):
             )
 
 
-def _check_objective(objective: Any) -> None:
-    is_instance = isinstance(objective, Objective) and not isinstance(objective, type)
-    if not is_instance or not isinstance(objective.needs, ObjectiveNeeds):
-        raise TypeError(
-            f"objective: {objective!r:.100} is not an Objective; pass for example "
-            "TeamObjective(lambda_=0.1, eta=6.0, gamma=0.5)"
-        )
-
-
-def _check_dataset(dataset: Any, objective: Objective, start_column: int | None) -> None:
-    """Refuse a dataset that the objective cannot be computed from.
-
-    Raises:
-        ValueError: naming what is missing.
-    """
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-        raise ValueError(
-            f"train_dataset: {type(dataset).__name__} cannot be indexed; an iterable dataset is "
-            "not supported"
-        )
-    if len(dataset) == 0:
-        raise ValueError("train_dataset: it has no rows")
-    first, needed = dataset[0], columns_for(objective.needs)
-    absent = [name for name in needed if name not in first]
-    if absent:
-        raise ValueError(
-            f"train_dataset: no column {', '.join(absent)}; the objective needs {', '.join(needed)}"
-        )
-    references = objective.needs.references
-    players = 0 if references == "none" else len(first["player_target_logps"])
-    if references == "newest" and players != 1:
-        raise ValueError(
-            f"train_dataset: player_target_logps has {players} players; the objective needs "
-            "exactly one"
-        )
-    if references != "none" and players == 0:
-        raise ValueError("train_dataset: player_target_logps has no players")
-    if start_column is not None and not 0 <= start_column < players:
-        raise ValueError(
-            f"start_column: {start_column}; it must be None, or a column of the {players} players "
-            "(from 0)"
-        )
-
-
-def _refuse_what_would_do_nothing(args: TrainingArguments) -> None:
-    """Arguments that batches of triples in packed rows have no use for.
-
-    Raises:
-        ValueError: naming the argument and what to do.
-    """
-    instead = {
-        "auto_find_batch_size": "lower tokens_per_row",
-        "dataloader_drop_last": "every triple is trained on",
-        "include_num_input_tokens_seen": "tokens are logged by TeamTrainer's own names",
-        "label_smoothing_factor": "the objective has no labels",
-        "neftune_noise_alpha": "the policy must start as its newest player",
-        "use_liger_kernel": "log-probs are computed without logits anyway",
-        "parallelism_config": "processes are data-parallel, with DDP, FSDP or DeepSpeed",
-    }
-    for name, reason in instead.items():
-        value = getattr(args, name, None)
-        if value not in (None, False, 0, "no"):
-            raise ValueError(f"{name}: {value}: not with TeamTrainer: {reason}")
-    if args.train_sampling_strategy != "random":
-        raise ValueError(
-            f"train_sampling_strategy: {args.train_sampling_strategy}: TeamTrainer shuffles, by "
-            "triple or with group_by_prompt"
-        )
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs are visible to one process: start one process for each with "
-            "torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES"
-        )
+def _are_finite(logps: PairLogps) -> Tensor:
+    policy = [logps.policy_target_B, logps.policy_generated_B, logps.policy_initial_B]
+    return torch.cat([logps_B for logps_B in policy if logps_B is not None]).isfinite().all()
 
 
 def _format_of(dataset: Any) -> str | None:

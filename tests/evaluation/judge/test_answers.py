@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +14,7 @@ from judge_server import longer
 from messages import complains, refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tpaw.errors import Interrupted
+from tpaw.errors import Interrupted, NonFiniteError
 from tpaw.evaluation.judge.answers import answer_rows
 from tpaw.models.fingerprint import fingerprint
 from tpaw.runtime.interrupt import StopSignal
@@ -118,6 +119,17 @@ def test_two_checkpoints_before_a_judge(tpaw_, finished, serve, tmp_path):
     assert found["a"]["name"] == "run@4"
 
 
+def test_a_broken_model_gives_no_answers(model_folder, heldout_file, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "broken")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.norm.weight[5] = torch.nan
+    model.save_pretrained(folder)
+    with refused(folder, "model.norm.weight", error=NonFiniteError):
+        answer(folder, heldout_file, tmp_path / "o", greedy=True)
+    assert not (tmp_path / "o" / "outputs.json").exists()
+
+
 def test_stopped_and_gone_on_is_the_same(model_folder, heldout_file, tmp_path):
     shards = "generate.shard_size=4"
     whole = answer(model_folder, heldout_file, tmp_path / "whole", shards)
@@ -190,7 +202,7 @@ def test_rows_that_are_skipped_shift_nothing(model_folder, tmp_path):
 )
 def test_bad_input(model_folder, tmp_path, monkeypatch, data, more, parts):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("tpaw.evaluation.judge.answers.load_model", lambda *a, **k: 1 / 0)
     write_jsonl(tmp_path / "rows.jsonl", sums(3))
     with refused(*parts):
         answer(model_folder, data, tmp_path / "o", *more)

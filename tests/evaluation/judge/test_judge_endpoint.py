@@ -48,6 +48,20 @@ def test_nobody_there(tpaw_, serve, six, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "url",
+    ["http://me:SESAME@{host}/v1", "http://{host}/v1?key=SESAME", "me:SESAME@{host}/v1"],
+)
+def test_a_key_in_the_url_is_not_shown(tpaw_, serve, six, url, monkeypatch):
+    monkeypatch.setattr("tpaw.evaluation.judge.endpoint.RETRIES", 0)
+    server = serve(lambda question: (401, {"error": {"message": "wrong key"}}))
+    host = server.url.removeprefix("http://").removesuffix("/v1")
+    code, out, err = ask(tpaw_, url.format(host=host), *six)
+    assert code in (2, 3)
+    assert host in err
+    assert "SESAME" not in out + err
+
+
+@pytest.mark.parametrize(
     ("reply", "part"),
     [
         ((401, {"error": {"message": "bad \x1b[31mkey"}}), r"bad \x1b[31mkey"),

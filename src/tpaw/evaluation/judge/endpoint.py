@@ -6,6 +6,7 @@ a local server if HF_HUB_OFFLINE is set.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -43,7 +44,8 @@ class Endpoint:
     """An OpenAI-compatible endpoint. Several threads may use it at the same time.
 
     Args:
-        url: base URL; it begins with http:// or https://.
+        url: base URL; it begins with http:// or https://. Messages show it without user name,
+            password and query, which may hold a key.
         api_key: key of the endpoint; None if it needs none.
 
     Raises:
@@ -58,9 +60,9 @@ class Endpoint:
                 "tpaw judge: the openai library is not installed: pip install 'tpaw[judge]'"
             ) from None
         if not url.startswith(("http://", "https://")):
-            raise InputError(f"--endpoint {url}: it must begin with http:// or https://")
+            raise InputError(f"--endpoint {_public(url)}: it must begin with http:// or https://")
         self._openai = openai
-        self.url = url
+        self.url = _public(url)
         self._client = openai.OpenAI(
             base_url=url,
             # Without a key, the library would read OPENAI_API_KEY and send it to this endpoint.
@@ -100,3 +102,9 @@ class Endpoint:
                 f"{self.url}: not a chat-completions reply: {printable(str(error))}"
             ) from None
         return Reply(text or "", str(reason), str(model))
+
+
+def _public(url: str) -> str:
+    """Return a URL without user name, password, query and fragment."""
+    scheme, slashes, rest = re.split("[?#]", url, maxsplit=1)[0].rpartition("://")
+    return scheme + slashes + rest.rpartition("@")[2]
