@@ -192,5 +192,7 @@ def _print_summary(run: RunDirectory, settings: RunConfig) -> None:
     from tpaw.report.tables import summary_table
 
     console = console_of_stdout()
-    console.print(summary_table(summarise(run, settings)))
-    console.print_text(f"Results: {run.root}")
+    summary = summarise(run, settings)
+    console.print(summary_table(summary))
+    for text in (*summary["notes"], f"Results: {run.root}"):
+        console.print_text(text)

@@ -124,7 +124,8 @@ def checkpoint_of(run: RunDirectory, i: int, *, trust: bool) -> Checkpoint:
     refuse_untrusted_code(model, run, trust=trust)
     name = f"{run.root.name}@{i}"
     if i == 0:
-        player = initial_player(model, run.initial_player_file)
+        may_record = not run.uses_initial_player()
+        player = initial_player(model, run.initial_player_file, may_record=may_record)
     else:
         folder = run.checkpoint(i)
         player = Player(i, str(folder), read_manifest(folder)["fingerprint"])

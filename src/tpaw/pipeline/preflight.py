@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from tpaw.config.plan import plan_run
@@ -38,6 +39,7 @@ def read_and_check(config: RunConfig, output: str | Path, watch: Watch) -> Input
     Raises:
         InputError: naming the setting, the file or the record.
     """
+    _refuse_several_processes()
     check_output(output, config)
     if is_published(RunDirectory(output).inputs):
         check_training(config)  # some of its settings may have changed
@@ -48,6 +50,17 @@ def read_and_check(config: RunConfig, output: str | Path, watch: Watch) -> Input
     plan_run(config, len(inputs.examples))  # it refuses an iteration without effect
     try_architecture(config)
     return inputs
+
+
+def _refuse_several_processes() -> None:
+    """A run belongs to one process. With a folder for each, all would train with other batches."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count.strip() not in ("", "1"):
+        raise InputError(
+            f"WORLD_SIZE: {count}: a run uses one process; start it once, without torchrun or "
+            "accelerate launch, and choose its GPU with CUDA_VISIBLE_DEVICES. To train in several "
+            "processes, use TeamTrainer in your own script (docs/how-to/own-loop.md)."
+        )
 
 
 def read_inputs(config: RunConfig, on_done: OnDone = ignore) -> Inputs:

@@ -19,11 +19,12 @@ Measures of its training:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from tpaw.errors import ArtifactError
 from tpaw.report.summary import summarise
+from tpaw.runtime.progress import note
 from tpaw.storage.run_directory import RunDirectory
 from tpaw.study.runner import StudyRun
 
@@ -91,9 +92,12 @@ def _measures(entry: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _curve(run: StudyRun) -> Iterator[list[float]]:
-    log = RunDirectory(run.folder).training_log(run.config.iterations)
-    for line in log.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
+    try:
+        lines = RunDirectory(run.folder).read_training_log(run.config.iterations)
+    except ArtifactError as error:
+        note(f"{run.name}: {error}")
+        return
+    for entry in lines:
         # The last entry may be the mean of fewer steps. It would look like a jump of the curve.
         is_whole = entry["step"] % run.config.train.log_every == 0
         if "rewards/target" in entry and is_whole:

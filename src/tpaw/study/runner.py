@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from tpaw.config.schema import RunConfig
-from tpaw.errors import RunLockedError
+from tpaw.errors import ArtifactError, RunLockedError
 from tpaw.evaluation.benchmarks.run import SuitesOfRun
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.progress import note, progress
-from tpaw.storage.artifacts import read_json
-from tpaw.storage.run_directory import RunDirectory, check_output, locked
+from tpaw.storage.artifacts import read_facts
+from tpaw.storage.lock import locked
+from tpaw.storage.run_directory import RunDirectory, check_output
 from tpaw.study.config import Condition
 from tpaw.study.sharing import begin_run, begin_shared, is_prepared, shared_name
 
@@ -40,8 +41,10 @@ class StudyRun(NamedTuple):
 
     def iterations_done(self) -> int:
         """How many iterations are published, evaluated and summed up."""
-        summary = RunDirectory(self.folder).summary_file
-        return int(read_json(summary)["iterations_done"]) if summary.exists() else 0
+        try:
+            return int(read_facts(RunDirectory(self.folder).summary_file)["iterations_done"])
+        except (ArtifactError, TypeError, ValueError):  # the run writes it again
+            return 0
 
     def is_done(self) -> bool:
         """Whether all of them are, and every checkpoint is evaluated on every suite."""
