@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from builders import LAYOUTS, make_model
-from messages import DIFFERENCE, refused
+from messages import DIFFERENCE, refused, says
 from oracles import expected_logps, ragged_team
 
 import tpaw.logprobs.attention
@@ -70,10 +70,7 @@ ARCHITECTURES = {
     "gpt_oss": ({"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}, []),
     "doge": (
         {},
-        [
-            ONE_A_ROW + "its attention gives other results from packed sequences ("
-            "packed attention does not support attention_mask that the model makes"
-        ],
+        [ONE_A_ROW + "packed attention does not support attention_mask that the model makes"],
     ),
     "nemotron": ({}, [ONE_A_ROW + "its attention gives other results from packed sequences"]),
 }
@@ -337,6 +334,36 @@ def test_a_model_that_fails_is_refused_by_what_it_says(monkeypatch):
     monkeypatch.setattr(model, "forward", failing)
     with refused("llama", "ValueError", "a multiple of 64"):
         prepare_for_logprobs(model, 99)
+
+
+FAILURES = {
+    "reason": (RuntimeError("view size is not compatible"), True),
+    "memory": (torch.OutOfMemoryError("CUDA out of memory"), False),
+    "call": (TypeError("unexpected keyword argument 'window_size'"), False),
+    "missing": (ImportError("no module named 'torch.nn.attention.varlen'"), False),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_failure_of_packed_rows_is_a_reason_only_if_the_model_causes_it(case, monkeypatch):
+    error, is_reason = FAILURES[case]
+    model = make_model("llama")
+    forward = model.forward
+
+    def failing(**inputs):
+        if "tpaw_spans" in inputs:
+            raise error
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", failing)
+    if not is_reason:
+        with pytest.raises(type(error)):
+            prepare_for_logprobs(model, 99)
+        return
+    layout, notes = prepare_for_logprobs(model, 99)
+    assert layout is PADDED_LAYOUT
+    assert len(notes) == 1
+    says(notes[0], "RuntimeError", "view size is not compatible")
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
