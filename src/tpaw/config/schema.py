@@ -434,8 +434,7 @@ class EvaluateConfig(Section):
 
     data: DataConfig | None = Field(
         None,
-        description="Held-out records, with the same settings as data. Default: none; TPAW then "
-        "evaluates nothing during the run.",
+        description="Held-out records, with the same settings as data. Default: none.",
     )
     exact_match: bool | None = Field(
         None,
@@ -446,6 +445,12 @@ class EvaluateConfig(Section):
         None,
         description="Longest greedy response in tokens. Default: generate.max_new_tokens. It has "
         "no effect without exact_match.",
+    )
+    suites: Strings = Field(
+        (),
+        json_schema_extra=CHANGEABLE,
+        description="Benchmark suites to evaluate θ_0 and every checkpoint on: names or YAML "
+        "files, as in `tpaw evaluate --suite`. They need the extra `evaluate`. Default: none.",
     )
 
 
