@@ -10,6 +10,7 @@ from tpaw.config.schema import RunConfig
 from tpaw.data.examples import Prepared, prepare_examples
 from tpaw.data.inputs import Inputs
 from tpaw.errors import InputError
+from tpaw.evaluation.benchmarks.run import check_suites
 from tpaw.evaluation.exact_match import has_answers
 from tpaw.logprobs.prepare import prepare_for_logprobs
 from tpaw.models.checks import (
@@ -45,6 +46,7 @@ def read_and_check(config: RunConfig, output: str | Path, watch: Watch) -> Input
         return None
     with watch.progress("read and tokenize", None, "records") as on_done:
         inputs = read_inputs(config, on_done)
+    check_suites(config.evaluate.suites)
     plan_run(config, len(inputs.examples))  # it refuses an iteration without effect
     try_architecture(config)
     return inputs

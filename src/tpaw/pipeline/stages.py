@@ -19,6 +19,7 @@ from tpaw.config.schema import RunConfig
 from tpaw.data.examples import Example
 from tpaw.data.inputs import Inputs, load_inputs, publish_inputs
 from tpaw.data.token_ids import TokenIds
+from tpaw.evaluation.benchmarks.run import SuitesOfRun
 from tpaw.evaluation.heldout import HeldoutEvaluation
 from tpaw.generation.generator import OpenGenerator, SamplingParams
 from tpaw.generation.responses import generate_responses, read_responses
@@ -98,6 +99,7 @@ class Stages:
         self.watch = watch
         self.players = LoadedPlayers(config)
         self.open_generator = open_generator or self.players.open_generator
+        self.suites = SuitesOfRun(run, config.evaluate.suites, watch.stop)
         self.params = SamplingParams.of(config.generate, config.max_length, inputs.stop_ids)
         self._stores: dict[str, LogprobStore] = {}
 
@@ -194,20 +196,22 @@ class Stages:
         return self._train_on_triples(policy, pairs, [policy], objective, t)
 
     def evaluate(self, player: Player) -> None:
-        """Held-out outcomes of a checkpoint, item by item, and their means."""
-        if is_published(self.run.evaluation(player.index)) or not self.inputs.heldout:
-            return
-        space_for_responses(self.run, self.config, 2 * len(self.inputs.heldout))
-        HeldoutEvaluation(
-            config=self.config,
-            heldout=self.inputs.heldout,
-            folder_of=self.run.evaluation,
-            open_generator=self.open_generator,
-            load_for_scoring=self.players.for_scoring,
-            decode=self._decode,
-            params=self.params,
-            watch=self.watch,
-        ).publish(player)
+        """Held-out outcomes of a checkpoint, item by item, and their means; then its suites."""
+        if self.inputs.heldout and not is_published(self.run.evaluation(player.index)):
+            space_for_responses(self.run, self.config, 2 * len(self.inputs.heldout))
+            HeldoutEvaluation(
+                config=self.config,
+                heldout=self.inputs.heldout,
+                folder_of=self.run.evaluation,
+                open_generator=self.open_generator,
+                load_for_scoring=self.players.for_scoring,
+                decode=self._decode,
+                params=self.params,
+                watch=self.watch,
+            ).publish(player)
+        if self.suites.missing(player.index):
+            self.players.release()  # the harness loads the player itself
+            self.suites.publish(player.index)
 
     def report(self) -> None:
         """summary.json, from what is published."""

@@ -41,7 +41,8 @@ def summarise(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
         The content of summary.json. `players` has one entry for each iteration; entry 0 is the SFT
         model. Results that do not exist yet are absent. An entry may hold `evaluation` (see
         `evaluation/heldout.py`), `responses` (counts of D_{i-1}), `training` (means over the last
-        half of the steps), `sequences_scored`, `seconds` for each stage, and `checkpoint` (a path
+        half of the steps), `sequences_scored`, `suites` (scores of benchmark suites in percent, by
+        suite, with those of each benchmark), `seconds` for each stage, and `checkpoint` (a path
         relative to the run). `notes` names each damaged training.jsonl, whose metrics are absent.
 
     Raises:
@@ -87,8 +88,25 @@ def _iteration(run: RunDirectory, i: int, notes: list[str]) -> dict[str, Any]:
     if is_published(run.evaluation(i)):
         entry["evaluation"] = read_listed_json(run.evaluation(i), "results.json")
         seconds["evaluate"] = entry["evaluation"]["seconds"]
+    suites = sorted(run.suites(i).glob("*/manifest.json"))
+    if suites:
+        results = [read_listed_json(manifest.parent, "results.json") for manifest in suites]
+        entry["suites"] = {found["suite"]: _suite_scores(found) for found in results}
+        tasks = (task for found in results for task in found["tasks"].values())
+        seconds["suites"] = round(sum(task["seconds"] for task in tasks), 3)
     entry["seconds"] = seconds
     return entry
+
+
+def _suite_scores(results: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "score": results["score"],
+        "stderr": results["stderr"],
+        "benchmarks": {
+            name: {"score": column["score"], "stderr": column["stderr"]}
+            for name, column in results["benchmarks"].items()
+        },
+    }
 
 
 def _scored(run: RunDirectory, i: int) -> list[dict[str, Any]]:

@@ -175,7 +175,11 @@ class RunDirectory:
 
     def suite(self, i: int, name: str) -> Path:
         """Sharded artifact: results of θ_i on a benchmark suite, in total and for each item."""
-        return self.iteration(i - 1).folder / "suites" / name
+        return self.suites(i) / name
+
+    def suites(self, i: int) -> Path:
+        """Folder of the results of θ_i on benchmark suites, one folder for each suite."""
+        return self.iteration(i - 1).folder / "suites"
 
     def logprobs(self, fingerprint: str) -> Path:
         """Sharded artifact: log-probs of sequences under the player with this fingerprint."""

@@ -8,6 +8,9 @@ Measures of a checkpoint on the held-out records:
   for all conditions.
 - `nonpositive_gap_share`: share of the gaps that are not positive, in [0, 1].
 
+- `SUITE` and `SUITE: BENCHMARK`: the scores of each suite of `evaluate.suites` and of its
+  benchmarks, in percent.
+
 Measures of its training:
 
 - `target_reward`, `reward_margin`: means over the last half of the steps, in nats × λ.
@@ -46,15 +49,15 @@ def collect(runs: Sequence[StudyRun]) -> Results:
 
 
 def measures_in(results: Results) -> list[str]:
-    """Return the measures that at least one checkpoint has, in the order of `MEASURES`."""
-    found = {
+    """Return the measures that at least one checkpoint has: those of `MEASURES`, then suites."""
+    found = dict.fromkeys(
         name
         for by_seed in results.values()
         for run in by_seed.values()
         for iteration in run["iterations"]
         for name in iteration
-    }
-    return [name for name in MEASURES if name in found]
+    )
+    return [*(name for name in MEASURES if name in found), *(n for n in found if n not in MEASURES)]
 
 
 def _of_run(run: StudyRun) -> dict[str, Any]:
@@ -81,6 +84,11 @@ def _measures(entry: dict[str, Any]) -> Iterator[tuple[str, float]]:
         yield "reward_margin", training["rewards/margins"]
     if "responses" in entry:
         yield "identical", entry["responses"]["identical_share"]
+    for name, suite in entry.get("suites", {}).items():
+        yield name, suite["score"]
+        if len(suite["benchmarks"]) > 1:
+            for benchmark, column in suite["benchmarks"].items():
+                yield f"{name}: {benchmark}", column["score"]
 
 
 def _curve(run: StudyRun) -> Iterator[list[float]]:

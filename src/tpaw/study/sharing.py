@@ -107,6 +107,7 @@ def begin_run(config: RunConfig, output: Path, shared: Path) -> None:
         source = RunDirectory(shared)
         folders = [source.inputs, source.initial_player_file.parent, source.evaluation(0)]
         folders += [source.responses(1), *sorted((shared / "logprobs").glob("*"))]
+        folders += sorted(source.suites(0).glob("*"))
         for folder in folders:
             target = run.root / folder.relative_to(shared)
             if folder.exists() and not target.exists():
