@@ -7,6 +7,7 @@ which have up to 60 tokens. Weights are large, so that no part of a layer is los
 from __future__ import annotations
 
 import copy
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -501,6 +502,25 @@ def _relative(found: dict, expected: dict) -> float:
         (found.get(n, zero) - expected.get(n, zero)).double().norm() for n in found | expected
     ]
     return float(torch.stack(differences).norm() / norm)
+
+
+def cells(found: Examined) -> tuple[str, ...]:
+    """The row of `docs/reference/models.md`, without the name. No number depends on the machine."""
+    if found.failures:
+        note = "WRONG: " + "; ".join(found.failures)
+    else:
+        notes = (re.sub(r" by [-+.e\d]+ nats on a few tokens", "", note) for note in found.notes)
+        notes = (re.sub(r"off(?= |\))", "other log-probs", note) for note in notes)
+        notes = (note.partition("; choose")[0].partition(", so each")[0] for note in notes)
+        note = " ".join(_reason(note) for note in notes)
+    return found.layout, found.head, found.generation, note
+
+
+def _reason(note: str) -> str:
+    for start, end in (("Sequence packing", ". Training"), ("All logits", ". Lower")):
+        if note.startswith(start):
+            return note.partition(": ")[2].rpartition(end)[0] + "."
+    return note + "."
 
 
 def examined(name: str) -> Examined:

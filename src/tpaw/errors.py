@@ -25,6 +25,12 @@ class ArtifactError(TpawError):
     """A published file differs from its manifest. TPAW neither uses nor overwrites such a file."""
 
 
+class StorageError(TpawError):
+    """The file system failed: it is full, read-only, too slow or gone. Published files are kept."""
+
+    exit_code = 4
+
+
 class RunLockedError(TpawError):
     """Another process holds the lock of the run directory."""
 

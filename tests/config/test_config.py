@@ -146,7 +146,6 @@ def test_a_variant_alone_says_what_it_lacks():
         ("data.columns={prompt: a, target: b, messages: c}", ["data.columns", "messages"]),
         ("data.columns={}", ["data.columns", "prompt", "target", "messages"]),
         ("generate.temperature=0", ["generate.temperature", 0]),
-        ("generate.temperature=0.000001", ["generate.temperature", "1e-06", "0.00001"]),
         ("model=null", ["model", "None"]),
         ("objective.min_player_weight=0.4", ["objective.min_player_weight", 0.4, 3]),
         ("iterations=99999999", ["iterations", 99999999, 1000]),
@@ -157,7 +156,7 @@ def test_a_variant_alone_says_what_it_lacks():
         ("objective.lambda=1e308", ["objective.lambda", 1e308, 1000000]),
         ("objective.eta=1e308", ["objective.eta", 1e308, 1000000]),
         ("objective.gamma=1e308", ["objective.gamma", 1e308, 1000000]),
-        ("generate.temperature=1e-40", ["generate.temperature", 1e-40, 1e-05]),
+        ("generate.temperature=1e-40", ["generate.temperature", 1e-40, "0.00001"]),
         ("generate.temperature=1e40", ["generate.temperature", 1e40, 1000]),
         ("generate.top_k=99999999999", ["generate.top_k", 99999999999, 1000000000]),
         ("generate.max_new_tokens=99999999999", ["generate.max_new_tokens", 1000000000]),
@@ -285,7 +284,15 @@ def test_only_what_changes_results_counts_as_a_difference():
     assert (
         differences(
             old,
-            RunConfig.load("starter", overrides=["train.tokens_per_row=32", "train.save_every=7"]),
+            RunConfig.load(
+                "starter",
+                overrides=[
+                    "train.tokens_per_row=32",
+                    "train.save_every=7",
+                    "generate.tokens_per_batch=2000",
+                    "generate.shard_size=16",
+                ],
+            ),
         )
         == []
     )

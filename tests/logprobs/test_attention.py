@@ -14,7 +14,7 @@ from oracles import expected_logps
 
 import tpaw.logprobs.attention
 from tpaw.data.token_ids import token_ids
-from tpaw.logprobs.attention import PACKED, packed_attention
+from tpaw.logprobs.attention import packed_attention
 from tpaw.logprobs.packing import PACKED_LAYOUT, packed_batch
 from tpaw.logprobs.prepare import prepare_for_logprobs
 from tpaw.logprobs.response import LogprobHead, response_logps

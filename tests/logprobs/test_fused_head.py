@@ -7,18 +7,23 @@ import torch
 
 import tpaw.logprobs.fused_head
 import tpaw.logprobs.response
-from tpaw.logprobs.fused_head import token_logps
+from tpaw.logprobs.fused_head import LogitMap, token_logps
 
 
-def reference_token_logps(hidden, weight, bias, labels):
-    logits = hidden @ weight.T + (0 if bias is None else bias)
+def reference_token_logps(hidden, weight, bias, labels, scale=1.0, cap=None):
+    logits = (hidden @ weight.T + (0 if bias is None else bias)) * scale
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
     return torch.log_softmax(logits, dim=1)[torch.arange(len(labels)), labels]
 
 
 @pytest.mark.parametrize("tokens_in_a_chunk", [1, 3, 10, 11, 100])
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_chunked_log_probs_and_their_gradients(tokens_in_a_chunk, has_bias, dtype, monkeypatch):
+@pytest.mark.parametrize("logit_map", [(1.0, None), (0.25, None), (1.0, 3.0), (2.0, 5.0)])
+def test_chunked_log_probs_and_their_gradients(
+    tokens_in_a_chunk, has_bias, dtype, logit_map, monkeypatch
+):
     monkeypatch.setattr(tpaw.logprobs.fused_head, "LOGITS_IN_A_CHUNK", tokens_in_a_chunk * 23 + 22)
     torch.manual_seed(tokens_in_a_chunk)
     leaves = [torch.randn(10, 7) * 3, torch.randn(23, 7), *([torch.randn(23)] if has_bias else [])]
@@ -30,7 +35,10 @@ def test_chunked_log_probs_and_their_gradients(tokens_in_a_chunk, has_bias, dtyp
         hidden, weight, bias = [x.detach().to(of).requires_grad_() for x in leaves] + [None] * (
             not has_bias
         )
-        logps = function(hidden, weight, bias, labels)
+        if function is token_logps:
+            logps = function(hidden, weight, bias, labels, LogitMap(*logit_map))
+        else:
+            logps = function(hidden, weight, bias, labels, *logit_map)
         inputs = [x for x in (hidden, weight, bias) if x is not None]
         return [logps, *torch.autograd.grad((logps * upstream.to(of)).sum(), inputs)]
 
@@ -42,9 +50,10 @@ def test_chunked_log_probs_and_their_gradients(tokens_in_a_chunk, has_bias, dtyp
         assert torch.allclose(found.double(), wanted, rtol=tolerance, atol=tolerance)
 
 
-def test_a_second_backward_gives_the_same_gradient_again():
+@pytest.mark.parametrize("logit_map", [(1.0, None), (2.0, 5.0)])
+def test_a_second_backward_gives_the_same_gradient_again(logit_map):
     hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4)
-    logps = token_logps(hidden, weight, None, torch.arange(6))
+    logps = token_logps(hidden, weight, None, torch.arange(6), LogitMap(*logit_map))
     [first] = torch.autograd.grad(logps.sum(), hidden, retain_graph=True)
     [second] = torch.autograd.grad(logps.sum(), hidden)
     assert torch.allclose(first, second, atol=1e-6)

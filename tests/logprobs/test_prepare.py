@@ -10,9 +10,10 @@ import pytest
 import torch
 import transformers
 from builders import LAYOUTS, make_model
-from messages import DIFFERENCE, refused
+from messages import DIFFERENCE, refused, says
 from oracles import expected_logps, ragged_team
 
+import tpaw.logprobs.attention
 from tpaw.logprobs.packing import PACKED_LAYOUT, PADDED_LAYOUT, packed_batch
 from tpaw.logprobs.prepare import prepare_for_logprobs
 from tpaw.logprobs.response import HeadChangedError, LogprobHead, response_logps
@@ -37,37 +38,28 @@ ONE_A_ROW = "Sequence packing is disabled for this model: "
 ALL_LOGITS = "All logits are held in memory: the model changes the output of its head"
 
 
+NO_INTERFACE = ONE_A_ROW + "its attention does not follow transformers' interface"
+
+
 ARCHITECTURES = {
-    "mistral": (
-        {"sliding_window": 8},
-        [ONE_A_ROW + "its attention window of 8 tokens is shorter than 40 tokens"],
-    ),
+    "mistral": ({"sliding_window": 8}, []),
     "mistral-wide": ({"sliding_window": 40}, []),
     "phi3": ({"sliding_window": None}, []),
     "qwen3": ({}, []),
     "olmo2": ({}, []),
-    "gemma3_text": (
-        {"sliding_window": 8, "query_pre_attn_scalar": 8},
-        [ONE_A_ROW + "its attention window of 8 tokens is shorter than 40 tokens"],
-    ),
+    "gemma3_text": ({"sliding_window": 8, "query_pre_attn_scalar": 8}, []),
     "gemma2": (
-        {"sliding_window": 64, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
-        [ALL_LOGITS, ONE_A_ROW + "its attention is 'eager', not sdpa"],
+        {"sliding_window": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
+        [],
     ),
-    "granite": ({"logits_scaling": 4.0}, [ALL_LOGITS]),
-    "cohere": ({"logit_scale": 0.5}, [ALL_LOGITS]),
-    "bloom": (
-        {"n_layer": 2, "n_head": 4},
-        [ONE_A_ROW + "its attention is 'eager', not sdpa"],
-    ),
+    "granite": ({"logits_scaling": 4.0}, []),
+    "cohere": ({"logit_scale": 0.5}, []),
+    "bloom": ({"n_layer": 2, "n_head": 4}, [NO_INTERFACE]),
     "falcon": (
         {"alibi": True, "head_dim": None, "new_decoder_architecture": False, "multi_query": True},
-        [ONE_A_ROW + "its attention does not follow transformers' interface"],
+        [NO_INTERFACE],
     ),
-    "mamba": (
-        {"state_size": 4},
-        [ONE_A_ROW + "its attention is 'eager', not sdpa"],
-    ),
+    "mamba": ({"state_size": 4}, [NO_INTERFACE]),
     "opt": ({"ffn_dim": 48, "word_embed_proj_dim": 32}, []),
     "gpt_neox": ({"rotary_pct": 0.5}, []),
     "qwen3_moe": ({"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}, []),
@@ -75,10 +67,12 @@ ARCHITECTURES = {
         {"attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 48},
         [ONE_A_ROW + "it has layers of chunked_attention"],
     ),
-    "gpt_oss": (
-        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64},
-        [ONE_A_ROW + "its attention is 'eager', not sdpa"],
+    "gpt_oss": ({"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}, []),
+    "doge": (
+        {},
+        [ONE_A_ROW + "packed attention does not support attention_mask that the model makes"],
     ),
+    "nemotron": ({}, [ONE_A_ROW + "its attention gives other results from packed sequences"]),
 }
 
 
@@ -112,10 +106,11 @@ def test_an_architecture_is_packed_if_it_can_be_and_right_in_any_case(name):
     assert torch.allclose(logps_S, expected_S, rtol=1e-5, atol=1e-4)
 
 
-def test_a_prepared_model_generates_and_gives_logits_as_before():
-    model, reference = make_model("llama"), make_model("llama")
-    prepare_for_logprobs(model, 99)
-    ids = torch.randint(5, 320, (3, 12))
+@pytest.mark.parametrize("name", ["mistral-wide", "mistral", "gemma2", "gpt_oss"])
+def test_a_prepared_model_generates_and_gives_logits_as_before(name):
+    model, reference = architecture(name), architecture(name)
+    assert prepare_for_logprobs(model, 99).layout is PACKED_LAYOUT
+    ids = torch.randint(5, 64, (3, 12))
     mask = torch.ones_like(ids)
     ids[0, :5] = mask[0, :5] = 0
     for call in (
@@ -175,11 +170,63 @@ def test_a_model_that_lies_about_its_attention_is_found_out(kind, monkeypatch):
     assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("name", ["granite", "gemma2"])
-def test_weights_in_bf16_do_not_hide_what_a_model_does_to_its_logits(name):
-    """Their own rounding is larger than what a soft cap or a scale changes on a few tokens."""
-    model = architecture(name).bfloat16()
-    assert prepare_for_logprobs(model, 40).notes[0].startswith(ALL_LOGITS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("name", "logit_map"),
+    [
+        ("granite", (1 / 4, None)),
+        ("cohere", (1 / 2, None)),
+        ("gemma2", (1, 3)),
+        ("qwen3", (1, None)),
+    ],
+)
+def test_a_head_learns_the_scale_and_the_cap_of_its_model(name, logit_map, dtype):
+    model = architecture(name).to(dtype)
+    assert prepare_for_logprobs(model, 40).notes == ()
+    assert LogprobHead.attached_to(model).logit_map == logit_map
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda logits: logits + 1,
+        lambda logits: logits.abs(),
+        lambda logits: logits.clamp(max=4),
+        lambda logits: logits * torch.nn.Parameter(torch.tensor(2.0)),  # training changes it
+        lambda logits: logits[..., :-1],
+    ],
+    ids=["shift", "absolute value", "clamp", "trained scale", "fewer logits"],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_all_logits_are_held_if_a_model_changes_them_in_another_way(change, dtype, monkeypatch):
+    model = make_model("llama").to(dtype)
+    forward = model.forward
+
+    def changed(**inputs):
+        output = forward(**inputs)
+        return transformers.modeling_outputs.CausalLMOutput(logits=change(output.logits))
+
+    monkeypatch.setattr(model, "forward", changed)
+    layout, notes = prepare_for_logprobs(model, 99)
+    assert layout is PACKED_LAYOUT
+    [note] = notes
+    assert note.startswith(ALL_LOGITS)
+    assert LogprobHead.attached_to(model) is None
+
+
+@pytest.mark.parametrize("window", [3, 4])
+def test_a_window_is_tried_although_the_trial_is_shorter_than_it(window, monkeypatch):
+    """A model that passes another window to its attention than to its masks is not packed."""
+    model = architecture("mistral-wide")
+    packed = tpaw.logprobs.attention.packed_attention
+
+    def other_window(*args, sliding_window, **kwargs):
+        return packed(*args, sliding_window=sliding_window - 3 + window, **kwargs)
+
+    monkeypatch.setattr(tpaw.logprobs.attention, "packed_attention", other_window)
+    layout, notes = prepare_for_logprobs(model, 40)
+    assert (layout is PACKED_LAYOUT) == (notes == ()) == (window == 3)
+    assert model.config.sliding_window == 40  # as before the trial
 
 
 def test_weights_in_bf16_do_not_hide_wrong_attention(monkeypatch):
@@ -287,6 +334,36 @@ def test_a_model_that_fails_is_refused_by_what_it_says(monkeypatch):
     monkeypatch.setattr(model, "forward", failing)
     with refused("llama", "ValueError", "a multiple of 64"):
         prepare_for_logprobs(model, 99)
+
+
+FAILURES = {
+    "reason": (RuntimeError("view size is not compatible"), True),
+    "memory": (torch.OutOfMemoryError("CUDA out of memory"), False),
+    "call": (TypeError("unexpected keyword argument 'window_size'"), False),
+    "missing": (ImportError("no module named 'torch.nn.attention.varlen'"), False),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_failure_of_packed_rows_is_a_reason_only_if_the_model_causes_it(case, monkeypatch):
+    error, is_reason = FAILURES[case]
+    model = make_model("llama")
+    forward = model.forward
+
+    def failing(**inputs):
+        if "tpaw_spans" in inputs:
+            raise error
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", failing)
+    if not is_reason:
+        with pytest.raises(type(error)):
+            prepare_for_logprobs(model, 99)
+        return
+    layout, notes = prepare_for_logprobs(model, 99)
+    assert layout is PADDED_LAYOUT
+    assert len(notes) == 1
+    says(notes[0], "RuntimeError", "view size is not compatible")
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])

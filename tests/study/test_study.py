@@ -258,6 +258,24 @@ def test_a_varied_condition_whose_every_run_failed_is_left_out_of_the_figure(wri
     assert [p.stem for p in drawn] == ["accuracy-by-objective-eta", "gap-by-objective-eta"]
 
 
+def test_without_held_out_records_the_first_suite_is_compared(write, tmp_path):
+    _, conditions = read_study(write(methods={"a": "tpaw", "b": "tpaw"}))
+    results = {
+        name: {
+            seed: {"iterations": [{"v1": 50.0, "v1: ARC": score}], "curve": [], "seconds": 1.0}
+            for seed in (0, 1)
+        }
+        for name, score in (("a", 40.0), ("b", 41.5))
+    }
+    study = complete(analyse(conditions, results, None))
+    assert (study["primary"], study["measures"]) == ("v1", ["v1", "v1: ARC"])
+    drawn = draw_figures(study, tmp_path)
+    assert [path.stem for path in drawn] == ["v1-by-iteration"]
+    text = study_report(study, drawn)
+    assert "**v1: ARC, %: mean over seeds ± SD [95 % t-interval]**" in text
+    assert "| b | 2 | 41.500 ± 0.000 [41.500, 41.500] |" in text
+
+
 def test_a_curve_has_no_point_that_is_the_mean_of_fewer_steps(write, tmp_path):
     _, conditions = read_study(write(set={"train": {"log_every": 4}}, seeds=[0]))
     [run] = runs_of(conditions, [0], tmp_path)

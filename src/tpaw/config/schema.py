@@ -48,7 +48,8 @@ _OF_SELF_PLAY: Mapping[str, tuple[str, ...]] = {
 }
 
 # `json_schema_extra` of a setting that may change when a run is resumed. Such a setting controls
-# memory, speed or display. It changes results by rounding at most.
+# memory, speed or display. It changes results by rounding at most; where it decides which random
+# numbers a response gets, its description says so.
 CHANGEABLE: JsonDict = {"changeable": True}
 
 
@@ -299,12 +300,17 @@ class GenerateConfig(Section):
         131072,
         json_schema_extra=CHANGEABLE,
         description="Token budget of a generation batch: (prompt + max_new_tokens) × sequences. "
-        "It decides only memory use and speed. Lower it if generation runs out of memory.",
+        "Lower it if generation runs out of memory. It decides only memory use and speed, except "
+        "for a model without continuous batching (a note names it): there, a seed gives other "
+        "responses for another budget. Published responses are kept.",
     )
     shard_size: Count = Field(
         1024,
+        json_schema_extra=CHANGEABLE,  # responses that have begun keep their size
         description="Prompts in one shard of responses. TPAW publishes shard by shard, so a "
-        "killed run loses at most one shard of work.",
+        "killed run loses at most one shard of work. The random numbers of a response depend on "
+        "its place in its shard. When a run is resumed, another size applies to iterations whose "
+        "generation has not begun.",
     )
 
 
@@ -428,8 +434,7 @@ class EvaluateConfig(Section):
 
     data: DataConfig | None = Field(
         None,
-        description="Held-out records, with the same settings as data. Default: none; TPAW then "
-        "evaluates nothing during the run.",
+        description="Held-out records, with the same settings as data. Default: none.",
     )
     exact_match: bool | None = Field(
         None,
@@ -440,6 +445,12 @@ class EvaluateConfig(Section):
         None,
         description="Longest greedy response in tokens. Default: generate.max_new_tokens. It has "
         "no effect without exact_match.",
+    )
+    suites: Strings = Field(
+        (),
+        json_schema_extra=CHANGEABLE,
+        description="Benchmark suites to evaluate θ_0 and every checkpoint on: names or YAML "
+        "files, as in `tpaw evaluate --suite`. They need the extra `evaluate`. Default: none.",
     )
 
 

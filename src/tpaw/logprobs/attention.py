@@ -155,9 +155,7 @@ def packed_attention(
     if attention_mask is not None and attention_mask.numel() != 1:
         unknown.append("attention_mask that the model makes")
     if unknown:
-        raise PackingError(
-            f"packed attention does not support {', '.join(unknown)}; use padded rows for this model"
-        )
+        raise PackingError(f"packed attention does not support {', '.join(unknown)}")
     # Under autocast, RoPE returns queries and keys in fp32. The kernel needs one dtype for all.
     dtype = query.dtype
     if torch.is_autocast_enabled(query.device.type):

@@ -40,7 +40,7 @@ RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE = 2e-5, 1e-4
 # For the kernel that computes in bf16 alone. It checks for gross errors only.
 BF16_RELATIVE_TOLERANCE, BF16_ABSOLUTE_TOLERANCE = 0.02, 0.2
 
-# Tokens of the long sequence of the trial; no multiple of a chunk length.
+# Most tokens of the long sequence of the trial; no multiple of a chunk length.
 LONG_TRIAL = 133
 
 PACKING_DISABLED = "Sequence packing is disabled for this model: {}. Training is about 2x slower."
@@ -106,16 +106,15 @@ def prepare_for_logprobs(model: Any, longest: int) -> Preparation:
     notes = []
     head = LogprobHead(module)
     head.attach()
-    if (error := trial.error_of(PADDED_LAYOUT, head)) is not None:
+    if (reason := _why_logits_are_held(trial, head)) is not None:
         head.detach()
-        notes.append(LOGITS_HELD.format(f"the model changes the output of its head ({error})"))
+        notes.append(LOGITS_HELD.format(reason))
     reason = _why_not_packed(model)
     if reason is None:
         before = model.config._attn_implementation
         model.set_attn_implementation(PACKED.get(before, before))
-        if (error := trial.error_of(PACKED_LAYOUT)) is not None:
+        if (reason := _why_packing_fails(trial)) is not None:
             model.set_attn_implementation(before)
-            reason = f"its attention gives other results from packed sequences ({error})"
     if reason is not None:
         notes.append(PACKING_DISABLED.format(reason))
     return Preparation(PADDED_LAYOUT if reason else PACKED_LAYOUT, tuple(notes))
@@ -142,9 +141,10 @@ class _Trial:
             for length in (4, 1, 3)
         ]
         # Some models compute long sequences otherwise, in chunks for example.
-        if longest > LONG_TRIAL:
-            prompt = self._random_ids(LONG_TRIAL - 3)
-            self.sequences += [TokenSequence(prompt, self._random_ids(3))]
+        length = min(longest, LONG_TRIAL)
+        if length > max(len(prompt) + len(response) for prompt, response in self.sequences):
+            prompt = self._random_ids(length - 3)
+            self.sequences.append(TokenSequence(prompt, self._random_ids(3)))
         self.is_possible = not any(
             p.is_meta or isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()
         )
@@ -200,25 +200,14 @@ class _Trial:
         """
         if not self.is_possible:
             return None
-        try:
-            if new_head is not None:
-                new_head.learn_logit_map(self.model)
-            error = _difference(self._logps(layout.collate(self.sequences)), self.expected_S)
-            if error is None and next(self.model.parameters()).device.type == "cuda":
-                # Packed rows use a kernel for bf16 alone there.
-                rounded_S = self._logps(layout.collate(self.sequences), in_bf16=True)
-                tolerances = BF16_RELATIVE_TOLERANCE, BF16_ABSOLUTE_TOLERANCE
-                error = _difference(rounded_S, self.expected_S, *tolerances)
-        except HeadChangedError:
-            return "a soft cap or a scale, for example"
-        except PackingError as problem:
-            return str(problem)
-        except RuntimeError as problem:
-            # Tensors of other shapes or strides than the model expects. Whatever else fails is not
-            # a property of the model: memory that runs out, a kernel that is not there.
-            if type(problem) is not RuntimeError:
-                raise
-            return _named(problem)
+        if new_head is not None:
+            new_head.learn_logit_map(self.model)
+        error = _difference(self._logps(layout.collate(self.sequences)), self.expected_S)
+        if error is None and next(self.model.parameters()).device.type == "cuda":
+            # Packed rows use a kernel for bf16 alone there.
+            rounded_S = self._logps(layout.collate(self.sequences), in_bf16=True)
+            tolerances = BF16_RELATIVE_TOLERANCE, BF16_ABSOLUTE_TOLERANCE
+            error = _difference(rounded_S, self.expected_S, *tolerances)
         return None if error is None else f"off {error}"
 
     def _logps(self, batch: PackedBatch, in_bf16: bool = False) -> Tensor:
@@ -283,6 +272,31 @@ def _kind_of(model: Any) -> str:
 
 def _named(error: Exception) -> str:
     return printable(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+
+
+def _why_logits_are_held(trial: _Trial, head: LogprobHead) -> str | None:
+    change = "the model changes the output of its head"
+    try:
+        error = trial.error_of(PADDED_LAYOUT, head)
+    except HeadChangedError:
+        return f"{change} by more than a scale and a soft cap"
+    return None if error is None else f"{change} ({error})"
+
+
+def _why_packing_fails(trial: _Trial) -> str | None:
+    try:
+        error = trial.error_of(PACKED_LAYOUT)
+    except PackingError as problem:
+        return str(problem)
+    except RuntimeError as problem:
+        # A tensor of another shape or stride than the model expects. Whatever else fails is no
+        # property of the model: memory that runs out, a kernel that is not there, a wrong call.
+        if type(problem) is not RuntimeError:
+            raise
+        return f"it fails on packed sequences ({_named(problem)})"
+    if error is None:
+        return None
+    return f"its attention gives other results from packed sequences ({error})"
 
 
 def _why_not_packed(model: Any) -> str | None:

@@ -13,6 +13,7 @@ from tpaw.errors import InputError
 # Besides the weights: configuration, stop tokens, tokenizer, chat template and code of the model.
 _DECISIVE = (
     "config.json",
+    "adapter_config.json",
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",

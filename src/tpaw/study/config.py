@@ -159,10 +159,10 @@ def read_study(source: str) -> tuple[StudyConfig, list[Condition]]:
             config = condition.config(study.seeds[0])
         except InputError as error:
             raise InputError(f"{source}: {condition.name}: {error}") from None
-        if config.evaluate.data is None:
+        if config.evaluate.data is None and not config.evaluate.suites:
             raise InputError(
                 f"{source}: {condition.name}: evaluate.data: missing; a study needs held-out "
-                "records to compare checkpoints"
+                "records or benchmarks (evaluate.suites) to compare checkpoints"
             )
     if study.baseline is not None:
         explain_unknown(f"{source}: baseline", [study.baseline], [c.name for c in conditions])

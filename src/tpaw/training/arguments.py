@@ -106,6 +106,9 @@ def training_arguments(config: RunConfig, t: int, output: Path) -> TrainingArgum
         InputError: transformers refuses them, or more than one GPU is visible.
     """
     train = config.train
+    settings = dict(train.training_arguments)
+    if train.weights == "split":
+        settings["max_grad_norm"] = 0.0  # the optimizer clips, see `split_optimizer`
     kind: type[TrainingArguments] = TrainingArguments
     own: dict[str, Any] = {}
     if config.method == "sft":
@@ -129,7 +132,7 @@ def training_arguments(config: RunConfig, t: int, output: Path) -> TrainingArgum
             report_to=list(train.report_to) or "none",
             disable_tqdm=True,
             **({"per_device_train_batch_size": train.batch_size} | own),
-            **({"run_name": f"theta_{t + 1}"} | dict(train.training_arguments)),
+            **({"run_name": f"theta_{t + 1}"} | settings),
         )
     except Exception as error:  # transformers raises many types
         raise InputError(f"train.training_arguments: {_described(error)}") from None
@@ -155,7 +158,9 @@ def split_optimizer(
     """
     if config.train.weights == "fp32":
         return None
-    return SplitRMSprop, Trainer.get_optimizer_cls_and_kwargs(arguments)[1]
+    limit = config.train.training_arguments.get("max_grad_norm", TrainingArguments.max_grad_norm)
+    options = Trainer.get_optimizer_cls_and_kwargs(arguments)[1]
+    return SplitRMSprop, options | {"max_grad_norm": limit}
 
 
 def check_training(config: RunConfig) -> None:

@@ -24,7 +24,7 @@ from transformers import T5Config
 
 import tpaw.evaluation.benchmarks.harness
 import tpaw.evaluation.benchmarks.run
-from tpaw.config.schema import DataConfig
+from tpaw.config.schema import DataConfig, RunConfig
 from tpaw.data.readers import read_records
 from tpaw.errors import ArtifactError
 from tpaw.evaluation.benchmarks.harness import HarnessModel, load_tasks
@@ -32,7 +32,12 @@ from tpaw.evaluation.benchmarks.run import evaluate_suite
 from tpaw.evaluation.benchmarks.suite import load_suite
 from tpaw.evaluation.exact_match import is_correct
 from tpaw.evaluation.items import read_items
-from tpaw.storage.artifacts import is_published, verify
+from tpaw.selfplay import self_play
+from tpaw.storage.artifacts import is_published, read_json, verify
+from tpaw.storage.run_directory import RunDirectory
+from tpaw.study.config import Condition
+from tpaw.study.results import collect, measures_in
+from tpaw.study.runner import StudyRun
 
 GENERATE = {
     "task": "sums",
@@ -95,6 +100,61 @@ def prompts(monkeypatch):
     record("generate_until")
     record("loglikelihood")
     return asked
+
+
+def test_a_run_evaluates_its_checkpoints_on_the_suites_of_its_configuration(
+    suite, settings, tmp_path
+):
+    settings |= {"iterations": 1, "evaluate": settings["evaluate"] | {"suites": [str(suite)]}}
+    config = RunConfig.load(settings)
+    output = tmp_path / "with"
+    self_play(config, output)
+    run = RunDirectory(output)
+
+    # As `tpaw evaluate` would have evaluated the same run.
+    self_play(RunConfig.load(settings, {"evaluate": {"suites": []}}), tmp_path / "without")
+    expected = evaluate_suite(str(tmp_path / "without"), str(suite), trust=True)
+    assert len(expected) == 2
+    for i, one in enumerate(expected):
+        for name in ("items/sums.jsonl", "items/parity.jsonl"):
+            found = run.suite(i, "local") / name
+            assert found.read_bytes() == (one.folder / name).read_bytes()
+        scores = read_json(run.summary_file)["players"][i]["suites"]["local"]
+        assert scores["score"] == one.results["score"]
+        assert list(scores["benchmarks"]) == ["Sums", "Parity"]
+
+    # A study finds the scores, and a run without them is not done.
+    condition = Condition("tpaw", "tpaw", {}, ())
+    done = StudyRun(condition, 0, config, output)
+    assert done.is_done()
+    measures = collect([done])["tpaw"][0]["iterations"][1]
+    assert measures["local"] == expected[1].results["score"]
+    assert measures["local: Sums"] == expected[1].results["benchmarks"]["Sums"]["score"]
+    assert measures_in(collect([done]))[-3:] == ["local", "local: Sums", "local: Parity"]
+    shutil.rmtree(run.suite(1, "local"))
+    assert not done.is_done()
+
+    # Resuming evaluates what is missing, and nothing else.
+    before = {p: p.stat().st_mtime_ns for p in run.suite(0, "local").rglob("*")}
+    self_play(config, output)
+    assert done.is_done()
+    assert {p: p.stat().st_mtime_ns for p in run.suite(0, "local").rglob("*")} == before
+
+
+def test_a_suite_of_a_run_is_checked_before_anything_is_written(settings, tmp_path):
+    settings |= {"evaluate": settings["evaluate"] | {"suites": ["gsm8"]}}
+    with refused("evaluate.suites", "gsm8", "gsm8k"):
+        self_play(RunConfig.load(settings), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_task_files_of_a_runs_suite_need_trust(tpaw_, suite, settings, tmp_path):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
+    run = ("run", tmp_path / "c.yaml", "--set", f"evaluate.suites={suite}", "-o", tmp_path / "r")
+    code, _, err = tpaw_(*run)
+    assert code == 2
+    complains(err, "--trust", hide={"SUITE": str(suite)})
+    assert not (tmp_path / "r").exists()
 
 
 def test_a_model_from_the_command_line(tpaw_, suite, model_folder, tmp_path, prompts):
@@ -349,12 +409,16 @@ def test_a_model_that_computes_nan_has_no_score(tpaw_, suite, tmp_path):
     with torch.no_grad():
         model.model.norm.weight[3] = float("nan")
     model.save_pretrained(save_model(tmp_path / "broken"))
-    rewrite(suite, tasks=yaml.safe_load(suite.read_text())["tasks"][1:])
     out = tmp_path / "out"
-    code, _, err = tpaw_("evaluate", tmp_path / "broken", "--suite", suite, "--trust", "-o", out)
-    assert code in (1, 2)
-    complains(err, "broken", "NaN")
-    assert not is_published(out)
+    columns = yaml.safe_load(suite.read_text())["tasks"]
+    for order in (columns, columns[::-1]):  # answers first, then choices first
+        rewrite(suite, tasks=order)
+        code, _, err = tpaw_(
+            "evaluate", tmp_path / "broken", "--suite", suite, "--trust", "-o", out
+        )
+        assert code == 1
+        complains(err, "broken", "NaN", "model.norm.weight")
+        assert not is_published(out)
 
 
 def test_a_task_with_a_name_that_is_no_file_name(tpaw_, suite, model_folder, tmp_path):

@@ -183,22 +183,6 @@ def test_the_benchmark_compares_the_two(tmp_path, capsys):
     assert 0 < results["correct"] < 12
 
 
-def test_a_broken_model_has_no_score():
-    model = make_model(seed=3)
-    with torch.no_grad():
-        model.model.norm.weight[5] = torch.nan
-    model.name_or_path = "runs/x/iterations/1/checkpoint"
-    ours = make_ours(model)
-    with refused("runs/x/iterations/1/checkpoint", "model.norm.weight", error=NonFiniteError):
-        ours.generate_until(requests([]))
-    choices = [
-        Instance("loglikelihood", {}, (row["question"], " 5"), 0, metadata=("t", i, 1))
-        for i, row in enumerate(sums(3))
-    ]
-    with refused("runs/x/iterations/1/checkpoint", "model.norm.weight", error=NonFiniteError):
-        ours.loglikelihood(choices)
-
-
 def test_log_likelihoods_are_computed_in_batches(monkeypatch):
     ours = make_ours(make_model(seed=3))
     shapes = []
@@ -229,13 +213,39 @@ def test_log_likelihoods_are_computed_in_batches(monkeypatch):
     assert len(choices) == 40
 
 
-@pytest.mark.parametrize("kind", ["loglikelihood", "loglikelihood_rolling"])
-def test_a_model_that_computes_nan_is_named(kind):
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("loglikelihood", ("What is", " 4?")),
+        ("loglikelihood_rolling", ("What is 4?",)),
+        ("generate_until", ("What is", {"until": ["\n"]})),
+        ("generate_until", ("What is", {"until": [], "do_sample": True, "temperature": 0.8})),
+        ("generate_until", ("What is", {"until": [], "num_beams": 2})),
+    ],
+    ids=["choices", "rolling", "greedy", "sampling", "beams"],
+)
+def test_a_model_that_computes_nan_is_named(kind, arguments):
     model = make_model(seed=3)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
     model.name_or_path = "broken"
+    if kind == "generate_until":
+        arguments[1]["max_gen_toks"] = 8
+    with refused("broken", "NaN", "layers.1.mlp.up_proj", error=NonFiniteError):
+        getattr(make_ours(model), kind)([Instance(kind, {}, arguments, 0)])
+
+
+def test_a_broken_model_has_no_score():
+    model = make_model(seed=3)
+    with torch.no_grad():
+        model.model.norm.weight[5] = torch.nan
+    model.name_or_path = "runs/x/iterations/1/checkpoint"
     ours = make_ours(model)
-    arguments = ("What is", " 4?") if kind == "loglikelihood" else ("What is 4?",)
-    with refused("broken", "NaN", "layers.1.mlp.up_proj.weight", error=NonFiniteError):
-        getattr(ours, kind)([Instance(kind, {}, arguments, 0)])
+    with refused("runs/x/iterations/1/checkpoint", "model.norm.weight", error=NonFiniteError):
+        ours.generate_until(requests([]))
+    choices = [
+        Instance("loglikelihood", {}, (row["question"], " 5"), 0, metadata=("t", i, 1))
+        for i, row in enumerate(sums(3))
+    ]
+    with refused("runs/x/iterations/1/checkpoint", "model.norm.weight", error=NonFiniteError):
+        ours.loglikelihood(choices)

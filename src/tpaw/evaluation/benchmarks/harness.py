@@ -261,7 +261,7 @@ class HarnessModel(HFLM):
             self._batches_of(max(1, self.tokens_per_row // longest)),
             memory_limited_by("score.tokens_per_row", self.tokens_per_row),
         ):
-            self.cache_hook = _RequestHook(on_done, self.model)
+            self.cache_hook = _RequestHook(self.model, on_done)
             found: list[tuple[float, bool]] = super()._loglikelihood_tokens(
                 keyed, disable_tqdm=True
             )
@@ -304,19 +304,19 @@ class HarnessModel(HFLM):
                     texts = self._greedy([r.args[0] for r in group], kwargs, on_done)
                 else:
                     self.model.generation_config = GenerationConfig(eos_token_id=[*self.stop_ids])
-                    self.cache_hook = _RequestHook(on_done, self.model)
+                    self.cache_hook = _RequestHook(self.model, on_done)
                     texts = super().generate_until(group, disable_tqdm=True)
                 responses.update(zip(positions, texts, strict=True))
         return [responses[i] for i in range(len(requests))]
 
     def _model_generate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Call the harness's method, and check the logits of each token."""
-        checks = LogitsProcessorList([self._refuse_nan])
+        checks = LogitsProcessorList([self._check_logits])
         found: torch.Tensor = super()._model_generate(*args, logits_processor=checks, **kwargs)
         return found
 
-    def _refuse_nan(self, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        if bool(logits.isnan().any()):
+    def _check_logits(self, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        if not bool(logits.amax(-1).isfinite().all()):  # -inf for some tokens is allowed
             raise non_finite(self.model, "logits")
         return logits
 
@@ -378,9 +378,9 @@ class HarnessModel(HFLM):
 class _RequestHook:
     """Replaces the harness's response cache, to count and check finished requests."""
 
-    def __init__(self, on_done: Callable[[int], None], model: PreTrainedModel) -> None:
-        self.on_done = on_done
+    def __init__(self, model: PreTrainedModel, on_done: Callable[[int], None]) -> None:
         self.model = model
+        self.on_done = on_done
 
     def add_partial(self, attribute: str, request: Any, answer: Any) -> None:
         """Count one finished request.

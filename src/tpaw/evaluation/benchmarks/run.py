@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +18,7 @@ from tpaw.evaluation.benchmarks.suite import Suite, benchmark_scores, load_suite
 from tpaw.evaluation.items import Item, items_file, write_items
 from tpaw.models.checks import check_model, check_vocabulary
 from tpaw.models.loading import load_model, pick_device
-from tpaw.models.references import Checkpoint, find_checkpoints
+from tpaw.models.references import Checkpoint, checkpoint_of, find_checkpoints
 from tpaw.models.tokenizers import load_tokenizer, stop_token_ids
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.isolation import isolated
@@ -36,7 +36,7 @@ from tpaw.storage.artifacts import (
     verify,
     write_json,
 )
-from tpaw.storage.run_directory import environment, open_run
+from tpaw.storage.run_directory import RunDirectory, environment, open_run
 
 if TYPE_CHECKING:
     import torch
@@ -112,14 +112,11 @@ def evaluate_suite(
     for work in works:
         _check_folder(work)
     if todo:
-        from tpaw.evaluation.benchmarks.harness import load_tasks
-
         # Tasks seed Python's random numbers as they are loaded.
         with isolated():
             for work in todo:
                 pick_device(_settings(work.checkpoint)[0])
-            with progress("load tasks", len(suite.tasks), "tasks") as advance:
-                tasks = load_tasks(suite, advance)
+            tasks = _load_tasks(suite)
             for work in todo:
                 _check_data(work, tasks)
             for work in todo:
@@ -127,6 +124,76 @@ def evaluate_suite(
                     remove_temporaries(work.folder)
                     _evaluate(work, suite, tasks, stop)
     return [Evaluated(w.folder, dict(read_json(w.folder / "results.json"))) for w in works]
+
+
+def check_suites(names: Sequence[str]) -> None:
+    """Refuse suites that cannot be evaluated. It does not load their data.
+
+    Args:
+        names: names of suites or paths of YAML files.
+
+    Raises:
+        InputError: a suite is unknown or not valid, or lm_eval is not installed.
+    """
+    for name in names:
+        load_suite(name, trust=True, setting="evaluate.suites")
+    if names:
+        from tpaw.evaluation.benchmarks.harness import harness_version
+
+        harness_version()
+
+
+class SuitesOfRun:
+    """Evaluates the checkpoints of a run on the suites of its configuration, while the run goes on.
+
+    The caller has locked the run.
+    """
+
+    def __init__(self, run: RunDirectory, names: Sequence[str], stop: StopSignal) -> None:
+        """Read the suites.
+
+        Args:
+            run: the run directory.
+            names: names of suites or paths of YAML files. Their task files may contain code.
+            stop: tells whether the user asked for a stop.
+
+        Raises:
+            InputError: a suite is unknown or not valid.
+        """
+        self.run = run
+        self.stop = stop
+        self._suites = [load_suite(name, trust=True) for name in names]
+        self._tasks: dict[str, list[LoadedTask]] = {}
+
+    def missing(self, i: int) -> list[Suite]:
+        """Return the suites whose results for θ_i are not published."""
+        return [one for one in self._suites if not is_published(self.run.suite(i, one.name))]
+
+    def publish(self, i: int) -> None:
+        """Evaluate θ_i on every suite whose results are missing.
+
+        Raises:
+            InputError: lm_eval is not installed, data cannot be loaded, or a folder holds results
+                of other settings.
+            ArtifactError: a published file is damaged.
+            Interrupted: the user asked for a stop; finished tasks are published.
+        """
+        for suite in self.missing(i):
+            # Tasks seed Python's random numbers as they are loaded.
+            with isolated():
+                work = _work(checkpoint_of(self.run, i, trust=True), suite, None)
+                _check_folder(work)
+                if suite.name not in self._tasks:
+                    self._tasks[suite.name] = _load_tasks(suite)
+                _check_data(work, self._tasks[suite.name])
+                _evaluate(work, suite, self._tasks[suite.name], self.stop)
+
+
+def _load_tasks(suite: Suite) -> list[LoadedTask]:
+    from tpaw.evaluation.benchmarks.harness import load_tasks
+
+    with progress("load tasks", len(suite.tasks), "tasks") as advance:
+        return load_tasks(suite, advance)
 
 
 def _work(checkpoint: Checkpoint, suite: Suite, output: Path | None) -> _Work:
@@ -211,11 +278,13 @@ def _check_data(work: _Work, tasks: list[LoadedTask]) -> None:
 def _compared(new: dict[str, Any], old: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     yield "fingerprint", new["fingerprint"], old["fingerprint"]
     yield "version of lm_eval", new["versions"]["lm_eval"], old["versions"]["lm_eval"]
-    columns = [{c["name"]: c for c in one["settings"]["tasks"]} for one in (new, old)]
-    yield "list of tasks", *map(list, columns)
-    for name, column in columns[0].items():
-        for key, value in column.items():
-            yield f"{key} of {name}", value, columns[1][name].get(key)
+    tasks, old_tasks = (
+        {task["name"]: task for task in one["settings"]["tasks"]} for one in (new, old)
+    )
+    yield "list of tasks", list(tasks), list(old_tasks)
+    for name, task in tasks.items():
+        for key, value in task.items():
+            yield f"{key} of {name}", value, old_tasks[name].get(key)
     for key, value in new["settings"].items():
         if key != "tasks":
             yield key, value, old["settings"].get(key)

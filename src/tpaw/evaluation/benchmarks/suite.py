@@ -129,12 +129,13 @@ def suite_names() -> list[str]:
     return sorted(file.stem for file in found if file.suffix == ".yaml")
 
 
-def load_suite(name: str, *, trust: bool = False) -> Suite:
+def load_suite(name: str, *, trust: bool = False, setting: str = "--suite") -> Suite:
     """Load a suite of the package, or a suite from a YAML file.
 
     Args:
         name: name of a suite or path of a YAML file.
         trust: whether the suite may have task files that are not in the package. They are code.
+        setting: where the name comes from, for errors.
 
     Returns:
         The suite. Paths of task files in it are absolute.
@@ -147,9 +148,10 @@ def load_suite(name: str, *, trust: bool = False) -> Suite:
     if not path.is_file():
         if path.suffix in (".yaml", ".yml"):
             raise InputError(
-                f"--suite {name}: no such file; suites of the package: {', '.join(suite_names())}"
+                f"{setting}: {name}: no such file; suites of the package: "
+                f"{', '.join(suite_names())}"
             )
-        explain_unknown("--suite", [name], suite_names())
+        explain_unknown(setting, [name], suite_names())
         path = Path(str(files("tpaw.evaluation.benchmarks") / "suites" / f"{name}.yaml"))
     suite = validate_as(Suite, read_mapping(path, name), prefix=f"{name}: ")
     tasks = tuple(_located(task, path.parent, name, trust) for task in suite.tasks)
