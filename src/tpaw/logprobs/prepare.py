@@ -170,6 +170,7 @@ class _Trial:
         try:
             alone = [self._logps(padded_batch([sequence])) for sequence in self.sequences]
             padded_S, continued_S = self._logps(rows), self._logps(continued)
+            self._run_in_training_mode()
         except torch.OutOfMemoryError:
             raise
         except (TypeError, ValueError, RuntimeError, LookupError, AssertionError) as error:
@@ -210,6 +211,18 @@ class _Trial:
             tolerances = BF16_RELATIVE_TOLERANCE, BF16_ABSOLUTE_TOLERANCE
             error = _difference(rounded_S, self.expected_S, *tolerances)
         return None if error is None else f"off {error}"
+
+    def _run_in_training_mode(self) -> None:
+        """The longest sequence, as training computes it. Some models then take fewer lengths."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        device = next(self.model.parameters()).device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            try:
+                self.model.train()
+                self._logps(padded_batch([self.sequences[-1]]))
+            finally:
+                for module, mode in modes:
+                    module.training = mode
 
     def _logps(self, batch: PackedBatch, in_bf16: bool = False) -> Tensor:
         device = next(self.model.parameters()).device
