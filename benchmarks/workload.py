@@ -8,20 +8,14 @@ within 1,024 tokens. Token ids are uniform over the vocabulary without id 0, whi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tpaw.data.token_ids import TokenIds, token_ids
 
@@ -32,7 +26,13 @@ MAX_LENGTH = 1024
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder's dimensions, as the published configurations name them."""
+    """A decoder's dimensions, as the published configurations name them.
+
+    Attributes:
+        head: size of a head; None for hidden / heads.
+        experts: MLPs in a layer; all are counted as parameters.
+        other: settings of the family's own.
+    """
 
     hidden: int
     layers: int
@@ -42,13 +42,16 @@ class Shape:
     vocab: int
     tied: bool
     family: str = "qwen2"
+    head: int | None = None
+    experts: int = 1
+    other: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def linear_parameters(self) -> int:
         """Weights of all matrices inside the layers; the head is counted apart."""
-        head = self.hidden // self.heads
+        head = self.head or self.hidden // self.heads
         attention = self.hidden * head * (2 * self.heads + 2 * self.kv_heads)
-        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+        return self.layers * (attention + 3 * self.hidden * self.intermediate * self.experts)
 
     @property
     def parameters(self) -> int:
@@ -66,7 +69,20 @@ SHAPES = {
     "100m": Shape(768, 12, 12, 4, 2048, 32_000, tied=True),
     "qwen2.5-1.5b": Shape(1536, 28, 12, 2, 8960, 151_936, tied=True),
     "llama-3.1-8b": Shape(4096, 32, 32, 8, 14_336, 128_256, tied=False, family="llama"),
-}
+    # Gemma 3 1B with every width and the vocabulary divided by 4, and 6 of its 26 layers. As there:
+    # 4 heads to 1, 5 sliding layers to 1 full one, the window (for lengths are as they are).
+    "gemma-3-small": Shape(
+        288, 6, 4, 1, 1728, 65_536, tied=True, family="gemma3_text", head=64,
+        other={"sliding_window": 512, "query_pre_attn_scalar": 64},
+    ),
+    # gpt-oss-20b with every width, the heads and the vocabulary divided by 8, 8 of its 32 experts
+    # and 4 of its 24 layers. As there: the size of a head, 8 heads to 1, 4 experts for each token,
+    # sinks, every second layer sliding, the window.
+    "gpt-oss-small": Shape(
+        360, 4, 8, 1, 360, 25_136, tied=False, family="gpt_oss", head=64, experts=8,
+        other={"sliding_window": 128, "num_local_experts": 8, "num_experts_per_tok": 4},
+    ),
+}  # fmt: skip
 
 
 class Triple(NamedTuple):
@@ -121,17 +137,17 @@ def make_model(
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": 0,
+        **({} if shape.head is None else {"head_dim": shape.head}),
+        **shape.other,
     }
+    config = AutoConfig.for_model(shape.family, **sizes)
     torch.manual_seed(seed)
     # Made where it will live: filling 8B weights on a CPU takes minutes.
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            if shape.family == "llama":
-                model = LlamaForCausalLM(LlamaConfig(**sizes))
-            else:
-                model = Qwen2ForCausalLM(Qwen2Config(**sizes))
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     finally:
         torch.set_default_dtype(default)
     return model.eval()

@@ -155,6 +155,7 @@ def serve(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("tpaw.evaluation.judge.endpoint.RETRIES", 0)
+    monkeypatch.setattr("tpaw.evaluation.judge.endpoint.MALFORMED_RETRIES", 0)
     servers = []
 
     def start(reply):

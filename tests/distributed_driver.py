@@ -9,7 +9,10 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from builders import PAPER, arguments, make_model, score, team_rows
+from torch.distributed.tensor import DTensor
 
 import tpaw.training.trainer
 from tpaw.errors import TpawError
@@ -36,26 +39,41 @@ def rows_with_players(count=11):
     return rows
 
 
-def losses(folder, *, fsdp=False, dtype=torch.float64, tokens_per_row=60, **changes):
+def turn_fsdp_on(args, expected=DistributedType.MULTI_CPU):
+    """Let accelerate take the processes for those of GPUs: on CPUs it uses DDP instead of FSDP.
+
+    Device, backend and everything that runs stay those of a CPU.
+    """
+    assert args.device.type == "cpu"  # sets the state up
+    assert PartialState._shared_state["distributed_type"] == expected
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def losses(folder, *, fsdp=False, dtype=torch.float64, tokens_per_row=60, save=False, **changes):
     """Loss, gradient norm and one metric of every step: 33 triples in batches of 8, twice."""
+    if fsdp:
+        layers = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+        changes |= {"fsdp": True, "fsdp_config": layers}
+    args = arguments(folder, **({"num_train_epochs": 2, "learning_rate": 1e-2} | changes))
+    if fsdp:
+        turn_fsdp_on(args)
     trainer = TeamTrainer(
         model=make_model("llama", seed=1).to(dtype),
-        args=arguments(
-            folder,
-            num_train_epochs=2,
-            learning_rate=1e-2,
-            fsdp=fsdp,
-            fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-            if fsdp
-            else None,
-            **changes,
-        ),
+        args=args,
         train_dataset=rows_with_players(),
         processing_class=None,
         objective=TeamObjective(**PAPER),
         tokens_per_row=tokens_per_row,
     )
     trainer.train()
+    assert trainer.is_fsdp_enabled == fsdp
+    if fsdp:
+        kinds = {(type(p.data), p.dtype, p.device.type) for p in trainer.model_wrapped.parameters()}
+        assert kinds == {(DTensor, dtype, "cpu")}
+        policy = trainer.accelerator.state.fsdp_plugin.mixed_precision_policy
+        assert (policy is not None and policy.param_dtype == torch.bfloat16) == args.bf16
+    if save:
+        trainer.save_model(str(folder / "saved"))
     names = ("loss", "grad_norm", "rewards/target", "logps/generated_per_token")
     return [[line[n] for n in names] for line in trainer.state.log_history if "loss" in line]
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from builders import write_jsonl
@@ -27,6 +28,8 @@ def longer(question):
 class JudgeServer:
     """Serves `reply(question)`: text, a pair of status and body, or a whole completion.
 
+    A body that is a generator is sent part by part.
+
     Attributes:
         requests: bodies, in the order they came.
         headers: of each.
@@ -46,13 +49,18 @@ class JudgeServer:
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 status, answer = outer.answer(self.path, body, self.headers)
-                data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+                in_parts = isinstance(answer, Iterator)
+                if not in_parts:
+                    answer = [answer if isinstance(answer, bytes) else json.dumps(answer).encode()]
                 with contextlib.suppress(OSError):  # a client that was killed
                     self.send_response(status)
                     self.send_header("Content-Type", "application/json")
-                    self.send_header("Content-Length", str(len(data)))
+                    if not in_parts:
+                        self.send_header("Content-Length", str(len(answer[0])))
                     self.end_headers()
-                    self.wfile.write(data)
+                    for part in answer:
+                        self.wfile.write(part)
+                    self.close_connection = in_parts
 
             def log_message(self, *args):
                 pass

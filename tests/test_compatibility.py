@@ -7,7 +7,6 @@ import re
 import tomllib
 from pathlib import Path
 
-import accelerate.state
 import pytest
 import torch
 import transformers
@@ -56,7 +55,6 @@ def test_varlen_attn_takes_the_arguments_that_the_cuda_path_passes():
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (accelerate.state.GradientState, "_set_sync_gradients"),
         (transformers.Trainer, "get_batch_samples"),
         (transformers.Trainer, "_prepare_inputs"),
         (transformers.Trainer, "training_step"),

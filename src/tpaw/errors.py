@@ -5,6 +5,9 @@ An error about a setting reads `<key>: <value>: <what is wrong>; <what to do>`.
 
 from __future__ import annotations
 
+import reprlib
+from typing import Any
+
 
 class TpawError(Exception):
     """Base class of all errors that a user can fix. `exit_code` is that of the command line."""
@@ -22,6 +25,12 @@ class ArtifactError(TpawError):
     """A published file differs from its manifest. TPAW neither uses nor overwrites such a file."""
 
 
+class StorageError(TpawError):
+    """The file system failed: it is full, read-only, too slow or gone. Published files are kept."""
+
+    exit_code = 4
+
+
 class RunLockedError(TpawError):
     """Another process holds the lock of the run directory."""
 
@@ -32,6 +41,10 @@ class PolicyMismatchError(TpawError):
 
 class NonFiniteError(TpawError):
     """A player's logits or log-probs are NaN or infinite, so it can neither answer nor score."""
+
+
+class MemoryShortageError(TpawError):
+    """Memory has run out. Finished work is kept; the message names the setting to lower."""
 
 
 class DivergenceError(TpawError):
@@ -81,3 +94,18 @@ def printable(text: str, width: int = 200) -> str:
     """
     shown = for_terminal(text).replace("\n", "\\n")
     return shown if len(shown) <= width else shown[: width - 1] + "…"
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 3
+_REPR.maxdict = _REPR.maxlist = _REPR.maxtuple = _REPR.maxset = _REPR.maxfrozenset = 100
+_REPR.maxstring = _REPR.maxother = 200
+
+
+def brief(value: Any) -> str:
+    """Show a value of any size in one line of at most 1000 characters, in bounded time.
+
+    Args:
+        value: any value. A long one is cut: `[1, 2, ...]`.
+    """
+    return printable(_REPR.repr(value), 1000)

@@ -18,8 +18,8 @@ class Player:
     Attributes:
         index: t of θ_t.
         path: folder of the model.
-        fingerprint: hash of the weights. It identifies a player: a moved or copied model is the
-            same player, a model with other weights is a different one.
+        fingerprint: hash of weights, configuration and tokenizer. It identifies a player: a moved
+            or copied model is the same player, an edited model is a different one.
     """
 
     index: int
@@ -48,6 +48,7 @@ class Newest(BaseModel):
 
     last: int = Field(
         ge=1,
+        le=100,
         description="How many of the newest checkpoints play (the paper's N_max). Earlier "
         "iterations, which have fewer checkpoints, use all of them.",
     )

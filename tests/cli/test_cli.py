@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -410,3 +411,69 @@ def test_a_file_of_ones_own_is_trusted(tpaw_, settings, tmp_path):
     settings["model"]["trust_remote_code"] = True
     code, _, err = tpaw_("plan", write_config(tmp_path, settings))
     assert code == 0, err
+
+
+def fails_with(error):
+    def self_play(*arguments):
+        raise error
+
+    return self_play
+
+
+def test_a_bug_of_ours_shows_its_traceback_and_asks_for_a_report(tpaw_, config, monkeypatch):
+    monkeypatch.setattr(tpaw.selfplay, "self_play", fails_with(KeyError("a bug \x1b")))
+    code, _, err = tpaw_("run", config)
+    assert code == 1
+    assert "Traceback" in err
+    assert "\x1b" not in err
+    says(err.splitlines()[-1], "report")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "/x/y"),
+        PermissionError(errno.EACCES, "Permission denied", "/x/y"),
+        OSError(errno.ENAMETOOLONG, "File name too long", "/x/y"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 4352 vs 4244"),
+    ],
+    ids=lambda error: str(error)[:10],
+)
+def test_a_failure_of_the_file_system_is_one_line_and_has_exit_code_4(
+    tpaw_, config, monkeypatch, error
+):
+    monkeypatch.setattr(tpaw.selfplay, "self_play", fails_with(error))
+    code, _, err = tpaw_("run", config)
+    assert code == 4
+    complains(
+        err, getattr(error, "filename", "space"), hide={"free": re.compile(r"[\d.]+ [kMGT]?B")}
+    )
+
+
+def test_an_error_of_the_hubs_client_is_one_text(tpaw_, config, monkeypatch):
+    monkeypatch.setattr(tpaw.selfplay, "self_play", fails_with(OSError("We couldn't connect")))
+    code, _, err = tpaw_("run", config)
+    assert code == 1
+    complains(err, "We couldn't connect")
+
+
+@pytest.mark.parametrize("output", ["x" * 300, "/proc/x/y", "y/" * 2500])
+def test_an_output_that_cannot_be_made_is_one_line(tpaw_, config, output):
+    code, _, err = tpaw_("run", config, "-o", output)
+    assert code in (2, 4)
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith("tpaw: ")
+    assert output.rstrip("/") in err
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "status"])
+def test_an_edited_configuration_of_a_run_is_not_taken_for_its_own(
+    tpaw_, finished, tmp_path, command
+):
+    run, _ = finished
+    copy = shutil.copytree(run.root, tmp_path / "r")
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(text.replace("eta: 6.0", "eta: 1.0"))
+    code, _, err = tpaw_(command, copy)
+    assert code == 1
+    complains(err, copy / "config.yaml", "--set")

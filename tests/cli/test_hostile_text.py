@@ -58,7 +58,7 @@ def template_error(tmp_path, model):
 
 
 def run_key(tmp_path, model):
-    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "run.json").write_text(json.dumps({"format": 1}))
     (tmp_path / "config.yaml").write_text(f"{YAML_ESC}: 1\n")
     return "status", tmp_path
 

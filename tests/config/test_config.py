@@ -40,6 +40,20 @@ def test_recipes_are_the_papers(name):
     assert config.precision == "bf16"
 
 
+def test_recipes_name_the_data_of_the_hub():
+    """openai/gsm8k has the configurations main and socratic, and no default."""
+    config = RunConfig.load("gsm8k-qwen2.5-1.5b")
+    for data, split in ((config.data, "train"), (config.evaluate.data, "test")):
+        assert (data.path, data.name, data.split) == ("openai/gsm8k", "main", split)
+    config = RunConfig.load("ultrachat-qwen2.5-1.5b")
+    for data, split in (
+        (config.data, "train_sft[:50000]"),
+        (config.evaluate.data, "test_sft[:1000]"),
+    ):
+        assert (data.path, data.name, data.split) == ("HuggingFaceH4/ultrachat_200k", None, split)
+        assert data.turn == "first"
+
+
 @pytest.mark.parametrize(
     ("variant", "opponents", "players", "target_weight", "player_weight"),
     [
@@ -132,9 +146,25 @@ def test_a_variant_alone_says_what_it_lacks():
         ("data.columns={prompt: a, target: b, messages: c}", ["data.columns", "messages"]),
         ("data.columns={}", ["data.columns", "prompt", "target", "messages"]),
         ("generate.temperature=0", ["generate.temperature", 0]),
-        ("generate.temperature=0.000001", ["generate.temperature", "1e-06", "0.00001"]),
         ("model=null", ["model", "None"]),
         ("objective.min_player_weight=0.4", ["objective.min_player_weight", 0.4, 3]),
+        ("iterations=99999999", ["iterations", 99999999, 1000]),
+        ("train.epochs=99999999999999999999", ["train.epochs", 99999999999999999999, 1000]),
+        ("train.epochs=[1, 1, 1, 99999]", ["train.epochs[3]", 99999, 1000]),
+        ("train.learning_rate=1e300", ["train.learning_rate", 1e300, 1000000]),
+        ("train.learning_rate=1e400", ["train.learning_rate", "inf"]),
+        ("objective.lambda=1e308", ["objective.lambda", 1e308, 1000000]),
+        ("objective.eta=1e308", ["objective.eta", 1e308, 1000000]),
+        ("objective.gamma=1e308", ["objective.gamma", 1e308, 1000000]),
+        ("generate.temperature=1e-40", ["generate.temperature", 1e-40, "0.00001"]),
+        ("generate.temperature=1e40", ["generate.temperature", 1e40, 1000]),
+        ("generate.top_k=99999999999", ["generate.top_k", 99999999999, 1000000000]),
+        ("generate.max_new_tokens=99999999999", ["generate.max_new_tokens", 1000000000]),
+        ("max_length=99999999999", ["max_length", 99999999999, 1000000000]),
+        ("data.limit=99999999999", ["data.limit", 99999999999, 1000000000]),
+        ("team.opponents.last=99999", ["team.opponents.last", 99999, 100]),
+        ("train.training_arguments={hub_token: hf_x}", ["hub_token", "HF_TOKEN"]),
+        ("train.training_arguments={a: [{b: {WANDB_API_KEY: x}}]}", ["WANDB_API_KEY"]),
         ("nonsense", ["--set", "nonsense", "section.key=value"]),
         ("a..b=1", ["--set", "a..b=1", "section.key=value"]),
         ("train.epochs=[1", ["train.epochs", "[1", "YAML"]),
@@ -143,6 +173,25 @@ def test_a_variant_alone_says_what_it_lacks():
 def test_every_error_names_the_key_the_value_and_what_is_allowed(override, parts):
     with refused(*parts):
         RunConfig.load("starter", overrides=[override])
+
+
+def test_a_secret_is_not_shown():
+    with refused("hub_token") as caught:
+        RunConfig.load("starter", overrides=["train.training_arguments={hub_token: SESAME}"])
+    assert "SESAME" not in str(caught.value)
+
+
+def test_every_number_has_an_upper_bound():
+    def unbounded(schema, path=""):
+        for key, part in schema.items():
+            if key == "type" and part in ("integer", "number"):
+                if not {"maximum", "exclusiveMaximum"} & schema.keys():
+                    yield path
+            elif isinstance(part, dict | list):
+                parts = part if isinstance(part, dict) else dict(enumerate(part))
+                yield from unbounded(parts, f"{path}/{key}")
+
+    assert list(unbounded(RunConfig.model_json_schema())) == []
 
 
 def test_all_problems_are_reported_at_once():
@@ -235,7 +284,15 @@ def test_only_what_changes_results_counts_as_a_difference():
     assert (
         differences(
             old,
-            RunConfig.load("starter", overrides=["train.tokens_per_row=32", "train.save_every=7"]),
+            RunConfig.load(
+                "starter",
+                overrides=[
+                    "train.tokens_per_row=32",
+                    "train.save_every=7",
+                    "generate.tokens_per_batch=2000",
+                    "generate.shard_size=16",
+                ],
+            ),
         )
         == []
     )

@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerFast
 
 from tpaw.config.schema import DataConfig, RunConfig
 from tpaw.data.examples import prepare_examples, read_examples, write_examples
-from tpaw.data.inputs import Inputs
+from tpaw.data.inputs import Inputs, publish_inputs
 from tpaw.pipeline.preflight import read_inputs
+from tpaw.storage.artifacts import read_manifest
 
 END = 4  # <|end|> in the tests' tokenizers
 
@@ -148,6 +149,58 @@ def test_skipped_rows_are_counted_by_reason_and_too_many_are_an_error(tmp_path):
     assert prepared.skipped == {"the prompt is empty": 1, "longer than max_length 128": 1}
 
 
+def test_batches_give_the_ids_of_single_texts(tmp_path):
+    tokenizer = make_tokenizer()
+    rows = [{**row, "answer": row["answer"] * (1 + i % 5)} for i, row in enumerate(sums(300))]
+    counts = []
+    config = DataConfig(path=str(write_jsonl(tmp_path / "a.jsonl", rows)))
+    found = prepare_examples(config, "data", tokenizer, (END,), 500, counts.append)
+    assert sum(counts) == 300
+    assert len(counts) > 1
+    for example, row in zip(found.examples, rows, strict=True):
+        text = f"<|user|>{row['question']}<|end|>\n<|assistant|>{row['answer']}<|end|>"
+        assert [*example.prompt_ids, *example.target_ids] == tokenizer(text).input_ids
+
+
+class Counting:
+    """A tokenizer that counts the characters that it is given."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.characters = tokenizer, 0
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, text, **options):
+        self.characters += len(text) if isinstance(text, str) else sum(map(len, text))
+        return self.tokenizer(text, **options)
+
+
+def test_a_huge_record_is_skipped_before_it_is_tokenised(tmp_path):
+    tokenizer = Counting(make_tokenizer())
+    rows = [*sums(3), {"question": "What is it? " * 100_000, "answer": "y"}]
+    rows += [{"question": "What?", "answer": "y " * 500_000}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    found = prepare(path, tokenizer, max_skipped=0.5)
+    assert found.skipped == {"longer than max_length 128": 2}
+    assert tokenizer.characters < 20_000
+
+
+def test_a_long_text_of_few_tokens_is_kept(tmp_path):
+    """What cannot be told from the number of characters: one token may stand for any of them."""
+    core = Tokenizer(models.WordLevel({"<unk>": 0, "<|end|>": 1}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.add_special_tokens(["<|end|>"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|end|>", unk_token="<unk>"
+    )
+    row = {"prompt": "x" * 10_000 + " " * 10_000 + "y", "completion": " z"}
+    config = DataConfig(path=str(write_jsonl(tmp_path / "a.jsonl", [row])))
+    [example] = prepare_examples(config, "data", tokenizer, (1,), 4).examples
+    assert example.prompt_ids.tolist() == [0, 0]
+    assert example.target_ids.tolist() == [0, 1]
+
+
 def test_max_length_itself_is_not_too_long(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", sums(1))
     example = prepare(path).examples[0]
@@ -182,6 +235,19 @@ def test_held_out_prompts_that_are_trained_on_are_counted(tmp_path):
     examples = prepare(write_jsonl(tmp_path / "a.jsonl", sums(7))).examples
     inputs = Inputs(examples[:4], [*examples[2:], examples[0]], {}, None, (END,))
     assert inputs.heldout_prompts_in_training() == 3
+
+
+def test_duplicates_are_counted(settings, tmp_path):
+    one, other = sums(2)
+    rows = [one, other, one, {**one, "answer": "#### 3"}, one]
+    settings["data"]["path"] = str(write_jsonl(tmp_path / "a.jsonl", rows))
+    settings["train"]["batch_size"] = 2
+    inputs = read_inputs(RunConfig.load(settings))
+    assert len(inputs.examples) == 5  # each counts in training as often as it stands there
+    assert inputs.duplicates() == {"data": 2, "evaluate.data": 0}
+    assert 'duplicates: {"data": 2};' in inputs.described()
+    publish_inputs(tmp_path / "inputs", inputs)
+    assert read_manifest(tmp_path / "inputs")["duplicates"] == inputs.duplicates()
 
 
 def test_an_end_of_sequence_token_that_only_the_model_names(settings, tmp_path):

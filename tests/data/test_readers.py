@@ -12,15 +12,18 @@ from datasets import Dataset, DatasetDict
 from messages import IN_BRACKETS, refused
 
 from tpaw.config.schema import DataConfig
-from tpaw.data.formats import Dialogue, Unusable, shape_of
-from tpaw.data.readers import read_records
+from tpaw.data.formats import Dialogue, Unusable, columns_to_read, shape_of
+from tpaw.data.readers import Records, read_records
+
+# Worded by Python and pyarrow.
+CANNOT_BE_READ = {"reason": re.compile(r"(?<=malformed JSON: ).*|(?<=cannot be read: ).*")}
 
 USER, SYSTEM, ASSISTANT = ({"role": r, "content": r[0]} for r in ("user", "system", "assistant"))
 
 
 def convert(row, **settings):
     config = DataConfig(path="x.json", **settings)
-    return shape_of([row], config, "data")(row)
+    return shape_of(Records([row], row), config, "data")(row)
 
 
 def write_csv(path, rows):
@@ -66,6 +69,23 @@ def test_limit_takes_the_first_rows(tmp_path):
     assert read_records(DataConfig(path=str(path), limit=2), "data") == sums(2)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.arrow"])
+def test_what_follows_the_limit_is_not_read(tmp_path, name):
+    path = tmp_path / name
+    if name in ("a.parquet", "a.arrow"):
+        table = pa.table({"question": UNREADABLE["not UTF-8"], "answer": ["a", "b"]})
+        write_table(path, table)
+        rows = [{"question": "fine", "answer": "a"}]
+    else:
+        rows = sums(1)
+        WRITERS[name](path, rows)
+        broken = {"a.jsonl": "{", "a.json": ", {", "a.csv": "1,2,3\n"}[name]
+        path.write_text(path.read_text().removesuffix("]") + broken)
+    assert read_records(DataConfig(path=str(path), limit=1), "data") == rows
+    with refused("data.path", path, hide=CANNOT_BE_READ):
+        read_records(DataConfig(path=str(path), limit=2), "data")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "parts"),
     [
@@ -94,6 +114,71 @@ def test_bad_files_are_named_with_the_place(tmp_path, name, text, parts):
     assert str(caught.value).startswith(f"data.path: {path}")
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_json_that_is_nested_too_deeply(tmp_path, name):
+    text = '{"a": ' + "[" * 50_000 + "]" * 50_000 + "}"
+    (tmp_path / name).write_text(f"[{text}]" if name == "a.json" else text)
+    with refused("data.path", tmp_path / name, 1):
+        read_records(DataConfig(path=str(tmp_path / name)), "data")
+    nested = "[" * 900 + "]" * 900  # Python reads it, and cannot show it
+    (tmp_path / name).write_text(f"[{nested}]" if name == "a.json" else nested)
+    with refused("data.path", tmp_path / name, "object"):
+        read_records(DataConfig(path=str(tmp_path / name)), "data")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "parts"),
+    [
+        ("a.csv", "question,answer,question\n1,2,3\n", ["question"]),
+        ("a.jsonl", '{"question": 1}\n{"answer": 2, "answer": 3}\n', ["line 2", "answer"]),
+        ("a.json", '[{"question": 1}, {"q": {"answer": 2, "answer": 3}}]', ["record 2", "answer"]),
+    ],
+    ids=["csv", "jsonl", "json"],
+)
+def test_names_that_stand_twice(tmp_path, name, text, parts):
+    (tmp_path / name).write_text(text)
+    with refused("data.path", tmp_path / name, "twice", *parts):
+        read_records(DataConfig(path=str(tmp_path / name)), "data")
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_columns_of_a_table_that_stand_twice(tmp_path, name):
+    table = pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["prompt", "prompt"])
+    write_table(tmp_path / name, table)
+    with refused("data.path", tmp_path / name, "prompt", "twice"):
+        read_records(DataConfig(path=str(tmp_path / name)), "data")
+
+
+def write_table(path, table):
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table)
+
+
+UNREADABLE = {
+    "not UTF-8": pa.array([b"fine", b"\xff\xfe"], pa.binary()).view(pa.string()),
+    "year 10000": pa.array([0, 253_402_300_800], pa.timestamp("s")),
+    "time zone": pa.array([None, 0], pa.timestamp("s", tz="Mars/Base")),
+}
+
+
+@pytest.mark.parametrize("what", UNREADABLE)
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_values_that_python_cannot_hold(tmp_path, name, what):
+    table = pa.table({**{key: [row[key] for row in sums(2)] for key in sums(1)[0]}})
+    path, config = tmp_path / name, DataConfig(path=str(tmp_path / name))
+    write_table(path, table.append_column("when", UNREADABLE[what]))
+    # A column that nobody needs does no harm, and is still listed.
+    records = read_records(config, "data", columns_to_read(config))
+    assert records == sums(2)
+    assert records.columns == ("question", "answer", "when")
+    write_table(path, table.set_column(1, "answer", UNREADABLE[what]))
+    with refused("data.path", path, "record 2", "answer", hide=CANNOT_BE_READ):
+        read_records(config, "data", columns_to_read(config))
+
+
 def test_bytes_that_are_not_text(tmp_path):
     for name in ("a.jsonl", "a.json"):
         (tmp_path / name).write_bytes(b'\xff\xfe{"a": 1}')
@@ -101,7 +186,11 @@ def test_bytes_that_are_not_text(tmp_path):
             read_records(DataConfig(path=str(tmp_path / name)), "data")
 
 
-@pytest.mark.parametrize("path", ["missing.jsonl", "./missing", "/missing/folder"])
+@pytest.mark.parametrize(
+    "path",
+    ["missing.jsonl", "./missing", "/missing/folder", "/" + "x" * 300, "a\0b.jsonl"],
+    ids=["file", "relative", "absolute", "300 characters", "NUL"],
+)
 def test_a_missing_file(path):
     with refused("data.path", path):
         read_records(DataConfig(path=path), "data")
@@ -112,7 +201,7 @@ def test_a_hub_id_that_cannot_be_had_says_so():
         read_records(DataConfig(path="nobody/nothing"), "data")
 
 
-def test_a_hub_id_is_loaded_with_split_and_revision(monkeypatch):
+def test_a_hub_id_is_loaded_with_name_split_and_revision(monkeypatch):
     import datasets
 
     calls = {}
@@ -122,14 +211,53 @@ def test_a_hub_id_is_loaded_with_split_and_revision(monkeypatch):
         return Dataset.from_list(sums(3))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    config = DataConfig(path="openai/gsm8k", split="train[:3]", revision="main")
+    config = DataConfig(path="openai/gsm8k", name="main", split="train[:3]", revision="v1")
     assert read_records(config, "data") == sums(3)
-    assert calls == {"path": "openai/gsm8k", "split": "train[:3]", "revision": "main"}
+    expected = {"name": "main", "split": "train[:3]", "revision": "v1"}
+    assert calls == {"path": "openai/gsm8k", **expected}
+
+
+@pytest.fixture
+def two_configurations(tmp_path, monkeypatch):
+    """A folder as the repository of openai/gsm8k: two configurations and no default."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "gsm8k"
+    card = "---\nconfigs:\n"
+    for seed, name in enumerate(("main", "socratic")):
+        card += f"- config_name: {name}\n  data_files:\n"
+        (folder / name).mkdir(parents=True)
+        for split in ("train", "test"):
+            card += f"  - split: {split}\n    path: {name}/{split}.jsonl\n"
+            write_jsonl(folder / name / f"{split}.jsonl", sums(5 if split == "train" else 2, seed))
+    (folder / "README.md").write_text(card + "---\n")
+    return folder
+
+
+def test_a_dataset_with_two_configurations(two_configurations):
+    config = DataConfig(path=str(two_configurations), name="socratic")
+    assert read_records(config, "data") == sums(5, seed=1)
+    config = DataConfig(path=str(two_configurations), name="main", split="test")
+    assert read_records(config, "data") == sums(2)
+    config = DataConfig(path=str(two_configurations), name="main", split="train[:4]", limit=3)
+    assert read_records(config, "data") == sums(3)
+
+
+@pytest.mark.parametrize("name", [None, "mian"])
+def test_a_configuration_that_is_missing_or_unknown(two_configurations, name):
+    with refused("evaluate.data.name", two_configurations, "main", name or "socratic"):
+        read_records(DataConfig(path=str(two_configurations), name=name), "evaluate.data")
 
 
 def test_a_folder_that_is_no_dataset_and_a_split_that_is_not_there(tmp_path):
     with refused("data.path", tmp_path):
         read_records(DataConfig(path=str(tmp_path)), "data")
+    (tmp_path / "x").mkdir()
+    for file in ("dataset_info.json", "state.json"):
+        (tmp_path / "x" / file).write_text("[]")
+        with refused("data.path", tmp_path / "x", hide=IN_BRACKETS):
+            read_records(DataConfig(path=str(tmp_path / "x")), "data")
     DatasetDict(train=Dataset.from_list(sums(1))).save_to_disk(str(tmp_path / "d"))
     with refused("data.path", "'test'", "train"):
         read_records(DataConfig(path=str(tmp_path / "d"), split="test"), "data")
@@ -158,15 +286,6 @@ def test_sharegpt():
         {"from": "human", "value": "x"},
     ]
     assert convert({"conversations": turns, "system": "s"}) == Dialogue([SYSTEM, USER], "a", True)
-    calls = [
-        turns[0],
-        {"from": "function_call", "value": "{}"},
-        {"from": "observation", "value": "1"},
-        turns[1],
-    ]
-    assert convert({"conversations": calls}, turn="last") == Unusable(
-        "the assistant turn does not follow a user turn"
-    )
     gap = [{"from": "human", "value": "q1"}, {"from": "gpt"}, *turns[:2]]
     assert convert({"conversations": gap}) == Unusable("the target is not text")
     assert convert({"conversations": [USER, ASSISTANT]}) == Dialogue([USER], "a", True)
@@ -208,11 +327,17 @@ def test_question_and_answer_and_named_columns():
         ({"messages": [USER]}, "the conversation has no assistant turn"),
         ({"messages": []}, "the conversation has no assistant turn"),
         ({"messages": "hello"}, "the conversation is not a list of messages"),
-        ({"messages": [ASSISTANT]}, "the assistant turn does not follow a user turn"),
-        ({"messages": [SYSTEM, ASSISTANT]}, "the assistant turn does not follow a user turn"),
         (
-            {"messages": [{"role": "tool", "content": "x"}, USER, ASSISTANT]},
-            "a turn has the unknown role 'tool'",
+            {"messages": [ASSISTANT]},
+            "the assistant turn does not follow a user turn or a tool turn",
+        ),
+        (
+            {"messages": [SYSTEM, ASSISTANT]},
+            "the assistant turn does not follow a user turn or a tool turn",
+        ),
+        (
+            {"messages": [{"role": "bot", "content": "x"}, USER, ASSISTANT]},
+            "a turn has the unknown role 'bot'",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}, ASSISTANT]},
@@ -236,9 +361,28 @@ def test_columns_that_do_not_fit():
         convert({"question": "x", "answer": "y"}, columns={"prompt": "q", "target": "answer"})
 
 
+@pytest.mark.parametrize(
+    ("row", "hint"),
+    [
+        ({"promt": "p", "completion": "c"}, "promt: did you mean prompt?"),
+        ({"prompt": "p", "complete": "c"}, "complete: did you mean completion?"),
+        ({"mesages": [USER, ASSISTANT]}, "mesages: did you mean messages?"),
+        ({"text": "p", "label": "c"}, ""),
+    ],
+    ids=["prompt", "completion", "messages", "none"],
+)
+def test_a_column_whose_name_is_almost_right(row, hint):
+    with refused("data.path", hint) as caught:
+        convert(row)
+    assert ("did you mean" in str(caught.value)) == bool(hint)
+    with refused("data.path", "'messsages'", "did you mean messages?"):
+        convert({"messages": [USER, ASSISTANT]}, columns={"messages": "messsages"})
+
+
 def test_columns_that_are_null_do_not_decide_the_shape():
     rows = [{"messages": None, "question": "u", "answer": "a"}] * 3
-    assert shape_of(rows, DataConfig(path="x.json"), "data")(rows[0]) == Dialogue(
+    records = Records(rows, rows[0])
+    assert shape_of(records, DataConfig(path="x.json"), "data")(rows[0]) == Dialogue(
         [USER], "a", False
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from builders import SAMPLING, ignore, make_tokenizer
+from messages import says
 
 from tpaw.config.schema import GenerateConfig
 from tpaw.data.examples import Example
@@ -24,14 +25,14 @@ class Counting(FakeGenerator):
         return super().generate(prompts, sampling, seed, on_done)
 
 
-def answer(folder, examples, generator, on_done=ignore, seed=0):
+def answer(folder, examples, generator, on_done=ignore, seed=0, shard_size=4):
     tokenizer = make_tokenizer()
     generate_responses(
         folder,
         Player(2, "", "f"),
         examples,
         generator.opener,
-        GenerateConfig(shard_size=4),
+        GenerateConfig(shard_size=shard_size),
         tokenizer.decode,
         SAMPLING,
         seed=seed,
@@ -77,16 +78,9 @@ def test_responses_are_one_per_example_in_order_with_what_was_counted(tmp_path):
 def test_a_kill_costs_one_shard_and_nothing_is_answered_twice(tmp_path):
     examples = make_examples(10)
     answer(tmp_path / "whole", examples, Counting())
-    generator, calls = Counting(), 0
-
-    def kill_at_sixth(count):
-        nonlocal calls
-        calls += count
-        if calls == 6:
-            raise KeyboardInterrupt
-
+    generator = Counting()
     with pytest.raises(KeyboardInterrupt):
-        answer(tmp_path / "r", examples, generator, kill_at_sixth)
+        answer(tmp_path / "r", examples, generator, interrupt_after(6))
     assert not is_published(tmp_path / "r")
     assert generator.answered == 8
     rest = Counting()
@@ -94,6 +88,47 @@ def test_a_kill_costs_one_shard_and_nothing_is_answered_twice(tmp_path):
     assert rest.answered == 6  # the second shard again, and the third
     for shard in (tmp_path / "whole").glob("*.parquet"):
         assert shard.read_bytes() == (tmp_path / "r" / shard.name).read_bytes()
+
+
+def test_responses_that_have_begun_keep_the_size_of_their_shards(tmp_path):
+    examples = make_examples(10)
+    answer(tmp_path / "whole", examples, Counting())
+    with pytest.raises(KeyboardInterrupt):
+        answer(tmp_path / "r", examples, Counting(), interrupt_after(5))
+    answer(tmp_path / "r", examples, Counting(), shard_size=3)
+    for shard in (tmp_path / "whole").glob("*.parquet"):
+        assert shard.read_bytes() == (tmp_path / "r" / shard.name).read_bytes()
+    answer(tmp_path / "other", examples, Counting(), shard_size=3)
+    assert len(list((tmp_path / "other").glob("*.parquet"))) == 4
+
+
+def interrupt_after(count):
+    """Raise KeyboardInterrupt once so many prompts are answered."""
+    answered = 0
+
+    def on_done(more):
+        nonlocal answered
+        answered += more
+        if answered == count:
+            raise KeyboardInterrupt
+
+    return on_done
+
+
+@pytest.mark.parametrize(("truncated", "is_told"), [(9, False), (10, True)])
+def test_responses_that_are_nearly_all_truncated_are_worth_a_warning(
+    tmp_path, capsys, truncated, is_told
+):
+    generator = FakeGenerator(
+        lambda prompt, seed: [7, *([4] if prompt[0] - 5 >= truncated else [8] * 20)]
+    )
+    answer(tmp_path / "r", make_examples(10), generator)
+    warned = capsys.readouterr().err
+    if is_told:
+        says(warned.strip(), "10 of 10", "θ_2", "generate.max_new_tokens", 12, "model.eos_token")
+    else:
+        assert not warned
+    answer(tmp_path / "r", make_examples(10), generator)
 
 
 def test_the_model_is_loaded_once_and_only_if_a_shard_is_missing(tmp_path):

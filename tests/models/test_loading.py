@@ -16,7 +16,7 @@ from transformers import BertConfig, Qwen2ForSequenceClassification, T5Config
 from tpaw.config.schema import ModelConfig, RunConfig
 from tpaw.errors import ArtifactError
 from tpaw.models.checks import check_model, check_vocabulary
-from tpaw.models.fingerprint import fingerprint
+from tpaw.models.fingerprint import fingerprint, weights_hash
 from tpaw.models.initial import initial_player
 from tpaw.models.loading import disable_dropout, load_model, pick_device
 from tpaw.models.tokenizers import load_tokenizer, stop_token_ids
@@ -80,6 +80,39 @@ def test_the_fingerprint_is_of_the_weights_and_not_of_their_place_or_shards(tmp_
         fingerprint(tmp_path)
 
 
+def test_every_file_that_decides_results_is_part_of_the_fingerprint(tmp_path):
+    folder = save_model(tmp_path / "model")
+    before = fingerprint(folder)
+
+    def after(name, change):
+        copy = shutil.copytree(folder, tmp_path / "edited")
+        text = (copy / name).read_text() if (copy / name).exists() else ""
+        (copy / name).write_text(change(text))
+        found = fingerprint(copy)
+        shutil.rmtree(copy)
+        return found
+
+    def field(key, value):
+        return lambda text: json.dumps(json.loads(text) | {key: value})
+
+    edits = [
+        ("config.json", field("rms_norm_eps", 0.5)),
+        ("generation_config.json", field("eos_token_id", [4, 0])),
+        ("tokenizer_config.json", field("eos_token", "<|pad|>")),
+        ("tokenizer.json", lambda text: text.replace("<|user|>", "<|USER|>")),
+        ("chat_template.jinja", lambda text: text + "!"),
+        ("modeling_mine.py", lambda text: "x = 1"),
+    ]
+    assert len({before, *(after(*edit) for edit in edits)}) == 1 + len(edits)
+    notes = [
+        ("config.json", field("transformers_version", "4.0.0")),
+        ("config.json", field("_name_or_path", "/elsewhere")),
+        ("config.json", lambda text: json.dumps(json.loads(text), indent=7)),
+        ("README.md", lambda text: "# A model"),
+    ]
+    assert {after(*note) for note in notes} == {before}
+
+
 def test_names_types_and_shapes_are_part_of_the_fingerprint(tmp_path):
     same_bytes = {
         "a": {"x.weight": torch.zeros(2, 3)},
@@ -122,6 +155,17 @@ def test_the_initial_player_is_recorded_and_edited_weights_are_refused(tmp_path)
     assert json.loads(record.read_text())["fingerprint"] == player.fingerprint
     assert initial_player(config, record) == player
     assert not load_model(player, config, dtype=torch.float32, device=CPU).training
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(json.dumps(json.loads(text) | {"rms_norm_eps": 0.5}))
+    with refused(folder):
+        initial_player(config, record)
+    (folder / "config.json").write_text(text)
+    # A run of an earlier version goes on under the fingerprint that it recorded.
+    facts = json.loads(record.read_text())
+    old = {key: facts[key] for key in ("index", "path", "revision")}  # without a checksum
+    record.write_text(json.dumps(old | {"fingerprint": weights_hash(folder)}))
+    assert initial_player(config, record).fingerprint == weights_hash(folder)
+    record.write_text(json.dumps(facts))
     make_model(seed=9).save_pretrained(folder)
     with refused(folder):
         initial_player(config, record)

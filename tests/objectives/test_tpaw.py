@@ -216,6 +216,16 @@ def test_refuses_settings_out_of_range(name, value, bound):
         team_loss(*random_batch(2, 3, seed=0), **(PAPER | {name: value}))
 
 
+@pytest.mark.parametrize("arguments", [(0, 2), (1, 3), (0,), (3,)])
+@pytest.mark.parametrize("value", [-math.inf, math.inf])
+def test_refuses_infinite_log_probs_where_their_difference_is_nan_too(arguments, value):
+    logps = [t.clone() for t in random_batch(3, 2, seed=0)]
+    for argument in arguments:
+        logps[argument].view(-1)[1] = value
+    with refused("infinite", error=ValueError):
+        team_loss(*logps, **PAPER)
+
+
 @pytest.mark.parametrize("argument", range(4))
 def test_refuses_nan_shapes_and_integers(argument):
     good = random_batch(3, 2, seed=0)

@@ -6,18 +6,33 @@ import json
 import math
 import os
 import shutil
+import sys
+from collections import namedtuple
+from pathlib import Path
 
 import pytest
+import torch
 from builders import stopped_at_step
-from messages import refused
+from messages import refused, says
 
 import tpaw.pipeline.players
+import tpaw.pipeline.space
 import tpaw.pipeline.stages
 import tpaw.training.iteration
 from tpaw.config.schema import RunConfig
-from tpaw.errors import ArtifactError, DivergenceError, TpawError
+from tpaw.errors import (
+    ArtifactError,
+    DivergenceError,
+    MemoryShortageError,
+    StorageError,
+    TpawError,
+)
+from tpaw.models.references import find_checkpoint
+from tpaw.report.summary import summarise
 from tpaw.selfplay import self_play
+from tpaw.storage.artifacts import describe_file, read_json
 from tpaw.storage.run_directory import RunDirectory, restart_iteration
+from tpaw.training.callbacks import Recorder
 from tpaw.training.trainer import TeamTrainer
 
 
@@ -30,9 +45,16 @@ def test_a_finished_run_comes_back_at_once_from_anywhere(finished, tmp_path, mon
         raise AssertionError("a finished run needs no model")
 
     monkeypatch.setattr(tpaw.pipeline.players, "load_model", load_model)
-    before = {p: p.read_bytes() for p in moved.rglob("*.safetensors")}
+
+    def state():
+        """Of all but the lock, which is opened and names its holder."""
+        paths = [p for p in moved.rglob("*") if p.name != "lock"]
+        assert len(paths) > 50
+        return {p: (p.stat().st_mtime_ns, p.is_file() and p.read_bytes()) for p in paths}
+
+    before = state()
     assert self_play(config, moved).path == str(moved / "iterations" / "4" / "checkpoint")
-    assert before == {p: p.read_bytes() for p in moved.rglob("*.safetensors")}
+    assert state() == before
     private = str(run.root).encode()
     for path in moved.rglob("*"):
         if path.is_file():
@@ -119,20 +141,154 @@ def test_other_files_in_a_run_are_left_alone(finished, tmp_path):
     assert (tmp_path / "run" / "notes" / "manifest.json").read_text() == '{"mine": 1}'
 
 
-def test_a_missing_or_unfinite_log_is_said_and_no_crash(finished, tmp_path):
+@pytest.mark.parametrize("damage", ["removed", "empty", "cut", "bit", "edited", "not of ours"])
+def test_a_damaged_log_is_said_costs_its_metrics_and_nothing_else(finished, tmp_path, damage):
     run, config = finished
     shutil.copytree(run.root, tmp_path / "run")
-    log = tmp_path / "run" / "iterations" / "2" / "training.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    lines[-1] |= {"grad_norm": "inf", "rewards/target": "nan"}
-    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    from tpaw.report.summary import summarise
+    copy = RunDirectory(tmp_path / "run")
+    whole = summarise(copy, config)
+    assert whole["notes"] == []
+    log = copy.training_log(2)
+    content = log.read_bytes()
+    if damage == "removed":
+        log.unlink()
+    else:
+        reward = json.loads(content.splitlines()[-1])["rewards/target"]
+        edited = content.replace(str(reward).encode(), b"61.5")
+        assert edited != content
+        flipped = bytes([content[0] ^ 1]) + content[1:]
+        others = {"empty": b"", "cut": content[:-9], "bit": flipped, "edited": edited}
+        log.write_bytes(others.get(damage, b"[]\n"))
+    assert self_play(config, copy.root).index == 4
+    summary = read_json(copy.summary_file)
+    assert "training" not in summary["players"][2]
+    [note] = summary["notes"]
+    says(note, "iterations/2/training.jsonl", "θ_2")
+    del whole["players"][2]["training"]
+    assert summary["players"] == whole["players"]
+    log.write_bytes(content)
+    self_play(config, copy.root)
+    assert read_json(copy.summary_file) == summarise(run, config)
 
-    summary = summarise(RunDirectory(tmp_path / "run"), config)
+
+def test_a_metric_that_is_not_finite_is_read(finished, tmp_path):
+    run, config = finished
+    shutil.copytree(run.root, tmp_path / "run")
+    copy = RunDirectory(tmp_path / "run")
+    lines = [json.loads(line) for line in copy.training_log(2).read_text().splitlines()]
+    lines[-1] |= {"grad_norm": "inf", "rewards/target": "nan"}
+    copy.training_log(2).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    manifest = copy.checkpoint(2) / "manifest.json"
+    entry = describe_file(copy.training_log(2).parent, copy.training_log(2))
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"training_log": entry}))
+    summary = summarise(copy, config)
     assert math.isnan(summary["players"][2]["training"]["rewards/target"])
-    log.unlink()
-    with refused("2/training.jsonl", "θ_2", error=ArtifactError):
-        self_play(config, tmp_path / "run")
+
+
+def test_a_lost_record_of_the_initial_player_is_not_made_anew(finished, tmp_path):
+    run, config = finished
+    copy = RunDirectory(shutil.copytree(run.root, tmp_path / "run"))
+    content = copy.initial_player_file.read_text()
+    copy.initial_player_file.unlink()
+    for use in (lambda: self_play(config, copy.root), lambda: find_checkpoint(f"{copy.root}@0")):
+        with refused(copy.initial_player_file, error=ArtifactError):
+            use()
+    assert not copy.initial_player_file.exists()
+    edited = content.replace('"revision": null', '"revision": "main"')
+    assert edited != content
+    copy.initial_player_file.write_text(edited)
+    with refused(copy.initial_player_file, error=ArtifactError):
+        self_play(config, copy.root)
+
+
+def test_a_folder_that_goes_away_is_said_and_nothing_takes_its_place(
+    settings, tmp_path, monkeypatch
+):
+    settings |= {"iterations": 1}
+    config = RunConfig.load(settings)
+    original = tpaw.pipeline.stages.generate_responses
+
+    def moving(*args, **kwargs):
+        (tmp_path / "r").rename(tmp_path / "elsewhere")
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tpaw.pipeline.stages, "generate_responses", moving)
+        with refused(tmp_path / "r", error=StorageError):
+            self_play(config, tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+    assert self_play(config, tmp_path / "elsewhere").index == 1
+
+
+def test_each_stage_asks_for_its_space_before_it_writes(settings, tmp_path, monkeypatch):
+    settings |= {"iterations": 1}
+    settings["train"] |= {"epochs": 4}
+    asked, peak = {}, 0
+    run, rmtree = RunDirectory(tmp_path / "r"), shutil.rmtree
+
+    def require_space(folder, needed, work):
+        places = (run.evaluation(0), run.responses(1), run.root / "logprobs", run.checkpoint(1))
+        asked[work] = needed, [place.name for place in places if place.exists()]
+
+    def measure(path, *args, **kwargs):  # a saved step goes once the next one is whole
+        nonlocal peak
+        if "checkpoint-" in str(path):
+            large = ("model.safetensors", "optimizer.pt")
+            files = [p for p in Path(path).parent.rglob("*") if p.name in large]
+            peak = max(peak, sum(p.stat().st_size for p in files))
+        return rmtree(path, *args, **kwargs)
+
+    monkeypatch.setattr(tpaw.pipeline.space, "require_space", require_space)
+    monkeypatch.setattr(shutil, "rmtree", measure)
+    self_play(RunConfig.load(settings), run.root)
+    assert [there for _, there in asked.values()] == [
+        ["evaluation", "responses", "logprobs", "checkpoint"],  # of θ_1, with the words of θ_0's
+        ["evaluation"],
+        ["evaluation", "responses"],
+        ["evaluation", "responses", "logprobs"],
+    ]
+    # The tiny model's files have headers and names that the estimate does not count.
+    assert asked["training θ_1"][0] == pytest.approx(peak, rel=0.2)
+
+
+def test_a_full_disk_stops_a_run_before_the_stage_that_would_fill_it(
+    settings, tmp_path, monkeypatch
+):
+    settings |= {"iterations": 1}
+    usage = namedtuple("usage", "total used free")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 5000))
+        with refused(tmp_path / "r", "training θ_1", "5.0 kB", error=StorageError):
+            self_play(RunConfig.load(settings), tmp_path / "r")
+    assert not RunDirectory(tmp_path / "r").checkpoint(1).exists()
+    assert self_play(RunConfig.load(settings), tmp_path / "r").index == 1
+
+
+def test_training_that_ends_early_without_a_signal_publishes_nothing(
+    settings, tmp_path, monkeypatch
+):
+    settings |= {"iterations": 1}
+    original = Recorder.on_step_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control = original(self, args, state, control, **kwargs)
+        control.should_training_stop = True
+        return control
+
+    monkeypatch.setattr(Recorder, "on_step_end", on_step_end)
+    with pytest.raises(RuntimeError, match="step 1 of 3"):
+        self_play(RunConfig.load(settings), tmp_path / "r")
+    assert not RunDirectory(tmp_path / "r").checkpoint(1).exists()
+
+
+def test_several_processes_are_refused_before_anything_is_written(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with refused("WORLD_SIZE", "2", "CUDA_VISIBLE_DEVICES"):
+        self_play(RunConfig.load(settings), tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    settings |= {"iterations": 1}
+    assert self_play(RunConfig.load(settings), tmp_path / "r").index == 1
 
 
 def test_a_resumed_iteration_obeys_the_new_intervals_and_logs_the_same(settings, tmp_path):
@@ -141,6 +297,8 @@ def test_a_resumed_iteration_obeys_the_new_intervals_and_logs_the_same(settings,
     config = RunConfig.load(settings)
     self_play(config, tmp_path / "whole")
     stopped_at_step(7, config, tmp_path / "cut")
+    log = RunDirectory(tmp_path / "cut").training_log(1)
+    log.write_bytes(log.read_bytes()[:-7])  # as a power cut leaves it
     self_play(config, tmp_path / "cut")
 
     def lines(name):
@@ -223,3 +381,41 @@ def test_files_of_trackers_outlive_the_saved_steps(settings, tmp_path, monkeypat
     self_play(RunConfig.load(settings), tmp_path / "r")
     assert seen == [str(tmp_path / "r" / "iterations" / str(i) / "tensorboard") for i in (1, 2)]
     assert "TENSORBOARD_LOGGING_DIR" not in os.environ
+
+
+SHORTAGES = {
+    # Two for the held-out rows, and one shard of the three.
+    "generate.tokens_per_batch": ("tpaw.generation.hf.generate_continuously", 3),
+    "score.tokens_per_row": ("tpaw.scoring.score.response_logps", 1),
+    "train.tokens_per_row": ("tpaw.training.trainer.response_logps", 5),
+}
+
+
+def test_a_run_that_is_out_of_memory_goes_on_with_less(settings, tmp_path):
+    settings["iterations"] = 1
+    kept = {}
+    for key, (where, calls) in SHORTAGES.items():
+        module, _, name = where.rpartition(".")
+        section, _, field = key.partition(".")
+        work, done = getattr(sys.modules[module], name), []
+
+        def starved(*args, done=done, calls=calls, work=work, **kwargs):
+            if len(done) == calls:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            done.append(args)
+            return work(*args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(where, starved)
+            with refused(key, settings[section][field], error=MemoryShortageError):
+                self_play(RunConfig.load(settings), tmp_path / "run")
+        settings[section][field] //= 2
+        assert kept.items() <= _times(tmp_path / "run").items()
+        kept = _times(tmp_path / "run")
+    self_play(RunConfig.load(settings), tmp_path / "run")
+    assert kept.items() <= _times(tmp_path / "run").items()
+
+
+def _times(folder):
+    """When each published table was written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}

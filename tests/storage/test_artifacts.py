@@ -1,20 +1,26 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from messages import refused
 
 import tpaw.storage.artifacts
-from tpaw.errors import ArtifactError
+from tpaw.errors import ArtifactError, RunLockedError, StorageError
 from tpaw.storage.artifacts import (
     MANIFEST,
     PARTIAL_MANIFEST,
     ShardedArtifact,
     is_published,
+    own_folder,
     publishing,
+    read_files,
     read_json,
     read_manifest,
     remove_temporaries,
@@ -59,7 +65,6 @@ def test_nothing_appears_before_all_is_written(tmp_path):
     with pytest.raises(RuntimeError):
         fail_half_way()
     assert not is_published(tmp_path / "x")
-    remove_temporaries(tmp_path)
     assert list(tmp_path.iterdir()) == []
     publish(tmp_path / "x")
 
@@ -72,8 +77,9 @@ def test_a_folder_appears_with_its_manifest_or_not_at_all(tmp_path, monkeypatch)
         patch.setattr(tpaw.storage.artifacts, "write_json", die)
         with pytest.raises(KeyboardInterrupt):
             publish(tmp_path / "x")
-    assert not (tmp_path / "x").exists()
-    # What the attempt left behind is no part of the next one.
+    assert not any(tmp_path.iterdir())
+    # What a killed process left behind is no part of the next one.
+    (tmp_path / ".tmp-x").mkdir()
     (tmp_path / ".tmp-x" / "c.txt").write_text("left behind")
     publish(tmp_path / "x")
     assert {e["path"] for e in read_manifest(tmp_path / "x")["files"]} == {"a.txt", "sub/b.bin"}
@@ -153,3 +159,108 @@ def test_a_growing_store_exists_from_its_first_file_on(tmp_path):
     ShardedArtifact(tmp_path / "s", always_growing=True).publish("1.txt", write("b"))
     assert ShardedArtifact(tmp_path / "s", always_growing=True).names == {"0.txt", "1.txt"}
     verify(tmp_path / "s" / MANIFEST)
+
+
+@pytest.mark.parametrize("path", ["../../../etc/passwd", "/etc/passwd", "a/../../b", "", "."])
+def test_a_manifest_that_names_a_file_outside_of_its_folder_is_refused(tmp_path, path):
+    folder = publish(tmp_path / "x")
+    entry = {"path": path, "bytes": 0, "sha256": "0"}
+    (folder / MANIFEST).write_text(json.dumps({"files": [entry]}))
+    for read in (verify, read_files):
+        with refused(folder / MANIFEST, error=ArtifactError):
+            read(folder / MANIFEST)
+    with refused(folder / MANIFEST, error=ArtifactError):
+        ShardedArtifact(folder)
+
+
+def test_a_value_that_a_manifest_lacks_is_named(tmp_path):
+    manifest = read_manifest(publish(tmp_path / "x"))
+    with refused(tmp_path / "x" / MANIFEST, "'seconds'", error=ArtifactError):
+        manifest["seconds"]
+    with refused(tmp_path / "x" / MANIFEST, "'seconds'", error=ArtifactError):
+        manifest["files"][0]["seconds"]
+
+
+def test_checking_a_large_file_can_be_stopped_within_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(tpaw.storage.artifacts, "BYTES_READ_AT_ONCE", 10)
+    folder = publish(tmp_path / "x")
+    read = []
+
+    def on_bytes(count):
+        read.append(count)
+        if sum(read) > 30:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        verify(folder / MANIFEST, on_bytes)
+    assert read == [3, 10, 10, 10]
+    read.clear()
+    monkeypatch.undo()
+    verify(folder / MANIFEST, read.append)
+    assert sum(read) == 103
+
+
+def test_many_may_write_the_same_file_at_once(tmp_path):
+    path, meeting = tmp_path / "reply.json", threading.Barrier(8)
+
+    def write_one(number):
+        meeting.wait()
+        for _ in range(20):
+            write_json(path, {"from": number})
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write_one, range(8)))
+    assert read_json(path)["from"] in range(8)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_second_of_two_publications_is_told(tmp_path):
+    with refused(tmp_path / "x", error=RunLockedError), publishing(tmp_path / "x", {}):
+        publish(tmp_path / "x")
+    verify(tmp_path / "x" / MANIFEST)
+    assert list(tmp_path.iterdir()) == [tmp_path / "x"]
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_on_the_disk(tmp_path, monkeypatch):
+    def fsync(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space"):
+        write_json(tmp_path / "a.json", {})
+    with pytest.raises(OSError, match="No space"):
+        publish(tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_that_cannot_flush_is_named(tmp_path, monkeypatch):
+    def fsync(descriptor):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    hide = {"name": re.compile(r"\.tmp-\S+(?=:)")}
+    with refused(tmp_path, "Invalid argument", error=StorageError, hide=hide):
+        write_json(tmp_path / "a.json", {})
+
+
+def test_a_name_of_any_length_can_be_written(tmp_path):
+    for name in ("n" * 255, "ß" * 127):
+        write_json(tmp_path / name, {})
+
+
+def test_temporaries_that_are_links_are_not_followed(tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.tex").touch()
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / ".tmp-z").symlink_to(tmp_path / "precious")
+    (tmp_path / "x" / ".tmp-y").mkdir()
+    remove_temporaries(tmp_path / "x")
+    assert (tmp_path / "precious" / "thesis.tex").exists()
+    assert not (tmp_path / "x" / ".tmp-y").exists()
+
+
+def test_an_output_folder_with_links_is_refused(tmp_path):
+    own_folder(tmp_path / "o", {"a": 1})
+    (tmp_path / "o" / "outputs.json").symlink_to(tmp_path / "elsewhere")
+    with refused(tmp_path / "o" / "outputs.json"):
+        own_folder(tmp_path / "o", {"a": 1})

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -9,13 +10,23 @@ import subprocess
 import sys
 
 import pytest
-from messages import refused
+from messages import refused, says
 
+import tpaw.storage.artifacts
 import tpaw.storage.run_directory
 from tpaw.config.schema import RunConfig
-from tpaw.errors import RunLockedError
+from tpaw.errors import ArtifactError, Interrupted, RunLockedError, StorageError
+from tpaw.runtime.interrupt import StopSignal
+from tpaw.runtime.watch import Watch
 from tpaw.storage.artifacts import ShardedArtifact
-from tpaw.storage.run_directory import RunDirectory, check_output, open_run
+from tpaw.storage.run_directory import (
+    RunDirectory,
+    check_output,
+    open_run,
+    restart_iteration,
+    verify_run,
+)
+from tpaw.storage.seals import seal_facts
 
 
 @pytest.fixture
@@ -126,8 +137,8 @@ def test_growing_artifacts_are_checked_too(tmp_path):
 def test_a_format_of_the_future_is_refused(tmp_path, config):
     with open_run(tmp_path / "r", config) as run:
         facts = json.loads(run.run_file.read_text())
-    run.run_file.write_text(json.dumps(facts | {"format": 99}))
-    with refused(99, 1):
+    run.run_file.write_text(json.dumps(seal_facts(facts | {"format": 99})))
+    with refused(99, 1, 2):
         check_output(tmp_path / "r", config)
 
 
@@ -182,3 +193,178 @@ def test_every_path_is_inside_and_relative_to_the_root(tmp_path):
         "logprobs/f",
         "inputs",
     ]
+
+
+@pytest.fixture
+def run(tmp_path, config):
+    with open_run(tmp_path / "r", config) as run:
+        pass
+    return run
+
+
+def edits(text):
+    """Single digits changed, and every cut at the border of a line."""
+    yield text.replace("eta: 6.0", "eta: 1.0")
+    yield text.replace("seed: 0", "seed: 1")
+    lines = text.splitlines(keepends=True)
+    yield from ("".join(lines[:count]) for count in range(len(lines)))
+    yield text.replace("\n", "\n\0", 1)
+
+
+def test_a_configuration_that_was_edited_or_cut_is_refused(run, config):
+    text = run.config_file.read_text()
+    assert "eta: 6.0" in text
+    for edited in edits(text):
+        assert edited != text
+        run.config_file.write_text(edited)
+        for use in (run.load_config, lambda: check_output(run.root, config)):
+            with pytest.raises(ArtifactError) as caught:
+                use()
+            assert str(run.config_file) in str(caught.value)
+            assert "--set" in str(caught.value)
+    with refused(run.config_file, "--set", error=ArtifactError), open_run(run.root, config):
+        pass
+    run.config_file.write_text(text)
+    assert run.load_config() == config
+
+
+@pytest.mark.parametrize("change", [{"versions": {}}, {"began": "x"}, {"format": 1}])
+def test_an_edited_run_file_is_refused(run, config, change):
+    facts = json.loads(run.run_file.read_text())
+    run.run_file.write_text(json.dumps(facts | change))
+    with refused(run.run_file, error=ArtifactError):
+        check_output(run.root, config)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", "", "7"])
+def test_a_damaged_run_file_is_named(run, config, content):
+    run.run_file.write_text(content)
+    with refused(run.run_file, error=ArtifactError, hide={"reason": re.compile("Expecting.*")}):
+        check_output(run.root, config)
+
+
+def with_versions(monkeypatch, **versions):
+    original = tpaw.storage.run_directory.version
+    monkeypatch.setattr(
+        tpaw.storage.run_directory, "version", lambda name: versions.get(name) or original(name)
+    )
+
+
+def test_versions_are_recorded_and_said_whenever_they_changed(
+    tmp_path, config, monkeypatch, capsys
+):
+    def session(**versions):
+        with monkeypatch.context() as patch:
+            with_versions(patch, **versions)
+            with open_run(tmp_path / "r", config) as run:
+                said = " ".join(capsys.readouterr().err.split())
+                return run.facts(), said
+
+    old = {"torch": "1.0", "tpaw": "0.0.1"}
+    facts, said = session(**old)
+    assert facts["versions"]["torch"] == "1.0"
+    assert said == ""
+    facts, said = session(torch="2.0", tpaw="0.0.1")
+    says(said, "torch 1.0 → 2.0")
+    assert "tpaw" not in said.replace("tpaw run", "")
+    assert facts["versions"]["torch"] == "1.0"  # of the beginning
+    assert [s["versions"]["torch"] for s in facts["resumed"]] == ["2.0"]
+    before = (tmp_path / "r" / "run.json").stat().st_mtime_ns
+    facts, said = session(torch="2.0", tpaw="0.0.1")
+    assert said == ""
+    assert len(facts["resumed"]) == 1
+    assert (tmp_path / "r" / "run.json").stat().st_mtime_ns == before
+    facts, said = session(**old)
+    assert "torch 2.0 → 1.0" in said
+    assert len(facts["resumed"]) == 2
+
+
+def test_a_run_of_the_first_format_is_taken_over_with_one_line(run, config, capsys):
+    text = run.config_file.read_text()
+    run.config_file.write_text("".join(text.splitlines(keepends=True)[:-1]))
+    facts = json.loads(run.run_file.read_text())
+    del facts["sha256"]
+    run.run_file.write_text(json.dumps(facts | {"format": 1}))
+    run.initial_player_file.parent.mkdir()
+    player = {"index": 0, "path": "m", "revision": None, "fingerprint": "f"}
+    run.initial_player_file.write_text(json.dumps(player))
+    assert run.load_config() == config
+    with open_run(run.root, config):
+        pass
+    says(capsys.readouterr().err, run.root, "checksums")
+    assert run.facts()["format"] == 2
+    assert run.config_file.read_text() == text
+    assert json.loads(run.initial_player_file.read_text()) == seal_facts(player)
+    with open_run(run.root, config):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.yaml",
+        "iterations",
+        "iterations/1",
+        "iterations/1/training",
+        "iterations/1/training.jsonl",
+        "iterations/1/training/checkpoint-1",
+        "inputs",
+        "logprobs/f",
+        "players/0.json",
+        "summary.json",
+    ],
+)
+def test_links_in_a_run_are_not_followed(run, config, name, tmp_path):
+    outside = tmp_path / "precious"
+    (outside / "checkpoint-1").mkdir(parents=True)
+    (outside / "thesis.tex").write_text("x")
+    place = run.root / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.unlink(missing_ok=True)
+    place.symlink_to(outside / "thesis.tex" if place.suffix else outside)
+    before = sorted(outside.rglob("*"))
+    with refused(place), open_run(run.root, config):
+        pass
+    with refused(place):
+        restart_iteration(run.root, 1)
+    assert sorted(outside.rglob("*")) == before
+
+
+def test_links_elsewhere_in_a_run_and_to_it_are_fine(run, config, tmp_path):
+    (run.root / "notes").symlink_to(tmp_path)
+    (tmp_path / "r2").symlink_to(run.root)
+    (run.root / "mine").mkdir()
+    (run.root / "mine" / ".tmp-draft").touch()
+    with open_run(tmp_path / "r2", config):
+        pass
+    assert (run.root / "mine" / ".tmp-draft").exists()  # nothing of ours
+
+
+def test_a_signal_is_heard_while_published_files_are_checked(run, monkeypatch):
+    monkeypatch.setattr(tpaw.storage.artifacts, "BYTES_READ_AT_ONCE", 10)
+    ShardedArtifact(run.responses(1)).publish("0", lambda path: path.write_text("a" * 99) and None)
+    stop = StopSignal()
+    seen = []
+    original = tpaw.storage.run_directory.verify
+
+    def verify(manifest, on_bytes):
+        def heard(count):
+            seen.append(count)
+            stop.signal_number = 15
+            on_bytes(count)
+
+        original(manifest, heard)
+
+    monkeypatch.setattr(tpaw.storage.run_directory, "verify", verify)
+    with pytest.raises(Interrupted):
+        verify_run(run, 1, Watch(stop))
+    assert seen == [10]
+
+
+def test_a_failure_of_the_disk_says_what_is_kept_and_how_to_resume(run, config):
+    with refused(run.root, "/x/y", error=StorageError) as caught, open_run(run.root, config):
+        raise OSError(errno.EROFS, "Read-only file system", "/x/y")
+    assert caught.value.exit_code == 4
+    with pytest.raises(ValueError, match="ours"), open_run(run.root, config):
+        raise ValueError("a bug of ours")

@@ -72,6 +72,14 @@ def test_methods_may_have_names_recipes_and_settings_of_their_own(write):
 
 
 @pytest.mark.parametrize(
+    "recipe", ["gsm8k-qwen2.5-1.5b", "ultrachat-qwen2.5-1.5b", "ultrachat-llama-3.1-8b"]
+)
+def test_a_study_takes_the_recipes_of_the_paper(write, recipe):
+    _, conditions = read_study(write(recipe=recipe, methods=["tpaw", "spin", "sft_continue"]))
+    assert len(conditions) == 3
+
+
+@pytest.mark.parametrize(
     ("study", "parts"),
     [
         pytest.param(study, parts, id=name)
@@ -80,6 +88,8 @@ def test_methods_may_have_names_recipes_and_settings_of_their_own(write):
             ("key", {"method": ["tpaw"]}, "method", "methods"),
             ("setting", {"vary": {"objective.etaa": [1]}}, "objective.etaa", "objective.eta"),
             ("no value", {"vary": {"objective.eta": []}}, "vary.objective.eta"),
+            ("many seeds", {"seeds": 99999999999}, "10000"),
+            ("many runs", {"vary": {f"x{i}": list(range(10)) for i in range(9)}}, "10000"),
             ("bad value", {"vary": {"objective.eta": [0.5]}}, "eta = 0.5", "objective.eta"),
             ("no list", {"vary": {"objective.eta": 3}}, "vary", 3),
             ("seeds twice", {"seeds": [1, 1]}, "seeds", "[1, 1]"),
@@ -246,6 +256,24 @@ def test_a_varied_condition_whose_every_run_failed_is_left_out_of_the_figure(wri
     results = {conditions[0].name: results_of([0.5, 0.6]), conditions[1].name: {}}
     drawn = draw_figures(complete(analyse(conditions, results, None)), tmp_path)
     assert [p.stem for p in drawn] == ["accuracy-by-objective-eta", "gap-by-objective-eta"]
+
+
+def test_without_held_out_records_the_first_suite_is_compared(write, tmp_path):
+    _, conditions = read_study(write(methods={"a": "tpaw", "b": "tpaw"}))
+    results = {
+        name: {
+            seed: {"iterations": [{"v1": 50.0, "v1: ARC": score}], "curve": [], "seconds": 1.0}
+            for seed in (0, 1)
+        }
+        for name, score in (("a", 40.0), ("b", 41.5))
+    }
+    study = complete(analyse(conditions, results, None))
+    assert (study["primary"], study["measures"]) == ("v1", ["v1", "v1: ARC"])
+    drawn = draw_figures(study, tmp_path)
+    assert [path.stem for path in drawn] == ["v1-by-iteration"]
+    text = study_report(study, drawn)
+    assert "**v1: ARC, %: mean over seeds ± SD [95 % t-interval]**" in text
+    assert "| b | 2 | 41.500 ± 0.000 [41.500, 41.500] |" in text
 
 
 def test_a_curve_has_no_point_that_is_the_mean_of_fewer_steps(write, tmp_path):

@@ -16,7 +16,9 @@ from fork_server import Forked
 from messages import says
 
 import tpaw.study.runner
-from tpaw.study.runner import launch_process, run_study
+from tpaw.runtime.interrupt import StopSignal
+from tpaw.study.config import read_study
+from tpaw.study.runner import launch_process, run_study, runs_of
 
 STUDY = {
     "recipe": "recipe.yaml",
@@ -139,7 +141,7 @@ def test_a_run_that_fails_does_not_stop_the_others(study, tmp_path, tpaw_, monke
 
     monkeypatch.setattr(tpaw.study.runner, "run_study", functools.partial(run_study, launch=launch))
     settings = yaml.safe_load(study.read_text()) | {
-        "methods": {"tpaw": [], "hopeless": {"train": {"learning_rate": 1e30}}},
+        "methods": {"tpaw": [], "hopeless": {"train": {"learning_rate": 1e6}}},
         "seeds": 1,
         "set": {"iterations": 1, "train": {"epochs": 2}},
     }
@@ -152,6 +154,36 @@ def test_a_run_that_fails_does_not_stop_the_others(study, tmp_path, tpaw_, monke
     says(said, "train.learning_rate", tmp_path / "out", "--restart-iteration 1")
     assert len(found["conditions"]["tpaw"]["runs"]) == 1
     assert found["conditions"]["hopeless"]["runs"] == {}
+
+
+@pytest.mark.parametrize("trusts", [True, False])
+def test_a_study_allows_in_its_runs_the_code_that_its_own_file_allows(study, tmp_path, trusts):
+    started = []
+
+    def launch(*arguments, log, threads):
+        started.append(arguments)
+        log.write_text("")
+        return Ended(1)
+
+    tree = yaml.safe_load(study.read_text())
+    tree["set"] = {"model": {"trust_remote_code": trusts}}
+    study.write_text(yaml.safe_dump(tree))
+    config, conditions = read_study(str(study))
+    runs = runs_of(conditions, config.seeds, tmp_path / "out")
+    run_study(runs, tmp_path / "out", 4, StopSignal(), launch)
+    assert {arguments[0] for arguments in started} == {"prepare", "run"}
+    assert {arguments[2:] for arguments in started} == {("--trust",) if trusts else ()}
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"iterations_done": null}'])
+def test_a_run_whose_summary_is_damaged_is_not_done(study, tmp_path, content):
+    config, conditions = read_study(str(study))
+    run = runs_of(conditions, config.seeds, tmp_path / "out")[0]
+    run.folder.mkdir(parents=True)
+    (run.folder / "summary.json").write_text('{"iterations_done": 2}')
+    assert run.is_done()
+    (run.folder / "summary.json").write_text(content)
+    assert not run.is_done()
 
 
 @pytest.mark.process

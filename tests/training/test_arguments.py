@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from messages import refused
+from messages import by_first, refused
 from transformers import TrainingArguments
 
+import tpaw.training.arguments
 from tpaw.config.schema import RunConfig
 from tpaw.training.arguments import CANNOT_BE_SET, RESERVED, USE_INSTEAD, check_training
 
@@ -17,6 +18,59 @@ def test_a_reserved_argument_is_refused_by_name(name):
     config = RunConfig.load("starter", overrides=[f"train.training_arguments={{{name}: 1}}"])
     with refused(f"train.training_arguments.{name}"):
         check_training(config)
+
+
+@by_first(
+    ("arguments", "parts"),
+    [
+        ("{max_grad_norm: abc}", ["max_grad_norm", "'abc'"]),
+        ("{max_grad_norm: .nan}", ["max_grad_norm", "nan", "finite"]),
+        ("{lr_scheduler_kwargs: {min_lr: .inf}}", ["lr_scheduler_kwargs", "inf", "finite"]),
+        ("{weight_decay: true}", ["weight_decay", "True"]),
+        ("{label_names: a}", ["label_names", "'a'", "list"]),
+        ("{run_name: !!binary aGk=}", ["run_name", "b'hi'"]),
+        ("{dataloader_num_workers: -1}", ["num_workers", "non-negative"]),
+        ("{dataloader_num_workers: 99999}", ["dataloader_num_workers", 99999, 256]),
+        ("{log_level: abc}", ["abc"]),
+        ("{accelerator_config: {x: 1}}", ["x"]),
+        ("{debug: abc}", ["abc"]),
+    ],
+)
+def test_a_value_that_training_could_not_use_is_refused_before_it(arguments, parts):
+    config = RunConfig.load("starter", overrides=[f"train.training_arguments={arguments}"])
+    with refused("train.training_arguments", *parts):
+        check_training(config)
+
+
+@pytest.mark.parametrize("method", ["self_play", "sft"])
+def test_what_transformers_takes_is_taken(method):
+    given = {
+        "weight_decay": 1,
+        "max_grad_norm": 0.5,
+        "dataloader_num_workers": 0,
+        "ddp_bucket_cap_mb": None,
+        "label_names": ["a"],
+        "lr_scheduler_kwargs": {"num_cycles": 0.5},
+        "optim_args": "alpha=0.9",
+    }
+    sources = ["starter", *(["sft"] if method == "sft" else [])]
+    settings = {"train": {"training_arguments": given, "optimizer": "rmsprop"}}
+    check_training(RunConfig.load(*sources, settings))
+
+
+def test_arguments_are_built_once_for_each_pair_of_values(monkeypatch):
+    built = []
+    original = tpaw.training.arguments.training_arguments
+    monkeypatch.setattr(
+        "tpaw.training.arguments.training_arguments",
+        lambda config, t, output: built.append(t) or original(config, t, output),
+    )
+    same = {"learning_rate": 1e-6, "epochs": 1}
+    settings = {"iterations": 1000, "train": same, "objective": {"lambda": 0.1}}
+    check_training(RunConfig.load("starter", settings))
+    settings = {"iterations": 4, "train": same | {"epochs": [1, 2, 1, 2]}}
+    check_training(RunConfig.load("starter", settings))
+    assert len(built) == 1 + 2
 
 
 def test_reserved_names_are_names_of_transformers():

@@ -12,16 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders import make_model
 from distributed_driver import losses
 from fork_server import Forked
+from safetensors.torch import load_file
 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    """Losses with rows of 60 tokens, which hold two triples or so."""
-    found = losses(tmp_path_factory.mktemp("one"), per_device_train_batch_size=8)
+    """Steps and weights with rows of 60 tokens, which hold two triples or so."""
+    folder = tmp_path_factory.mktemp("one")
+    found = losses(folder, per_device_train_batch_size=8, save=True)
     assert len(found) == 10  # 33 triples in batches of 8, twice
-    return found
+    return found, saved(folder)
 
 
 def of_processes(folder, count, **options):
@@ -62,6 +65,11 @@ def by_torchrun(folder, count, **options):
     return json.loads(out.read_text())
 
 
+def saved(folder):
+    """Weights that `save_model` wrote."""
+    return load_file(folder / "saved" / "model.safetensors")
+
+
 def assert_same_steps(found, expected, tolerance=1e-5):
     assert len(found) == len(expected)
     assert np.allclose(found, expected, rtol=tolerance, atol=tolerance)
@@ -70,21 +78,32 @@ def assert_same_steps(found, expected, tolerance=1e-5):
 @pytest.mark.parametrize("tokens_per_row", [1, 130, 10_000])
 def test_packing_does_not_change_a_step(one_process, tmp_path, tokens_per_row):
     found = losses(tmp_path, per_device_train_batch_size=8, tokens_per_row=tokens_per_row)
-    assert_same_steps(found, one_process)
+    assert_same_steps(found, one_process[0])
 
 
 def test_accumulation_does_not_change_a_step(one_process, tmp_path):
     found = losses(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
-    assert_same_steps(found, one_process)
+    assert_same_steps(found, one_process[0])
 
 
 @pytest.mark.process
 @pytest.mark.usefixtures("forks")
-def test_two_processes_in_mixed_precision_stay_close(tmp_path):
-    settings = {"bf16": True, "per_device_train_batch_size": 4, "fsdp": True, "dtype": "float32"}
-    found = of_processes(tmp_path, 2, **settings)
-    expected = losses(tmp_path, bf16=True, per_device_train_batch_size=8, dtype=torch.float32)
-    assert_same_steps(found[:2], expected[:2], tolerance=2e-2)
+def test_fsdp2_in_mixed_precision_computes_in_bf16_and_moves_fp32_weights(tmp_path):
+    """At a learning rate at which no bf16 weight would move."""
+    settings = {"bf16": True, "save": True, "learning_rate": 1e-7}
+    one, two = tmp_path / "one", tmp_path / "two"
+    two.mkdir()
+    found = of_processes(
+        two, 2, fsdp=True, dtype="float32", per_device_train_batch_size=4, **settings
+    )
+    expected = losses(one, dtype=torch.float32, per_device_train_batch_size=8, **settings)
+    # The policy is its first player for two steps. Then rounding decides the target weights.
+    assert_same_steps(found[:2], expected[:2], tolerance=1e-3)
+    before = make_model("llama", seed=1).state_dict()
+    moved = {name: weight - before[name] for name, weight in saved(two).items()}
+    assert all(weight.dtype == torch.float32 for weight in saved(two).values())
+    # A step of RMSprop is at most 10 learning rates long.
+    assert all(0 < change.abs().max() < len(found) * 10 * 1e-7 for change in moved.values())
 
 
 @pytest.mark.process
@@ -102,11 +121,23 @@ def test_two_processes_in_mixed_precision_stay_close(tmp_path):
             },
         ),
         (of_processes, {"per_device_train_batch_size": 4, "fsdp": True}),
+        (
+            of_processes,
+            {
+                "per_device_train_batch_size": 2,
+                "gradient_accumulation_steps": 2,
+                "tokens_per_row": 1,
+                "fsdp": True,
+            },
+        ),
     ],
-    ids=["ddp", "ddp-accumulating", "fsdp2"],
+    ids=["ddp", "ddp-accumulating", "fsdp2", "fsdp2-accumulating"],
 )
 def test_two_processes_do_not_change_a_step(one_process, tmp_path, start, options):
-    assert_same_steps(start(tmp_path, 2, **options), one_process)
+    steps, weights = one_process
+    assert_same_steps(start(tmp_path, 2, save=True, **options), steps)
+    for name, weight in saved(tmp_path).items():
+        assert float((weight - weights[name]).norm()) < 1e-5 * float(weights[name].norm())
 
 
 @pytest.mark.process

@@ -22,7 +22,7 @@ from tpaw.config.schema import RunConfig
 from tpaw.errors import PolicyMismatchError
 from tpaw.selfplay import self_play
 from tpaw.storage.run_directory import RunDirectory
-from tpaw.training.arguments import check_training
+from tpaw.training.arguments import check_training, split_optimizer, training_arguments
 from tpaw.training.split_weights import (
     SplitRMSprop,
     join_fp32,
@@ -106,8 +106,9 @@ def whole(optimizer):
     ]
 
 
+@pytest.mark.parametrize("max_grad_norm", [0.0, 30.0])
 @pytest.mark.parametrize("slice_size", [1000, 2**24])
-def test_with_a_fp32_state_it_is_torchs_rmsprop_bit_for_bit(monkeypatch, slice_size):
+def test_with_a_fp32_state_it_is_torchs_rmsprop_bit_for_bit(monkeypatch, slice_size, max_grad_norm):
     monkeypatch.setattr(tpaw.training.split_weights, "SLICE", slice_size)
     shapes = [(33, 65), (1,), (), (7, 5, 3), (4099,)]
     plain, split = parameters(shapes), parameters(shapes)
@@ -117,8 +118,11 @@ def test_with_a_fp32_state_it_is_torchs_rmsprop_bit_for_bit(monkeypatch, slice_s
 
     options = {"lr": 1e-6, "alpha": 0.95, "eps": 1e-6}
     expected = torch.optim.RMSprop(groups(plain), **options)
-    optimizer = SplitRMSprop(groups(split), **options, state_dtype=torch.float32)
+    optimizer = SplitRMSprop(
+        groups(split), **options, state_dtype=torch.float32, max_grad_norm=max_grad_norm
+    )
     generator = torch.Generator().manual_seed(1)
+    norms = []
     for step in range(100):
         for number, (a, b) in enumerate(zip(plain, split, strict=True)):
             if (step + number) % 7 == 0:  # as a parameter that a batch does not touch
@@ -128,9 +132,12 @@ def test_with_a_fp32_state_it_is_torchs_rmsprop_bit_for_bit(monkeypatch, slice_s
             a.grad = b.grad.float()
         for group in (*expected.param_groups, *optimizer.param_groups):
             group["lr"] = 1e-6 * (1 + math.cos(step / 30))
+        if max_grad_norm:
+            norms.append(torch.nn.utils.clip_grad_norm_(plain, max_grad_norm))
         expected.step()
         optimizer.step()
         assert all(map(same_bits, whole(optimizer), plain))
+    assert not norms or min(norms) < max_grad_norm < max(norms)
     for a, b in zip(plain, split, strict=True):
         assert b.dtype == torch.bfloat16
         assert torch.equal(expected.state[a]["square_avg"], optimizer.state[b]["square_avg"])
@@ -380,6 +387,27 @@ def test_options_that_it_lacks_are_refused_beforehand(split_settings):
     split_settings["train"]["training_arguments"] = {"optim_args": "alpha=0.9,momentum=0.5"}
     with refused("train.optimizer", "rmsprop", "momentum"):
         check_training(RunConfig.load(split_settings))
+
+
+@pytest.mark.parametrize(("given", "limit"), [({}, 1.0), ({"max_grad_norm": 0.3}, 0.3)])
+def test_the_optimizer_clips_in_place_of_the_trainer(split_settings, tmp_path, given, limit):
+    split_settings["train"]["training_arguments"] = given
+    config = RunConfig.load(split_settings)
+    arguments = training_arguments(config, 0, tmp_path)
+    kind, options = split_optimizer(config, arguments)
+    assert kind([torch.nn.Parameter(torch.ones(1))], **options).max_grad_norm == limit
+    assert arguments.max_grad_norm == 0
+    split_settings["train"]["weights"] = "fp32"
+    assert training_arguments(RunConfig.load(split_settings), 0, tmp_path).max_grad_norm == limit
+
+
+def test_what_it_cannot_do_is_refused(monkeypatch):
+    with refused("max_grad_norm", -1.0, error=ValueError):
+        SplitRMSprop([torch.nn.Parameter(torch.ones(1))], max_grad_norm=-1.0)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with refused("processes", error=ValueError):
+        SplitRMSprop([torch.nn.Parameter(torch.ones(1))])
 
 
 def test_it_trains_as_fp32_weights_do(split_settings, tmp_path, model_folder):

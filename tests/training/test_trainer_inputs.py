@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from builders import PAPER, arguments, make_model, train, triples
-from datasets import Dataset
-from messages import DIFFERENCE, refused
+from datasets import Dataset, DatasetDict
+from distributed_driver import turn_fsdp_on
+from messages import DIFFERENCE, refused, says
 
-from tpaw.logprobs.packing import PACKED_LAYOUT
 from tpaw.objectives.base import ObjectiveNeeds
 from tpaw.objectives.tpaw import TeamObjective
-from tpaw.training.batching import collate_triples, columns_for
+from tpaw.training.batching import columns_for
 from tpaw.training.trainer import TeamTrainer
 
 
@@ -112,25 +118,172 @@ def test_floating_point_operations_are_six_for_each_weight_and_token(tmp_path):
         {"label_smoothing_factor": 0.1},
         {"use_liger_kernel": True},
         {"include_num_input_tokens_seen": "all"},
+        {"save_strategy": "best", "metric_for_best_model": "loss"},
+        {"learning_rate": 1e300},
+        {"learning_rate": math.nan},
     ],
 )
 def test_an_argument_that_would_do_nothing_is_refused(option, tmp_path):
     rows = triples(2, [make_model(seed=1)])
-    [name] = option
+    name = next(iter(option))
     with refused(name, error=ValueError):
         train(make_model(seed=1), rows, arguments(tmp_path, **option))
 
 
-def test_inputs_keep_their_types_under_deepspeed(tmp_path, monkeypatch):
-    """The Trainer's own `_prepare_inputs` would make bf16 log-probs of them."""
-    rows = triples(4, [make_model(seed=2)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "eval_dataset",
+        "compute_metrics",
+        "preprocess_logits_for_metrics",
+        "data_collator",
+        "compute_loss_func",
+        "model_init",
+        "ref_model",
+        "peft_config",
+    ],
+)
+def test_an_option_of_other_trainers_is_refused(name, tmp_path):
+    rows = triples(1, [make_model(seed=1)])
+    with refused(name, error=ValueError):
+        train(make_model(seed=1), rows, arguments(tmp_path), **{name: object()})
+    train(make_model(seed=1), rows, arguments(tmp_path), **{name: None})
+
+
+@pytest.mark.parametrize("method", ["evaluate", "predict"])
+def test_it_only_trains(method, tmp_path):
+    rows = triples(1, [make_model(seed=1)])
     trainer = TeamTrainer(
         make_model(seed=1), arguments(tmp_path), rows, None, TeamObjective(**PAPER)
     )
-    trainer.is_deepspeed_enabled = True
-    batch = trainer._prepare_inputs(collate_triples(rows, PACKED_LAYOUT))
-    assert batch["player_target_logps_BK"].dtype == torch.float64
-    assert batch["player_target_logps_BK"].tolist() == [r["player_target_logps"] for r in rows]
+    with refused(error=NotImplementedError):
+        getattr(trainer, method)(rows)
+
+
+def test_a_path_is_loaded_in_fp32_as_by_trl(tmp_path):
+    rows = triples(8, [make_model(seed=1)])
+    make_model(seed=1).bfloat16().save_pretrained(tmp_path / "model")
+    loaded = make_model(seed=1).bfloat16().float()
+    found, expected = (
+        train(model, rows, arguments(tmp_path)) for model in (str(tmp_path / "model"), loaded)
+    )
+    assert found.model.dtype == torch.float32
+    assert found.state.log_history[0]["loss"] == expected.state.log_history[0]["loss"]
+
+
+@pytest.mark.parametrize("model", [None, lambda: 1, Path])
+def test_what_is_no_model_is_refused(model, tmp_path):
+    with refused("model", error=TypeError, hide={"function": str(model)}):
+        train(model, triples(1, [make_model(seed=1)]), arguments(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, None)]
+)
+def test_weights_that_would_hardly_move_are_told_of(dtype, name, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model = make_model(seed=1).to(dtype)
+    rows = triples(1, [make_model(seed=1)])
+    args = arguments(tmp_path, learning_rate=1e-6)
+    for frozen in (False, True):
+        model.requires_grad_(not frozen)
+        caplog.clear()
+        TeamTrainer(model, args, rows, None, TeamObjective(**PAPER))
+        told = [r.getMessage() for r in caplog.records if "weights of the model" in r.getMessage()]
+        assert len(told) == (name is not None and not frozen)
+        for text in told:
+            says(text, name, "1e-06", "dtype=torch.float32")
+
+
+class Streamed(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield {}
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        Dataset.from_list([{"prompt_ids": [1]}]).to_iterable_dataset(),
+        Streamed(),
+        DatasetDict({"train": Dataset.from_list([{"prompt_ids": [1]}])}),
+        None,
+        [],
+    ],
+    ids=["streaming", "torch", "splits", "nothing", "empty"],
+)
+def test_a_dataset_that_cannot_be_indexed_is_refused_by_type(dataset, tmp_path):
+    with refused("train_dataset", error=ValueError):
+        train(make_model(seed=1), dataset, arguments(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "parts"),
+    [
+        ("target_ids", [7, 320], ["320", "position 1", "319"]),
+        ("generated_ids", [-1], ["-1", "position 0"]),
+        ("generated_ids", [5, 6, -100], ["-100", "position 2"]),
+        ("prompt_ids", [2**40], [2**40]),
+        ("prompt_ids", [], []),
+        ("target_ids", list(range(5, 261)), ["256 positions"]),
+        ("target_ids", "4 5", ["4 5"]),
+        ("target_ids", [[4, 5]], [[4, 5]]),
+        ("target_ids", [[4], [5, 6]], [[4], [5, 6]]),
+        ("target_ids", [4.5], [4.5]),
+        ("target_ids", None, [None]),
+        ("player_target_logps", -1.5, [-1.5, "list"]),
+        ("player_generated_logps", None, [None, "list"]),
+        ("player_target_logps", ["a"], ["a"]),
+        ("player_target_logps", [-1.0, -2.0], [2, "player_generated_logps", 1]),
+        ("player_generated_logps", [math.nan], ["NaN"]),
+    ],
+)
+def test_a_row_that_cannot_be_trained_on_is_named(column, value, parts, tmp_path):
+    for index in (0, 2):
+        rows = triples(3, [make_model(seed=1)])
+        rows[index][column] = value
+        with refused(f"row {index}", column, *parts, error=ValueError):
+            train(make_model(seed=1), rows, arguments(tmp_path))
+
+
+def test_rows_of_unequal_teams_and_a_row_without_a_column_are_named(tmp_path):
+    rows = triples(3, [make_model(seed=1)])
+    for kind in ("target", "generated"):
+        rows[1][f"player_{kind}_logps"] = [-1.0, -2.0]
+    with refused("row 1", "2 players", "row 0 has 1", error=ValueError):
+        train(make_model(seed=1), rows, arguments(tmp_path))
+    del rows[1]["target_ids"]
+    with refused("row 1", "target_ids", error=ValueError):
+        train(make_model(seed=1), rows, arguments(tmp_path))
+
+
+def test_ids_may_be_of_any_integer_type_and_the_first_and_last_of_the_vocabulary(tmp_path):
+    rows = triples(4, [make_model(seed=2)])
+    for row in rows:
+        row["target_ids"] = np.array([0, 319], dtype=np.int32)
+    found = [
+        train(
+            make_model(seed=1),
+            [row | {"target_ids": kind(row["target_ids"])} for row in rows],
+            arguments(tmp_path),
+        ).state.log_history[0]["loss"]
+        for kind in (list, tuple, torch.tensor, np.int64, np.uint16)
+    ]
+    assert len(set(found)) == 1
+
+
+def test_fsdp1_and_deepspeed_are_refused(tmp_path, monkeypatch):
+    rows = triples(2, [make_model(seed=1)])
+    args = arguments(tmp_path)
+    args.deepspeed_plugin = object()  # as `accelerate launch` with DeepSpeed sets it
+    with refused("deepspeed", error=ValueError, hide={"plugin": str(args.deepspeed_plugin)}):
+        train(make_model(seed=1), rows, args)
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # accelerate writes to it
+    # Version 1 itself cannot be built without an accelerator.
+    monkeypatch.setattr(Accelerator, "is_fsdp2", property(lambda self: False))
+    args = arguments(tmp_path, fsdp=True)
+    turn_fsdp_on(args, DistributedType.NO)
+    with refused("fsdp_config", "version 1", error=ValueError):
+        train(make_model(seed=1), rows, args)
 
 
 def test_a_dataset_in_torch_format_gives_log_probs_in_full(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from typing import Annotated
 
 import typer
@@ -12,7 +13,8 @@ import tpaw
 from tpaw.cli.evaluate import app as evaluate_app
 from tpaw.cli.run import app as run_app
 from tpaw.cli.study import app as study_app
-from tpaw.errors import TpawError, for_terminal
+from tpaw.errors import StorageError, TpawError, for_terminal
+from tpaw.storage.failures import storage_failure
 
 app = typer.Typer(
     help="Fine-tune an SFT model by self-play with TPAW (arXiv 2605.09922).",
@@ -36,7 +38,10 @@ def top(
 
 
 def main() -> None:
-    """Run the command line. For a `TpawError`, print its text and exit with its exit code."""
+    """Run the command line. An expected failure is one text and an exit code.
+
+    Anything else is a bug of TPAW: its traceback is shown, with the request to report it.
+    """
     # The libraries read these variables at import. Their progress bars would overwrite ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -45,6 +50,26 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()
-    except TpawError as error:
-        print(for_terminal(f"tpaw: {error}"), file=sys.stderr)
-        sys.exit(error.exit_code)
+    except Exception as error:
+        expected = _expected(error)
+        if expected is None:
+            print(for_terminal(traceback.format_exc().rstrip()), file=sys.stderr)
+            print(
+                "tpaw: this is a bug in tpaw; please report it with the command and the lines "
+                "above. Published files are kept.",
+                file=sys.stderr,
+            )
+            sys.exit(1)
+        print(for_terminal(f"tpaw: {expected}"), file=sys.stderr)
+        sys.exit(expected.exit_code)
+
+
+def _expected(error: Exception) -> TpawError | None:
+    """The error in a user's words, or None if it is a bug."""
+    if isinstance(error, TpawError):
+        return error
+    if (failure := storage_failure(error, os.curdir)) is not None:
+        return StorageError(f"{failure}. Correct the cause, then run the same command again.")
+    if isinstance(error, OSError):  # libraries that reach for a network or a file
+        return TpawError(str(error))
+    return None

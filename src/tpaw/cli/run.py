@@ -13,6 +13,7 @@ from tpaw.cli.common import Command, Overrides, Trust, console_of_stdout, stoppa
 from tpaw.config.files import recipe_summaries, to_yaml
 from tpaw.config.schema import RunConfig
 from tpaw.errors import InputError
+from tpaw.evaluation.benchmarks.suite import load_suite
 from tpaw.storage.run_directory import RunDirectory, refuse_untrusted_code
 from tpaw.storage.run_directory import restart_iteration as discard_training
 
@@ -167,9 +168,12 @@ def _load(sources: list[str], overrides: list[str], trust: bool) -> RunConfig:
         for source, run in zip(sources, runs, strict=True)
     ]
     config = RunConfig.load(*files, overrides=overrides)
+    for suite in config.evaluate.suites:
+        load_suite(suite, trust=trust, setting="evaluate.suites")
     for file in files:
         run = RunDirectory(Path(file).parent)
         if run.has_begun():  # a run directory, or its config.yaml
+            run.load_config()  # refuses a configuration that was edited
             refuse_untrusted_code(config.model, run, trust=trust)
     return config
 
@@ -189,5 +193,7 @@ def _print_summary(run: RunDirectory, settings: RunConfig) -> None:
     from tpaw.report.tables import summary_table
 
     console = console_of_stdout()
-    console.print(summary_table(summarise(run, settings)))
-    console.print_text(f"Results: {run.root}")
+    summary = summarise(run, settings)
+    console.print(summary_table(summary))
+    for text in (*summary["notes"], f"Results: {run.root}"):
+        console.print_text(text)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tpaw.cli.common import Command, Trust, console_of_stdout, stoppable
+from tpaw.evaluation.benchmarks.suite import load_suite
 from tpaw.storage.run_directory import RunDirectory, refuse_untrusted_code
 from tpaw.study.config import read_study, study_names
 
@@ -31,6 +32,7 @@ def study(
     jobs: Annotated[
         int, typer.Option(min=1, help="Number of parallel runs. They share the CPU cores.")
     ] = 1,
+    trust: Trust = False,
 ) -> None:
     """Run methods × settings × seeds, then compare them with statistical tests.
 
@@ -42,6 +44,9 @@ def study(
 
     output = output or Path("studies") / Path(source).stem
     settings, conditions = read_study(source)
+    for condition in conditions:
+        for suite in condition.config(settings.seeds[0]).evaluate.suites:
+            load_suite(suite, trust=trust, setting="evaluate.suites")
     runs = runs_of(conditions, settings.seeds, output)
     with stoppable(f"tpaw study {shlex.quote(source)} -o {shlex.quote(str(output))}") as stop:
         failures = run_study(runs, output, jobs, stop)

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from tpaw.config.messages import section_of
 from tpaw.config.schema import RunConfig, at_iteration
+from tpaw.errors import brief
 
 
 def differences(old: RunConfig, new: RunConfig, begun: int = 0) -> list[str]:
@@ -31,7 +32,7 @@ def differences(old: RunConfig, new: RunConfig, begun: int = 0) -> list[str]:
     )
     changeable = set(_changeable_keys(RunConfig))
     return [
-        f"{key}: {old_values.get(key)!r} → {new_values.get(key)!r}"
+        f"{key}: {brief(old_values.get(key))} → {brief(new_values.get(key))}"
         for key in sorted(old_values.keys() | new_values.keys())
         if key not in changeable and old_values.get(key) != new_values.get(key)
     ]

@@ -6,6 +6,7 @@ pydantic model.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
@@ -18,34 +19,19 @@ import yaml
 from pydantic import BaseModel
 
 from tpaw.config.messages import nearest
-from tpaw.errors import InputError
+from tpaw.config.yaml_reader import FLOAT, MAX_DEPTH, parse_yaml
+from tpaw.errors import InputError, brief, printable
 
-
-class _Loader(yaml.SafeLoader):
-    """Reads numbers as YAML 1.2 does: 1e-6 is a float. PyYAML follows YAML 1.1: 1e-6 is text.
-
-    It also refuses a key that occurs twice in a mapping.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if key in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {key!r} occurs twice", problem_mark=key_node.start_mark
-                )
-            seen.add(key)
-        return dict(super().construct_mapping(node, deep=deep))
+# Files that one configuration may read through `extends`. A file that is extended twice counts
+# twice: otherwise 24 files that extend the next one twice would be 8 million reads.
+MAX_FILES = 50
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that `_Loader` would read as a number."""
+    """Quotes every text that `parse_yaml` would read as a number."""
 
 
-_FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
-for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
 
 
 def recipe_names() -> list[str]:
@@ -82,12 +68,12 @@ def load_tree(
         The merged nested mapping.
 
     Raises:
-        InputError: a file or recipe does not exist, is not valid YAML, or extends itself; or an
-            override is malformed.
+        InputError: a file or recipe does not exist, is not valid YAML, extends itself or too many
+            files; or an override is malformed.
     """
     tree: dict[str, Any] = {}
     for source in sources:
-        tree = _merge(tree, _read_source(source, ()) if isinstance(source, str) else source)
+        tree = _merge(tree, _read_source(source, (), []) if isinstance(source, str) else source)
     for override in overrides:
         tree = _merge(tree, _parse_override(override))
     return tree
@@ -101,14 +87,16 @@ def read_mapping(path: Path, source: str) -> dict[str, Any]:
         source: the name of the file in error messages.
 
     Raises:
-        InputError: the file is not valid YAML or does not hold a mapping.
+        InputError: the file cannot be read, is not valid YAML or does not hold a mapping.
     """
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+        tree = parse_yaml(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{source}: not valid YAML: {error}") from None
+    except OSError as error:
+        raise InputError(f"{source}: cannot be read: {error.strerror}") from None
     if not isinstance(tree, dict):
-        raise InputError(f"{source}: {tree!r:.60}: a configuration is a mapping of keys to values")
+        raise InputError(f"{source}: {brief(tree)}: a configuration is a mapping of keys to values")
     return tree
 
 
@@ -134,26 +122,33 @@ def _recipe_path(name: str) -> Path:
     return Path(str(files("tpaw") / "config" / "recipes" / f"{name}.yaml"))
 
 
-def _read_source(source: str, ancestors: tuple[str, ...]) -> dict[str, Any]:
-    path = Path(source)
-    if not path.is_file():
-        path = _recipe_path(source)
-    if not path.is_file():
-        raise InputError(f"{source}: no such file or recipe{nearest(source, recipe_names())}")
+def _read_source(source: str, ancestors: tuple[str, ...], read: list[str]) -> dict[str, Any]:
+    """Read a file or a recipe, and what it extends. `read` collects the names of all of them."""
+    # os.path.isfile is false for a name that no file can have. Path.is_file raises OSError.
+    path = next((p for p in (Path(source), _recipe_path(source)) if os.path.isfile(p)), None)
+    if path is None:
+        raise InputError(
+            f"{printable(source)}: no such file or recipe{nearest(source, recipe_names())}"
+        )
     if source in ancestors:
         raise InputError(
             f"{source}: extends itself: {' → '.join((*ancestors, source))}; remove one `extends`"
+        )
+    read.append(source)
+    if len(read) > MAX_FILES:
+        raise InputError(
+            f"{read[0]}: extends: more than {MAX_FILES} files are read through it; extend fewer"
         )
     tree = read_mapping(path, source)
     parents = tree.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(name, str) for name in parents):
-        raise InputError(f"{source}: extends: {parents!r}; must be a name or a list of names")
+        raise InputError(f"{source}: extends: {brief(parents)}; must be a name or a list of names")
     merged: dict[str, Any] = {}
     for parent in parents:
         beside = path.parent / parent
-        name = str(beside) if beside.is_file() else parent
-        merged = _merge(merged, _read_source(name, (*ancestors, source)))
+        name = str(beside) if os.path.isfile(beside) else parent
+        merged = _merge(merged, _read_source(name, (*ancestors, source), read))
     return _merge(merged, tree)
 
 
@@ -167,12 +162,14 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parse_override(override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
-    if not equals or not all(key.split(".")):
-        raise InputError(f"--set {override}: not an assignment; write it as section.key=value")
+    shown = f"--set {printable(override)}"
+    if not equals or not all(key.split(".")) or key.count(".") > MAX_DEPTH:
+        raise InputError(f"{shown}: not an assignment; write it as section.key=value")
     try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        raise InputError(f"--set {override}: {text!r} is not a YAML value") from None
+        value = parse_yaml(text)
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or error
+        raise InputError(f"{shown}: {brief(text)} is not a YAML value: {problem}") from None
     return nested(key, value)
 
 

@@ -13,7 +13,10 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from tpaw.errors import InputError
+from tpaw.errors import InputError, brief, printable
+
+# A file with more problems is no attempt at a configuration.
+MAX_PROBLEMS = 20
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
@@ -35,7 +38,10 @@ def validate_as(kind: type[Kind], tree: Mapping[str, Any], prefix: str = "") -> 
     try:
         return kind.model_validate(dict(tree))
     except ValidationError as error:
-        lines = _explain_all(error.errors(), kind)
+        problems = error.errors()
+        lines = list(_explain_all(problems[:MAX_PROBLEMS], kind))
+        if len(problems) > MAX_PROBLEMS:
+            lines.append(f"and {len(problems) - MAX_PROBLEMS} more problems")
         raise InputError("\n".join(prefix + line for line in lines)) from None
 
 
@@ -52,7 +58,7 @@ def explain_unknown(key: str, names: Iterable[str], known: Sequence[str]) -> Non
     """
     for name in names:
         if name not in known:
-            raise InputError(f"{key}: {name!r}: unknown name{nearest(name, known)}")
+            raise InputError(f"{key}: {brief(name)}: unknown name{nearest(name, known)}")
 
 
 def _explain_all(problems: Sequence[Any], kind: type[BaseModel]) -> Iterator[str]:
@@ -80,7 +86,7 @@ def _explain(problem: Any, kind: type[BaseModel]) -> str:
         elif isinstance(part, int):
             keys[-1] += f"[{part}]"
         elif problem["type"] == "extra_forbidden":
-            keys.append(str(part))
+            keys.append(printable(str(part)))
     path = ".".join(keys)
     if problem["type"] == "extra_forbidden":
         prefix = path.rpartition(".")[0]
@@ -96,7 +102,7 @@ def _explain(problem: Any, kind: type[BaseModel]) -> str:
     value = list(problem["input"]) if isinstance(problem["input"], tuple) else problem["input"]
     allowed = message.replace("input should", "must").replace("a valid tuple", "a list")
     allowed = re.sub("a valid dictionary or instance of .*", "a mapping of keys to values", allowed)
-    return f"{path}: {value!r}: not allowed; {allowed}"
+    return f"{path}: {brief(value)}: not allowed; {allowed}"
 
 
 def nearest(name: str, known: Sequence[str], prefix: str = "") -> str:

@@ -7,14 +7,16 @@ comment, and `tpaw config schema` prints the JSON schema. `files.py` reads and w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic.config import JsonDict
 
 from tpaw.config.files import load_tree
 from tpaw.config.messages import validate_as
+from tpaw.errors import brief, printable
 from tpaw.team import Newest
 
 Scalar = TypeVar("Scalar")
@@ -30,6 +32,11 @@ def _as_strings(value: Any) -> Any:
 
 # One value for all iterations, or a list with one value for each iteration.
 PerIteration = Annotated[Scalar | tuple[Scalar, ...], BeforeValidator(_as_tuple)]
+# Upper bounds find typing errors. A larger value would overflow, or the run would never end.
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Rounds = Annotated[int, Field(ge=1, le=1_000)]
+LARGEST = 1e6
+Positive = Annotated[float, Field(gt=0, le=LARGEST)]
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_strings)]
 
 # Settings that the methods sft and dpo do not use. A value other than the default is refused,
@@ -41,8 +48,12 @@ _OF_SELF_PLAY: Mapping[str, tuple[str, ...]] = {
 }
 
 # `json_schema_extra` of a setting that may change when a run is resumed. Such a setting controls
-# memory, speed or display. It changes results by rounding at most.
+# memory, speed or display. It changes results by rounding at most; where it decides which random
+# numbers a response gets, its description says so.
 CHANGEABLE: JsonDict = {"changeable": True}
+
+
+_SECRET = re.compile(r"(^|_)(token|api_?key|password|passwd|secret|credentials?)$", re.IGNORECASE)
 
 
 class Section(BaseModel):
@@ -88,8 +99,8 @@ class Columns(Section):
         given = {name: column for name, column in self if column is not None}
         if given.keys() not in _COLUMNS:
             raise ValueError(
-                f"{given}: not a valid combination; give prompt and target, or messages alone, or "
-                "chosen and rejected with or without prompt"
+                f"{brief(given)}: not a valid combination; give prompt and target, or messages "
+                "alone, or chosen and rejected with or without prompt"
             )
         return self
 
@@ -100,7 +111,13 @@ class DataConfig(Section):
     path: str = Field(
         description="Where the records are: a .json, .jsonl, .ndjson, .parquet, .csv or .arrow "
         "file; a folder that the method save_to_disk of the library datasets wrote; the id of a "
-        "dataset on the Hugging Face Hub; or tpaw://starter/train.jsonl."
+        "dataset on the Hugging Face Hub, or a folder with a copy of it; or "
+        "tpaw://starter/train.jsonl."
+    )
+    name: str | None = Field(
+        None,
+        description="Configuration of a Hub dataset that has several, such as main for "
+        "openai/gsm8k. It has no effect on a single file or a saved dataset.",
     )
     split: str = Field(
         "train",
@@ -133,8 +150,8 @@ class DataConfig(Section):
         "text if the tokenizer has a chat template. chat: always. none: never; the tokenizer "
         "reads the plain text.",
     )
-    limit: int | None = Field(
-        None, ge=1, description="Read only this many records, from the first on. Default: all."
+    limit: Count | None = Field(
+        None, description="Read only this many records, from the first on. Default: all."
     )
     max_skipped: float = Field(
         0.01,
@@ -149,7 +166,7 @@ class ModelConfig(Section):
     """θ_0, and how to load every checkpoint."""
 
     path: str = Field(
-        json_schema_extra=CHANGEABLE,  # a resumed run checks the fingerprint of the weights
+        json_schema_extra=CHANGEABLE,  # a resumed run checks the model's fingerprint
         description="θ_0, the SFT model: a folder, a model id on the Hugging Face Hub, or "
         "tpaw://starter/model. It must be a decoder-only model that transformers can load.",
     )
@@ -206,7 +223,7 @@ class ObjectiveConfig(Section):
 
     model_config = ConfigDict(populate_by_name=True)
 
-    lambda_: PerIteration[Annotated[float, Field(gt=0)]] = Field(
+    lambda_: PerIteration[Positive] = Field(
         0.1,
         alias="lambda",
         description="λ > 0: scale of every implicit reward (TRL calls it beta). One value, or a "
@@ -216,6 +233,7 @@ class ObjectiveConfig(Section):
     eta: float = Field(
         6.0,
         ge=1,
+        le=LARGEST,
         description="η ≥ 1: target weight of a triple whose target reward is not positive. A "
         "larger value prevents the targets from losing likelihood. It has no effect if "
         "target_weight is one.",
@@ -223,6 +241,7 @@ class ObjectiveConfig(Section):
     gamma: float = Field(
         0.5,
         ge=0,
+        le=LARGEST,
         description="γ ≥ 0: how strongly the player weight depends on the margin; 0 gives uniform "
         "weights. It has no effect if player_weight is uniform or if there is one main player.",
     )
@@ -255,6 +274,7 @@ class GenerateConfig(Section):
     temperature: float = Field(
         1.0,
         ge=1e-5,  # a logit divided by less could overflow
+        le=1000,
         description="Sampling temperature, at least 1e-5. Values below 1 favour likely tokens. It "
         "has no effect on exact match, which decodes greedily.",
     )
@@ -266,42 +286,45 @@ class GenerateConfig(Section):
         "to top_p. 1 disables it.",
     )
     top_k: int = Field(
-        0, ge=0, description="Sample from the k likeliest tokens. 0 disables the limit."
+        0,
+        ge=0,
+        le=1_000_000_000,
+        description="Sample from the k likeliest tokens. 0 disables the limit.",
     )
-    max_new_tokens: int = Field(
+    max_new_tokens: Count = Field(
         1024,
-        ge=1,
         description="Longest response in tokens. It must be less than max_length. A response is "
         "also cut where prompt plus response reach max_length.",
     )
-    tokens_per_batch: int = Field(
+    tokens_per_batch: Count = Field(
         131072,
-        ge=1,
         json_schema_extra=CHANGEABLE,
         description="Token budget of a generation batch: (prompt + max_new_tokens) × sequences. "
-        "It decides only memory use and speed. Lower it if generation runs out of memory.",
+        "Lower it if generation runs out of memory. It decides only memory use and speed, except "
+        "for a model without continuous batching (a note names it): there, a seed gives other "
+        "responses for another budget. Published responses are kept.",
     )
-    shard_size: int = Field(
+    shard_size: Count = Field(
         1024,
-        ge=1,
+        json_schema_extra=CHANGEABLE,  # responses that have begun keep their size
         description="Prompts in one shard of responses. TPAW publishes shard by shard, so a "
-        "killed run loses at most one shard of work.",
+        "killed run loses at most one shard of work. The random numbers of a response depend on "
+        "its place in its shard. When a run is resumed, another size applies to iterations whose "
+        "generation has not begun.",
     )
 
 
 class ScoreConfig(Section):
     """How to compute the log-probs of the main players. It changes results by rounding at most."""
 
-    tokens_per_row: int = Field(
+    tokens_per_row: Count = Field(
         8192,
-        ge=1,
         json_schema_extra=CHANGEABLE,
         description="Token budget of one forward pass. It decides only memory use and speed. "
         "Lower it if scoring runs out of memory.",
     )
-    shard_size: int = Field(
+    shard_size: Count = Field(
         8192,
-        ge=1,
         description="Sequences in one shard of log-probs. TPAW publishes shard by shard, so a "
         "killed run loses at most one shard of work.",
     )
@@ -310,26 +333,24 @@ class ScoreConfig(Section):
 class TrainConfig(Section):
     """How one iteration trains its policy."""
 
-    learning_rate: PerIteration[Annotated[float, Field(gt=0)]] = Field(
+    learning_rate: PerIteration[Positive] = Field(
         1e-6,
         description="Peak learning rate. One value, or a list with one value for each iteration. "
         "The value of an iteration that has not begun to train may change when the run is resumed.",
     )
-    epochs: PerIteration[Annotated[int, Field(ge=1)]] = Field(
+    epochs: PerIteration[Rounds] = Field(
         2,
         description="Passes over the triples of an iteration (D_O). One value, or a list with one "
         "value for each iteration. The value of an iteration that has not begun to train may "
         "change when the run is resumed.",
     )
-    batch_size: int = Field(
+    batch_size: Count = Field(
         64,
-        ge=1,
         description="Triples in one optimizer step. TPAW splits a batch into micro-batches, so "
         "this value does not change memory use.",
     )
-    tokens_per_row: int = Field(
+    tokens_per_row: Count = Field(
         8192,
-        ge=1,
         json_schema_extra=CHANGEABLE,
         description="Token budget of one micro-batch, that is of one forward and backward pass. "
         "It decides only memory use and speed. Lower it if training runs out of memory.",
@@ -372,15 +393,13 @@ class TrainConfig(Section):
         description="Recompute activations in the backward pass instead of storing them. Training "
         "needs less memory and takes about a third more time. Results do not change.",
     )
-    log_every: int = Field(
+    log_every: Count = Field(
         10,
-        ge=1,
         json_schema_extra=CHANGEABLE,
         description="Optimizer steps between two lines of training.jsonl.",
     )
-    save_every: int = Field(
+    save_every: Count = Field(
         100,
-        ge=1,
         json_schema_extra=CHANGEABLE,
         description="Optimizer steps between two saved training states. A killed run loses at "
         "most this many steps.",
@@ -398,25 +417,40 @@ class TrainConfig(Section):
         "the setting or the reason.",
     )
 
+    @field_validator("training_arguments")
+    @classmethod
+    def _no_secrets(cls, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+        for name in _keys_within(arguments):
+            if _SECRET.search(name):
+                raise ValueError(
+                    f"the key {printable(name)} cannot be set: the configuration is stored in the "
+                    "run directory; set HF_TOKEN, or the tracker's own variable, in the environment"
+                )
+        return arguments
+
 
 class EvaluateConfig(Section):
     """What to measure on θ_0 and after each iteration."""
 
     data: DataConfig | None = Field(
         None,
-        description="Held-out records, with the same settings as data. Default: none; TPAW then "
-        "evaluates nothing during the run.",
+        description="Held-out records, with the same settings as data. Default: none.",
     )
     exact_match: bool | None = Field(
         None,
         description="Generate greedy responses and compare their `#### number` with that of the "
         "target. Default: true if every held-out target has one, else false.",
     )
-    max_new_tokens: int | None = Field(
+    max_new_tokens: Count | None = Field(
         None,
-        ge=1,
         description="Longest greedy response in tokens. Default: generate.max_new_tokens. It has "
         "no effect without exact_match.",
+    )
+    suites: Strings = Field(
+        (),
+        json_schema_extra=CHANGEABLE,
+        description="Benchmark suites to evaluate θ_0 and every checkpoint on: names or YAML "
+        "files, as in `tpaw evaluate --suite`. They need the extra `evaluate`. Default: none.",
     )
 
 
@@ -431,12 +465,13 @@ class RunConfig(Section):
     )
     model: ModelConfig
     data: DataConfig
-    iterations: int = Field(
-        4, ge=1, description="T, the number of iterations. Iteration i trains θ_i from θ_{i−1}."
+    iterations: Rounds = Field(
+        4, description="T, the number of iterations. Iteration i trains θ_i from θ_{i−1}."
     )
     max_length: int = Field(
         2048,
         ge=2,
+        le=1_000_000_000,
         description="Longest prompt plus response, in tokens. TPAW skips a longer record (see "
         "data.max_skipped).",
     )
@@ -472,13 +507,14 @@ class RunConfig(Section):
         for key, value in self.per_iteration().items():
             if isinstance(value, tuple) and len(value) != self.iterations:
                 raise ValueError(
-                    f"{key}: {list(value)}: lists {len(value)} values; give one value, or one for "
-                    f"each of the {self.iterations} iterations"
+                    f"{key}: {brief(list(value))}: lists {len(value)} values; give one value, or "
+                    f"one for each of the {self.iterations} iterations"
                 )
         if self.train.weights == "split" and self.train.optimizer != "rmsprop":
             raise ValueError(
-                f"train.weights: split: cannot be used with optimizer {self.train.optimizer!r}; "
-                "set train.optimizer to rmsprop, or train.weights to fp32"
+                "train.weights: split: cannot be used with optimizer "
+                f"{brief(self.train.optimizer)}; set train.optimizer to rmsprop, or "
+                "train.weights to fp32"
             )
         if self.train.weights == "split" and self.precision != "bf16":
             raise ValueError(
@@ -507,8 +543,8 @@ class RunConfig(Section):
                 value = getattr(section, field)
                 if not is_beta and value != info.default:
                     raise ValueError(
-                        f"{name}.{info.alias or field}: {_plain(value)}: method {self.method} does "
-                        "not use this setting; remove it"
+                        f"{name}.{info.alias or field}: {brief(_plain(value))}: method "
+                        f"{self.method} does not use this setting; remove it"
                     )
         return self
 
@@ -551,6 +587,14 @@ def at_iteration(value: Scalar | tuple[Scalar, ...], t: int) -> Scalar:
         t: the iteration that trains θ_{t+1} from θ_t; counts from 0.
     """
     return value[t] if isinstance(value, tuple) else value
+
+
+def _keys_within(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        yield from map(str, value)
+    parts = value.values() if isinstance(value, Mapping) else value
+    for part in parts if isinstance(value, Mapping | list) else ():
+        yield from _keys_within(part)
 
 
 def _plain(value: Any) -> Any:

@@ -6,136 +6,308 @@ the same ids.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tpaw.data.formats import Dialogue, Message, Unusable
-from tpaw.errors import InputError
+from tpaw.data.formats import Dialogue, Message, Unusable, is_unicode
+from tpaw.errors import InputError, printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ENDS_EARLY = Unusable("an end-of-sequence token within the target")
+_REWRITES = Unusable(
+    "the chat template renders the prompt differently if a response follows it",
+    "if the chat template opens the response with a token of its own, such as <think>, set "
+    "chat_template_kwargs in the records (such as enable_thinking: false), or give records as "
+    "rendered text in the columns prompt and completion, or change the chat template of the model",
+)
+# A text with more characters per allowed token than this is tokenised in part first.
+_LONG_TEXT = 32
+_CHARACTERS_PER_CALL = 2**20
+
+
+class Encoded(NamedTuple):
+    """A dialogue as token ids.
+
+    Attributes:
+        prompt_ids: the token ids of the prompt.
+        target_ids: the token ids of the target, which end with an end-of-sequence token.
+        prompt: the text of the prompt as the model reads it.
+    """
+
+    prompt_ids: list[int]
+    target_ids: list[int]
+    prompt: str
+
+
+class _Rendered(NamedTuple):
+    """A dialogue as text.
+
+    Attributes:
+        prompt: the prompt.
+        rest: the text that follows the prompt: the target and what the template adds.
+        target: the part of `rest` that comes from the record.
+        is_templated: whether the chat template was applied.
+        is_call: whether the target has tool calls.
+    """
+
+    prompt: str
+    rest: str
+    target: str
+    is_templated: bool
+    is_call: bool = False
 
 
 class ChatFormat:
-    """Turns a dialogue into prompt ids and target ids.
+    """Turns dialogues into prompt ids and target ids.
 
     Args:
         tokenizer: the tokenizer, with `model.eos_token` applied.
         stop_ids: the token ids that end a response.
         template: the setting `data.template`: auto, chat or none.
         key: key path of that setting, for error messages.
+        max_length: longest prompt plus target, in tokens.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], template: str, key: str
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: Sequence[int],
+        template: str,
+        key: str,
+        max_length: int,
     ) -> None:
         self.tokenizer = tokenizer
         self.stop_ids = frozenset(stop_ids)
         self.template = template
         self.key = key
+        self.max_length = max_length
+        self.too_long = Unusable(f"longer than max_length {max_length}")
         self.has_template = tokenizer.chat_template is not None
         # Only some tokenizers put a beginning-of-sequence token before plain text.
         plain = tokenizer("a").input_ids
         bos = tokenizer.bos_token_id
         self.bos_ids = [bos] if bos is not None and plain[:1] == [bos] else []
 
-    def encode(self, dialogue: Dialogue) -> tuple[list[int], list[int], str] | Unusable:
-        """Apply the chat template, if it is wanted, and tokenise.
+    def encode(self, dialogues: Sequence[Dialogue]) -> list[Encoded | Unusable]:
+        """Apply the chat template, where it is wanted, and tokenise.
 
         Args:
-            dialogue: the prompt and the target.
+            dialogues: prompts and targets.
 
         Returns:
-            Prompt ids, target ids (which end with an end-of-sequence token), and the text of the
-            prompt as the model reads it; or the reason why the dialogue cannot be used.
+            For each dialogue its token ids, or the reason why it cannot be used.
 
         Raises:
-            InputError: the dialogue is a conversation but the tokenizer has no chat template; or
+            InputError: a dialogue is a conversation but the tokenizer has no chat template; or
                 the chat template ends an assistant turn without an end-of-sequence token.
         """
+        rendered = [self._rendered(dialogue) for dialogue in dialogues]
+        usable = [r for r in rendered if isinstance(r, _Rendered)]
+        # One call for many texts lets the tokenizer use all cores.
+        ids = self._ids(text for r in usable for text in (r.prompt, r.prompt + r.rest, r.target))
+        return [
+            self._encoded(r, next(ids), next(ids), next(ids)) if isinstance(r, _Rendered) else r
+            for r in rendered
+        ]
+
+    def _rendered(self, dialogue: Dialogue) -> _Rendered | Unusable:
         wants_template = (
             dialogue.is_chat
             or self.template == "chat"
             or (self.template == "auto" and isinstance(dialogue.prompt, list) and self.has_template)
         )
         if wants_template and self.template != "none":
-            return self._templated(_as_messages(dialogue.prompt), dialogue.target)
-        prompt = _as_text(dialogue.prompt)
-        prompt_ids, target_ids = self._split(prompt, dialogue.target)
-        if prompt_ids[: len(self.bos_ids)] != self.bos_ids:
-            prompt_ids = self.bos_ids + prompt_ids
-        if not self.stop_ids.intersection(target_ids):
-            target_ids.append(int(self.tokenizer.eos_token_id))
-        if self._end(target_ids) != len(target_ids):
-            return _ENDS_EARLY
-        return prompt_ids, target_ids, prompt
+            rendered = self._templated(dialogue)
+        else:
+            rendered = _plain(dialogue)
+        if isinstance(rendered, Unusable):
+            return rendered
+        text = rendered.prompt + rendered.rest
+        if not is_unicode(text + rendered.target):
+            return Unusable("the rendered text contains half of a surrogate pair")
+        return self.too_long if self._is_surely_too_long(text) else rendered
 
-    def _templated(
-        self, messages: list[Message], target: str
-    ) -> tuple[list[int], list[int], str] | Unusable:
+    def _templated(self, dialogue: Dialogue) -> _Rendered | Unusable:
         if not self.has_template:
             raise InputError(
                 f"{self.key}: {self.template}: the records are conversations, but the tokenizer "
                 "has no chat template; add one to the model (tokenizer.chat_template)"
             )
-        response: Message = {"role": "assistant", "content": target}
+        options = _template_options(dialogue)
+        if isinstance(options, Unusable):
+            return options
+        messages, target = _as_messages(dialogue.prompt), dialogue.target
+        response = {"role": "assistant", "content": target} if isinstance(target, str) else target
         try:
-            prompt = self._render(messages, add_generation_prompt=True)
-            whole = self._render([*messages, response], add_generation_prompt=False)
+            prompt = self._render(messages, options, add_generation_prompt=True)
+            whole = self._render([*messages, response], options)
         except Exception as error:  # a template may raise any type
-            return Unusable(f"the chat template raises an error: {str(error)[:80]}")
+            return Unusable(f"the chat template raises an error: {printable(str(error), 80)}")
         if not whole.startswith(prompt):
-            return Unusable(
-                "the chat template renders the prompt differently if a response follows it"
-            )
-        prompt_ids, target_ids = self._split(prompt, whole[len(prompt) :])
-        if not self.stop_ids.intersection(target_ids):
-            stops = self.tokenizer.convert_ids_to_tokens(sorted(self.stop_ids))
-            raise InputError(
-                f"{self.key}: {self.template}: the chat template ends a response with "
-                f"{whole[-20:]!r}, which contains none of the end-of-sequence tokens {stops}; set "
-                "model.eos_token to the token that the template uses, or change the template"
-            )
-        if self.stop_ids.intersection(self._ids(target)):
-            return _ENDS_EARLY
-        # A template may add text after the end-of-sequence token. The model never generates that
-        # text, so it is not part of the target.
-        return prompt_ids, target_ids[: self._end(target_ids)], prompt
+            return _REWRITES
+        for what, changed in _probes([*messages, response]):
+            if self._renders_same(whole, changed, options):
+                return Unusable(f"the chat template leaves out {what}")
+        rest = whole[len(prompt) :]
+        if isinstance(target, str):
+            return _Rendered(prompt, rest, target, is_templated=True)
+        text = json.dumps(target, default=str, ensure_ascii=False)
+        is_call = bool(target.get("tool_calls"))
+        return _Rendered(prompt, rest, text, is_templated=True, is_call=is_call)
 
-    def _render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
+    def _renders_same(self, text: str, messages: list[Message], options: Mapping[str, Any]) -> bool:
+        try:
+            return self._render(messages, options) == text
+        except Exception:  # the template looks at what was changed
+            return False
+
+    def _render(
+        self,
+        messages: list[Message],
+        options: Mapping[str, Any],
+        *,
+        add_generation_prompt: bool = False,
+    ) -> str:
         return str(
             self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **options,
             )
         )
 
-    def _split(self, prompt: str, rest: str) -> tuple[list[int], list[int]]:
-        """Tokenise the prompt, and the rest as the continuation of the prompt."""
-        prompt_ids = self._ids(prompt)
-        for anchor in (prompt, "\n"):
-            # Some tokenizers put a space before any text, so the rest cannot be encoded alone. It
-            # is encoded after the prompt and the prompt's ids are cut off. If one token spans both,
-            # it is encoded after a line break instead.
-            anchor_ids, joint_ids = self._ids(anchor), self._ids(anchor + rest)
-            if joint_ids[: len(anchor_ids)] == anchor_ids:
-                return prompt_ids, joint_ids[len(anchor_ids) :]
-        return prompt_ids, self._ids(rest)
+    def _encoded(
+        self, rendered: _Rendered, prompt_ids: list[int], joint_ids: list[int], text_ids: list[int]
+    ) -> Encoded | Unusable:
+        if joint_ids[: len(prompt_ids)] == prompt_ids:
+            target_ids = joint_ids[len(prompt_ids) :]
+        else:
+            target_ids = self._continuation(rendered.rest)
+        if not rendered.is_templated:
+            if prompt_ids[: len(self.bos_ids)] != self.bos_ids:
+                prompt_ids = self.bos_ids + prompt_ids
+            if not self.stop_ids.intersection(target_ids):
+                target_ids.append(int(self.tokenizer.eos_token_id))
+            if self._end(target_ids) != len(target_ids):
+                return _ENDS_EARLY
+        else:
+            if not self.stop_ids.intersection(target_ids):
+                if rendered.is_call:
+                    return Unusable("the chat template ends a tool call without end of sequence")
+                stops = self.tokenizer.convert_ids_to_tokens(sorted(self.stop_ids))
+                end = (rendered.prompt + rendered.rest)[-20:]
+                raise InputError(
+                    f"{self.key}: {self.template}: the chat template ends a response with "
+                    f"{end!r}, which contains none of the end-of-sequence tokens {stops}; set "
+                    "model.eos_token to the token that the template uses, or change the template"
+                )
+            if self.stop_ids.intersection(text_ids):
+                return _ENDS_EARLY
+            # A template may add text after the end-of-sequence token. The model never generates
+            # that text, so it is not part of the target.
+            target_ids = target_ids[: self._end(target_ids)]
+        if not prompt_ids or not target_ids:
+            return Unusable("no tokens")
+        if len(prompt_ids) + len(target_ids) > self.max_length:
+            return self.too_long
+        return Encoded(prompt_ids, target_ids, rendered.prompt)
+
+    def _continuation(self, rest: str) -> list[int]:
+        """Tokenise what follows the prompt, where one token would span the border.
+
+        Some tokenizers put a space before any text, so the text is encoded after a line break.
+        """
+        anchor_ids, joint_ids = self._ids(("\n", "\n" + rest))
+        if joint_ids[: len(anchor_ids)] == anchor_ids:
+            return joint_ids[len(anchor_ids) :]
+        return next(self._ids([rest]))
 
     def _end(self, target_ids: list[int]) -> int:
         """Number of tokens up to and including the first end-of-sequence token."""
         return next(i for i, token in enumerate(target_ids, start=1) if token in self.stop_ids)
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+    def _is_surely_too_long(self, text: str) -> bool:
+        """Whether the beginning of the text alone has more tokens than allowed.
+
+        Tokenising a text takes hundreds of times its memory, so a text of many megabytes is cut.
+        What follows a text changes its tokens near its end at most. Twice the allowed number
+        leaves room for that.
+        """
+        length = _LONG_TEXT * self.max_length
+        while length < len(text):
+            if len(next(self._ids([text[:length]]))) > 2 * self.max_length:
+                return True
+            length *= 2
+        return False
+
+    def _ids(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        batch: list[str] = []
+        characters = 0
+        for text in texts:
+            batch.append(text)
+            characters += len(text)
+            if characters > _CHARACTERS_PER_CALL:
+                yield from self.tokenizer(batch, add_special_tokens=False).input_ids
+                batch, characters = [], 0
+        if batch:
+            yield from self.tokenizer(batch, add_special_tokens=False).input_ids
+
+
+def _plain(dialogue: Dialogue) -> _Rendered | Unusable:
+    messages = [*_as_messages(dialogue.prompt), dialogue.target]
+    if any(isinstance(m, Mapping) and not isinstance(m.get("content"), str) for m in messages):
+        return Unusable("a message is a tool call, which needs the chat template")
+    prompt = dialogue.prompt
+    if not isinstance(prompt, str):
+        prompt = "\n".join(message["content"] for message in prompt)
+    target = dialogue.target if isinstance(dialogue.target, str) else dialogue.target["content"]
+    return _Rendered(prompt, target, target, is_templated=False)
 
 
 def _as_messages(prompt: str | list[Message]) -> list[Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-def _as_text(prompt: str | list[Message]) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(message["content"] for message in prompt)
+def _template_options(dialogue: Dialogue) -> dict[str, Any] | Unusable:
+    """The keyword arguments of the template: the record's tools and chat_template_kwargs."""
+    given = {"tools": dialogue.tools, "chat_template_kwargs": dialogue.chat_template_kwargs}
+    for name, value in given.items():
+        if isinstance(value, str):
+            try:
+                given[name] = json.loads(value) if value.strip() else None
+            except (ValueError, RecursionError):
+                return Unusable(f"the column {name} is malformed JSON")
+    tools, kwargs = given.values()
+    if not isinstance(tools, list | None):
+        return Unusable("the column tools is not a list")
+    if not isinstance(kwargs, Mapping | None):
+        return Unusable("the column chat_template_kwargs is not a mapping")
+    return {"tools": tools, **(kwargs or {})}
+
+
+def _probes(messages: list[Message]) -> Iterator[tuple[str, list[Message]]]:
+    """Changed copies of a conversation, each with the part that was changed.
+
+    Some templates leave out turns and fields that they do not know. The model would then be asked
+    another question than the record has. Such a template renders the copy as the conversation.
+    """
+    seen = {"system", "user", "assistant"}
+    for position, message in enumerate(messages):
+        role, calls = message["role"], message.get("tool_calls")
+        copy: Message | None = None
+        if role not in seen:
+            seen.add(role)
+            what, copy = (
+                f"a turn of role {role!r}",
+                {**message, "content": f"{message['content']}x"},
+            )
+        elif calls and "tool_calls" not in seen:
+            seen.add("tool_calls")
+            what = "tool calls"
+            copy = {name: value for name, value in message.items() if name != "tool_calls"}
+        if copy is not None:
+            yield what, [*messages[:position], copy, *messages[position + 1 :]]

@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tpaw.config.schema import DataConfig
-from tpaw.data.chat_template import ChatFormat
-from tpaw.data.formats import SAME_ANSWERS, Dialogue, Unusable, prompt_as_text, shape_of
+from tpaw.data.chat_template import ChatFormat, Encoded
+from tpaw.data.formats import (
+    SAME_ANSWERS,
+    Dialogue,
+    Unusable,
+    columns_to_read,
+    message_text,
+    prompt_as_text,
+    shape_of,
+)
 from tpaw.data.readers import read_records
 from tpaw.data.token_ids import TokenIds, TokenSequence, read_table, token_ids, write_table
 from tpaw.errors import InputError
@@ -49,10 +57,19 @@ class Example(NamedTuple):
         return self.prompt_ids.tobytes()
 
     @property
+    def content_key(self) -> tuple[bytes, ...]:
+        """A key that is equal for examples with the same prompt, target and rejected response."""
+        ids = (self.prompt_ids, self.target_ids, self.rejected_ids)
+        return tuple(part.tobytes() for part in ids if part is not None)
+
+    @property
     def target(self) -> TokenSequence:
         """The prompt and the target as one sequence."""
         return TokenSequence(self.prompt_ids, self.target_ids)
 
+
+# Enough to keep the tokenizer's threads busy, and few enough to hear a stop soon.
+_RECORDS_AT_A_TIME = 256
 
 # Names of the parquet columns, in the order of `Example`'s fields.
 _COLUMNS = ("id", "prompt_ids", "target_ids", "prompt", "target", "rejected_ids")
@@ -97,32 +114,32 @@ def prepare_examples(
         InputError: the records cannot be read, no record is usable, or more records are unusable
             than `max_skipped` allows.
     """
-    records = read_records(config, key)
+    records = read_records(config, key, columns_to_read(config))
     convert = shape_of(records, config, key, preferences=preferences)
-    chat = ChatFormat(tokenizer, stop_ids, config.template, f"{key}.template")
+    chat = ChatFormat(tokenizer, stop_ids, config.template, f"{key}.template", max_length)
     examples: list[Example] = []
     instructions: list[str] = []
-    skipped: Counter[str] = Counter()
-    first_skipped: dict[str, int] = {}
-    for number, record in enumerate(records):
-        example = dialogue = convert(record)
-        if not isinstance(dialogue, Unusable):
-            if not preferences:
-                dialogue = dialogue._replace(rejected=None)
-            example = _tokenised(dialogue, number, chat, max_length)
-        if isinstance(example, Unusable):
-            skipped[example.reason] += 1
-            first_skipped.setdefault(example.reason, number + 1)
-        else:
-            examples.append(example)
-            instructions.append(prompt_as_text(dialogue.prompt))
-        on_done(1)
+    skipped: Counter[Unusable] = Counter()
+    first_skipped: dict[Unusable, int] = {}
+    for start in range(0, len(records), _RECORDS_AT_A_TIME):
+        dialogues = [convert(record) for record in records[start : start + _RECORDS_AT_A_TIME]]
+        for number, (dialogue, example) in enumerate(
+            _tokenised(dialogues, start, chat, preferences=preferences), start=start + 1
+        ):
+            if isinstance(example, Unusable):
+                skipped[example] += 1
+                first_skipped.setdefault(example, number)
+            else:
+                examples.append(example)
+                instructions.append(prompt_as_text(dialogue.prompt))
+        on_done(len(dialogues))
     share = skipped.total() / len(records)
     if not examples or share > config.max_skipped:
         reasons = "; ".join(
-            f"{reason}: {count} (first: record {first_skipped[reason]})"
-            for reason, count in skipped.most_common()
+            f"{unusable.reason}: {count} (first: record {first_skipped[unusable]})"
+            for unusable, count in skipped.most_common()
         )
+        reasons += "".join(f"; {unusable.advice}" for unusable in skipped if unusable.advice)
         allowed = (
             f"{key}.max_skipped allows {config.max_skipped:.1%}"
             if examples
@@ -132,7 +149,8 @@ def prepare_examples(
             f"{key}.path: {config.path}: {skipped.total()} of {len(records)} records ({share:.1%}) "
             f"are unusable, {allowed}: {reasons}"
         )
-    return Prepared(examples, dict(skipped), instructions)
+    counts = {unusable.reason: count for unusable, count in skipped.items()}
+    return Prepared(examples, counts, instructions)
 
 
 def write_examples(path: Path, examples: Sequence[Example]) -> None:
@@ -151,25 +169,37 @@ def read_examples(path: Path) -> list[Example]:
 
 
 def _tokenised(
-    dialogue: Dialogue, number: int, chat: ChatFormat, max_length: int
-) -> Example | Unusable:
-    encoded = chat.encode(dialogue)
+    dialogues: Sequence[Dialogue | Unusable], start: int, chat: ChatFormat, *, preferences: bool
+) -> Iterator[tuple[Any, Example | Unusable]]:
+    """Tokenise dialogues and yield each with its result; `start` numbers the first record."""
+    usable = [dialogue for dialogue in dialogues if isinstance(dialogue, Dialogue)]
+    targets = iter(chat.encode(usable))
+    others = [d._replace(target=d.rejected) for d in usable if preferences and d.rejected]
+    rejected = iter(chat.encode(others))
+    for number, dialogue in enumerate(dialogues, start=start):
+        if isinstance(dialogue, Unusable):
+            yield dialogue, dialogue
+            continue
+        example = _example(number, dialogue, next(targets))
+        if preferences and dialogue.rejected:
+            example = _with_rejected(example, next(rejected))
+        yield dialogue, example
+
+
+def _example(number: int, dialogue: Dialogue, encoded: Encoded | Unusable) -> Example | Unusable:
     if isinstance(encoded, Unusable):
         return encoded
-    prompt_ids, target_ids, prompt = encoded
-    if not prompt_ids or not target_ids:
-        return Unusable("no tokens")
-    if len(prompt_ids) + len(target_ids) > max_length:
-        return Unusable(f"longer than max_length {max_length}")
-    ids = token_ids(prompt_ids), token_ids(target_ids)
+    ids = token_ids(encoded.prompt_ids), token_ids(encoded.target_ids)
     digest = hashlib.sha256(ids[0].tobytes() + b"|" + ids[1].tobytes()).hexdigest()
-    example = Example(f"{number}-{digest[:12]}", *ids, prompt, dialogue.target)
-    if dialogue.rejected is None:
+    text = message_text(dialogue.target)
+    return Example(f"{number}-{digest[:12]}", *ids, encoded.prompt, text)
+
+
+def _with_rejected(example: Example | Unusable, rejected: Encoded | Unusable) -> Example | Unusable:
+    if isinstance(example, Unusable):
         return example
-    other = dialogue._replace(target=dialogue.rejected, rejected=None)
-    rejected = _tokenised(other, number, chat, max_length)
     if isinstance(rejected, Unusable):
-        return Unusable(f"rejected: {rejected.reason}")
-    if rejected.target_ids.tolist() == example.target_ids.tolist():
+        return Unusable(f"rejected: {rejected.reason}", rejected.advice)
+    if rejected.target_ids == example.target_ids.tolist():
         return SAME_ANSWERS
-    return example._replace(rejected_ids=rejected.target_ids)
+    return example._replace(rejected_ids=token_ids(rejected.target_ids))

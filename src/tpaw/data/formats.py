@@ -5,33 +5,68 @@ A record that cannot be used becomes `Unusable` with a reason. `examples.py` cou
 
 from __future__ import annotations
 
+import difflib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tpaw.config.schema import DataConfig
-from tpaw.data.readers import Record
+from tpaw.data.readers import Record, Records
 from tpaw.errors import InputError
 
-Message = dict[str, str]
+Message = Mapping[str, Any]
 
-_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-_SHAREGPT_ROLES |= {"system": "system"}
+# The columns of all formats.
+_COLUMNS = frozenset(
+    [
+        "prompt",
+        "completion",
+        "messages",
+        "conversations",
+        "chosen",
+        "rejected",
+        "question",
+        "answer",
+        "instruction",
+        "input",
+        "output",
+    ]
+)
+# Columns that go with any format. TRL reads `tools` and `chat_template_kwargs` too.
+_COMMON_COLUMNS = frozenset(("system", "tools", "chat_template_kwargs"))
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 
 
 class Dialogue(NamedTuple):
-    """A prompt and its target, as text.
+    """A prompt and its target.
 
     Attributes:
-        prompt: text, or messages that end with a user turn.
-        target: the response of the data. For preference data it is the chosen response.
+        prompt: text, or messages that end with a user turn or a tool turn.
+        target: the response of the data. For preference data it is the chosen response. A message
+            if it has other fields than role and content, such as tool_calls; otherwise text.
         is_chat: whether the record is a conversation, which needs the chat template.
-        rejected: the rejected response of preference data; None for other data.
+        rejected: the rejected response of preference data, as `target`; None for other data.
+        tools: the record's column `tools`: a list, or a list as JSON.
+        chat_template_kwargs: the record's column of that name: a mapping, or a mapping as JSON.
     """
 
     prompt: str | list[Message]
-    target: str
+    target: str | Message
     is_chat: bool
-    rejected: str | None = None
+    rejected: str | Message | None = None
+    tools: Any = None
+    chat_template_kwargs: Any = None
+
+
+def message_text(message: str | Message) -> str:
+    """The text of a message. Tool calls are JSON."""
+    if isinstance(message, str):
+        return message
+    calls = message.get("tool_calls")
+    parts = [message.get("content"), json.dumps(calls, default=str) if calls else None]
+    return "\n".join(part for part in parts if part)
 
 
 def prompt_as_text(prompt: str | Sequence[Message]) -> str:
@@ -46,22 +81,29 @@ def prompt_as_text(prompt: str | Sequence[Message]) -> str:
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
-        return prompt[0]["content"]
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+        return message_text(prompt[0])
+    return "\n\n".join(f"{message['role']}: {message_text(message)}" for message in prompt)
 
 
 class Unusable(NamedTuple):
-    """The reason why a record cannot be used."""
+    """The reason why a record cannot be used, and what the user can do about it."""
 
     reason: str
+    advice: str = ""
 
 
 SAME_ANSWERS = Unusable("chosen and rejected are equal")
 
 
+def columns_to_read(config: DataConfig) -> frozenset[str]:
+    """Names of all columns that `shape_of` may use."""
+    named = frozenset(column for _, column in config.columns or () if column is not None)
+    return (named or _COLUMNS) | _COMMON_COLUMNS
+
+
 def shape_of(
-    records: Sequence[Record], config: DataConfig, key: str, *, preferences: bool = False
-) -> Callable[[Record], Any]:
+    records: Records, config: DataConfig, key: str, *, preferences: bool = False
+) -> Callable[[Record], Dialogue | Unusable]:
     """Find the format of the records from their columns.
 
     Args:
@@ -77,13 +119,30 @@ def shape_of(
         InputError: a column that `columns` names is missing, or the records have no supported
             format.
     """
-    present = set(records[0])
+    convert = _format_of(records, config, key, preferences=preferences)
+
+    def with_template_options(record: Record) -> Dialogue | Unusable:
+        dialogue = convert(record)
+        if isinstance(dialogue, Unusable):
+            return dialogue
+        tools, kwargs = record.get("tools"), record.get("chat_template_kwargs")
+        return dialogue._replace(tools=tools, chat_template_kwargs=kwargs)
+
+    return with_template_options
+
+
+def _format_of(
+    records: Records, config: DataConfig, key: str, *, preferences: bool
+) -> Callable[[Record], Dialogue | Unusable]:
+    present = set(records.columns)
     filled = {name for record in records[:100] for name in record if record[name] is not None}
     name, available = f"{key}.path: {config.path}", ", ".join(sorted(present))
     columns = config.columns
     for column in (c for _, c in columns or () if c is not None):
         if column not in present:
-            raise InputError(f"{name}: has no column {column!r}; available: {available}")
+            similar = difflib.get_close_matches(column, present, n=1)
+            hint = f"; did you mean {similar[0]}?" if similar else ""
+            raise InputError(f"{name}: has no column {column!r}; available: {available}{hint}")
     if preferences and not (columns.chosen if columns else {"chosen", "rejected"} <= filled):
         raise InputError(
             f"{name}: has columns {available}; method dpo needs chosen and rejected; if the "
@@ -119,8 +178,17 @@ def shape_of(
     raise InputError(
         f"{name}: has columns {available}; must have chosen/rejected, prompt/completion, messages, "
         f"conversations, instruction/output or question/answer; if the columns have other names, "
-        f"set {key}.columns"
+        f"set {key}.columns{_similar_names(present)}"
     )
+
+
+def _similar_names(present: set[str]) -> str:
+    """A hint for each column whose name is almost that of a known column."""
+    hints = ""
+    for column in sorted(present - _COLUMNS):
+        for known in difflib.get_close_matches(column, _COLUMNS - present, n=1, cutoff=0.7):
+            hints += f"; {column}: did you mean {known}?"
+    return hints
 
 
 def _pair(
@@ -141,7 +209,7 @@ def _question(prompt: Any, target: Any, system: Any = None) -> Dialogue | Unusab
     dialogue = _checked(prompt, target)
     if isinstance(dialogue, Unusable) or not isinstance(prompt, str):
         return dialogue
-    messages = [{"role": "user", "content": prompt}]
+    messages: list[Message] = [{"role": "user", "content": prompt}]
     if isinstance(system, str) and system.strip():
         messages.insert(0, {"role": "system", "content": system})
     return dialogue._replace(prompt=messages)
@@ -211,12 +279,29 @@ def _messages(turns: Any, role_of_text: str) -> Any:
     turns = [turns] if isinstance(turns, Mapping) else turns
     if not isinstance(turns, list) or not all(isinstance(t, Mapping) for t in turns):
         return turns
-    messages = []
-    for t in turns:  # ShareGPT says from and value, but some files say role and content
-        role = str(t.get("from", t.get("role")))
-        content = t.get("value", t.get("content"))
-        messages.append({"role": _SHAREGPT_ROLES.get(role, role), "content": content})
-    return messages
+    return [_message(turn) for turn in turns]
+
+
+def _message(turn: Message) -> Message:
+    """A message with role and content. ShareGPT says from and value; some files mix the two."""
+    role = str(turn.get("from", turn.get("role")))
+    content = turn.get("value", turn.get("content"))
+    others = {name: turn[name] for name in turn if name not in ("from", "value")}
+    if role == "function_call" and (calls := _calls(content)):
+        return {**others, "role": "assistant", "content": "", "tool_calls": calls}
+    return {**others, "role": _SHAREGPT_ROLES.get(role, role), "content": content}
+
+
+def _calls(text: Any) -> list[Message]:
+    """The tool calls of a turn `function_call`; empty if the text is not JSON with a name."""
+    try:
+        calls = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        return []
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, Mapping) and "name" in call for call in calls):
+        return []
+    return [{"type": "function", "function": call} for call in calls]
 
 
 def _conversation(messages: Any, turn: str) -> Dialogue | Unusable:
@@ -226,25 +311,60 @@ def _conversation(messages: Any, turn: str) -> Dialogue | Unusable:
     if not positions:
         return Unusable("the conversation has no assistant turn")
     end = positions[0] if turn == "first" else positions[-1]
-    prompt, target = messages[:end], messages[end].get("content")
-    if not prompt or prompt[-1].get("role") != "user":
-        return Unusable("the assistant turn does not follow a user turn")
+    # A null is a field that is not there: parquet files fill up missing fields with it.
+    prompt: list[Message] = [
+        {name: value for name, value in m.items() if value is not None or name == "content"}
+        for m in messages[: end + 1]
+    ]
+    response = prompt.pop()
+    if not prompt or prompt[-1].get("role") not in ("user", "tool"):
+        return Unusable("the assistant turn does not follow a user turn or a tool turn")
     for message in prompt:
-        if message.get("role") not in ("system", "user", "assistant"):
+        if message.get("role") not in _ROLES:
             return Unusable(f"a turn has the unknown role {str(message.get('role'))[:30]!r}")
-        if not isinstance(message.get("content"), str):
-            return Unusable("the content of a message is not text")
-    plain = [{"role": m["role"], "content": m["content"]} for m in prompt]
-    checked = _checked(plain[-1]["content"], target, is_chat=True)
-    return checked if isinstance(checked, Unusable) else checked._replace(prompt=plain)
+        if problem := _problem_of_message("content of a message", message, may_be_empty=True):
+            return problem
+    # The result of a tool may be empty.
+    if problem := _problem_of_message(
+        "prompt", prompt[-1], may_be_empty=prompt[-1]["role"] == "tool"
+    ):
+        return problem
+    if problem := _problem_of_message("target", response):
+        return problem
+    is_plain = response.keys() <= {"role", "content"}
+    return Dialogue(prompt, response["content"] if is_plain else response, is_chat=True)
 
 
-def _checked(prompt: Any, target: Any, *, is_chat: bool = False) -> Dialogue | Unusable:
-    for name, text in (("prompt", prompt), ("target", target)):
-        if not isinstance(text, str):
-            return Unusable(f"the {name} is not text")
-        if not text.strip():
-            return Unusable(f"the {name} is empty")
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            return Unusable(f"the {name} contains half of a surrogate pair")
-    return Dialogue(prompt, target, is_chat)
+def _checked(prompt: Any, target: Any) -> Dialogue | Unusable:
+    problem = _problem("prompt", prompt) or _problem("target", target)
+    return problem or Dialogue(prompt, target, is_chat=False)
+
+
+def _problem_of_message(
+    name: str, message: Message, *, may_be_empty: bool = False
+) -> Unusable | None:
+    """Why a message cannot be used. A tool call needs no text."""
+    has_calls = bool(message.get("tool_calls"))
+    content = message.get("content")
+    if has_calls and content is None:
+        return None
+    return _problem(name, content, may_be_empty=may_be_empty or has_calls)
+
+
+def _problem(name: str, text: Any, *, may_be_empty: bool = False) -> Unusable | None:
+    if not isinstance(text, str):
+        return Unusable(f"the {name} is not text")
+    if not is_unicode(text):
+        return Unusable(f"the {name} contains half of a surrogate pair")
+    if not (text.strip() or may_be_empty):
+        return Unusable(f"the {name} is empty")
+    return None
+
+
+def is_unicode(text: str) -> bool:
+    """Whether the text can be written as UTF-8. JSON may contain half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -38,11 +38,13 @@ class Inputs(NamedTuple):
     stop_ids: tuple[int, ...]
 
     def described(self) -> str:
-        """One line for display: the number of examples and of skipped records."""
+        """One line for display: the number of examples, of skipped records and of duplicates."""
         skipped = {key: dict(reasons) for key, reasons in self.skipped.items() if reasons}
+        duplicates = {key: count for key, count in self.duplicates().items() if count}
         return (
             f"{len(self.examples):,} examples, {len(self.heldout):,} held out; "
             f"skipped: {json.dumps(skipped) if skipped else 'none'}; "
+            f"duplicates: {json.dumps(duplicates) if duplicates else 'none'}; "
             f"held-out prompts in the training data: {self.heldout_prompts_in_training()}"
         )
 
@@ -60,6 +62,13 @@ class Inputs(NamedTuple):
                 shown.append(f"first example of {key}:{''.join(lines)}")
         return shown
 
+    def duplicates(self) -> dict[str, int]:
+        """`data` and `evaluate.data`, each to the number of examples that equal an earlier one."""
+        return {
+            key: len(examples) - len({example.content_key for example in examples})
+            for key, examples in (("data", self.examples), ("evaluate.data", self.heldout))
+        }
+
     def heldout_prompts_in_training(self) -> int:
         """Number of held-out examples whose prompt is also a training prompt."""
         known = {example.prompt_key for example in self.examples}
@@ -76,6 +85,7 @@ def publish_inputs(folder: Path, inputs: Inputs) -> None:
     meta = {
         "stop_ids": list(inputs.stop_ids),
         "skipped": inputs.skipped,
+        "duplicates": inputs.duplicates(),
         "rows": len(inputs.examples),
         "heldout_rows": len(inputs.heldout),
         "heldout_prompts_in_training": inputs.heldout_prompts_in_training(),

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 Item = dict[str, Any]
+
+
+def items_file(task: str) -> str:
+    """Return the path of a task's items inside the folder of an evaluation.
+
+    Args:
+        task: the harness's name of the task. Characters that a file name should not have are
+            replaced. A hash of the name then keeps the names of two tasks apart.
+    """
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", task)
+    if name != task:
+        name += f"-{hashlib.sha256(task.encode()).hexdigest()[:8]}"
+    return f"items/{name}.jsonl"
 
 
 def write_items(path: Path, items: Sequence[Item]) -> None:

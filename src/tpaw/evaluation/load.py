@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tpaw.errors import InputError
-from tpaw.evaluation.items import Item, read_items
+from tpaw.evaluation.items import Item, items_file, read_items
 from tpaw.models.references import find_in_run
 from tpaw.storage.artifacts import (
     MANIFEST,
@@ -111,7 +111,7 @@ def _read(name: str, folder: Path) -> Evaluation:
         return Evaluation(name, folder, None, _of_run(folder), None, {})
     measures = {}
     for task, facts in results["tasks"].items():
-        items = read_items(folder / "items" / f"{task}.jsonl")
+        items = read_items(folder / items_file(task))
         # The hashes of the items replace the task's data hash: they allow any order of the items,
         # and an error can name the item that differs.
         conditions = {key: facts[key] for key in ("metric", "num_fewshot", "version")}

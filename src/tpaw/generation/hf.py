@@ -13,6 +13,7 @@ from tpaw.generation.batching import Batching, choose_batching
 from tpaw.generation.continuous_batching import generate_continuously
 from tpaw.generation.generator import Completion, Generator, OpenGenerator, SamplingParams, finish
 from tpaw.generation.padded_batches import batches_of, generate_in_batches
+from tpaw.runtime.memory import memory_limited_by
 from tpaw.runtime.progress import OnDone, note_once
 from tpaw.team import Player
 
@@ -77,29 +78,39 @@ class HFGenerator:
     def generate(
         self, prompts: Sequence[TokenIds], params: SamplingParams, seed: int, on_done: OnDone
     ) -> list[Completion]:
-        """See `Generator.generate`."""
-        if self.batching is Batching.CONTINUOUS:
-            emitted = generate_continuously(
-                self.model, prompts, params, self.tokens_per_batch, seed, on_done, self.is_enough
-            )
-        else:
-            is_alone = self.batching in (Batching.ONE_BY_ONE, Batching.WITHOUT_CACHE)
-            batches = batches_of(
-                prompts,
-                params,
-                1 if is_alone else self.tokens_per_batch,
-                of_equal_lengths=self.batching is Batching.EQUAL_LENGTHS,
-            )
-            emitted = generate_in_batches(
-                self.model,
-                prompts,
-                params,
-                list(batches),
-                seed,
-                on_done,
-                use_cache=self.batching is not Batching.WITHOUT_CACHE,
-            )
+        """See `Generator.generate`.
+
+        Raises:
+            NonFiniteError: the model's logits are NaN or infinite.
+            MemoryShortageError: memory has run out.
+        """
+        with memory_limited_by("generate.tokens_per_batch", self.tokens_per_batch):
+            emitted = self._emit(prompts, params, seed, on_done)
         return [
             finish(tokens, params, params.limit(prompt))
             for prompt, tokens in zip(prompts, emitted, strict=True)
         ]
+
+    def _emit(
+        self, prompts: Sequence[TokenIds], params: SamplingParams, seed: int, on_done: OnDone
+    ) -> list[list[int]]:
+        if self.batching is Batching.CONTINUOUS:
+            return generate_continuously(
+                self.model, prompts, params, self.tokens_per_batch, seed, on_done, self.is_enough
+            )
+        is_alone = self.batching in (Batching.ONE_BY_ONE, Batching.WITHOUT_CACHE)
+        batches = batches_of(
+            prompts,
+            params,
+            1 if is_alone else self.tokens_per_batch,
+            of_equal_lengths=self.batching is Batching.EQUAL_LENGTHS,
+        )
+        return generate_in_batches(
+            self.model,
+            prompts,
+            params,
+            list(batches),
+            seed,
+            on_done,
+            use_cache=self.batching is not Batching.WITHOUT_CACHE,
+        )

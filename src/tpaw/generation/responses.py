@@ -20,9 +20,12 @@ from tpaw.generation.generator import (
     OpenGenerator,
     SamplingParams,
 )
-from tpaw.runtime.progress import OnDone
+from tpaw.runtime.progress import OnDone, note
 from tpaw.storage.artifacts import ShardedArtifact, read_manifest
 from tpaw.team import Player
+
+# A larger share of responses that were cut at the length limit is worth a warning.
+TRUNCATED_SHARE = 0.9
 
 
 class Response(NamedTuple):
@@ -60,7 +63,7 @@ def generate_responses(
         player: the checkpoint that generates.
         examples: their prompts are used, in this order.
         open_generator: called only if a shard is missing.
-        config: its `shard_size` is the number of prompts in a shard.
+        config: its `shard_size` is the number of prompts in a shard, if no shard is published yet.
         decode: token ids of a response to text.
         params: sampling settings.
         seed: the run's seed. Each shard has its own seed, derived from this one, so that a shard
@@ -69,7 +72,9 @@ def generate_responses(
             stop the work; published shards stay.
     """
     artifact = ShardedArtifact(folder)
-    size = config.shard_size
+    # The setting may have changed since the first shard. Its size decides which prompts the others
+    # hold.
+    size = artifact.entries[0]["rows"] if artifact.entries else config.shard_size
     with contextlib.ExitStack() as stack:
         generator: Generator | None = None
         for number, begin in enumerate(range(0, len(examples), size)):
@@ -92,6 +97,13 @@ def generate_responses(
         key: round(sum(entry[key] for entry in artifact.entries), 3)
         for key in ("rows", "identical", "truncated", "tokens", "seconds")
     }
+    if totals["truncated"] > TRUNCATED_SHARE * totals["rows"]:
+        note(
+            f"Warning: {totals['truncated']} of {totals['rows']} responses of θ_{player.index} "
+            "were cut before they ended. Raise generate.max_new_tokens, which is "
+            f"{params.max_new_tokens}, or check that the model learned to emit its "
+            "end-of-sequence token (model.eos_token)."
+        )
     artifact.complete(
         {"player": player.index, "fingerprint": player.fingerprint, **params._asdict(), **totals}
     )

@@ -1,4 +1,4 @@
-"""The fingerprint of a model: a hash of its weights. It identifies a player."""
+"""The fingerprint of a model: a hash of every file that decides results. It names a player."""
 
 from __future__ import annotations
 
@@ -10,8 +10,52 @@ from typing import Any
 
 from tpaw.errors import InputError
 
+# Besides the weights: configuration, stop tokens, tokenizer, chat template and code of the model.
+_DECISIVE = (
+    "config.json",
+    "adapter_config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "*.py",
+)
+# Fields of config files that say where and how a model was saved. The weights hold their own dtype.
+_NOTES = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype"}
 
-def fingerprint(folder: Path) -> str:
+
+def fingerprint(folder: Path, weights: str | None = None) -> str:
+    """Hash everything in a model's folder that decides what it computes and how text is encoded.
+
+    The hash covers the weights (see `weights_hash`), the configuration, the generation
+    configuration, the tokenizer, the chat template and the model's Python code. The
+    format of config files, and notes in them such as the version of transformers, do not count.
+
+    Args:
+        folder: the model's folder.
+        weights: the `weights_hash` of the folder, if it is known.
+
+    Returns:
+        The sha256 as 64 hexadecimal digits.
+
+    Raises:
+        InputError: the folder has no weights, or a file of weights is damaged.
+    """
+    digest = hashlib.sha256((weights or weights_hash(folder)).encode())
+    files = {path for pattern in _DECISIVE for path in folder.glob(pattern) if path.is_file()}
+    for path in sorted(files):
+        content = hashlib.sha256(_decisive_content(path)).hexdigest()
+        digest.update(f"\n{path.relative_to(folder).as_posix()} {content}".encode())
+    return digest.hexdigest()
+
+
+def weights_hash(folder: Path) -> str:
     """Hash the weights of a model.
 
     For safetensors files the hash covers the name, type, shape and bytes of each tensor, so it does
@@ -70,6 +114,22 @@ def weight_files(folder: Path) -> list[Path]:
             "model"
         )
     return files
+
+
+def _decisive_content(path: Path) -> bytes:
+    content = path.read_bytes()
+    if not path.name.endswith("config.json"):
+        return content
+    try:
+        return json.dumps(_without_notes(json.loads(content)), sort_keys=True).encode()
+    except (ValueError, RecursionError):
+        return content  # whoever reads it says what is wrong
+
+
+def _without_notes(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _without_notes(value) for key, value in tree.items() if key not in _NOTES}
+    return [_without_notes(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def _safetensors_header(file: Path) -> dict[str, Any]:

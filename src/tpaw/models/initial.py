@@ -2,37 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from tpaw.config.schema import ModelConfig
 from tpaw.errors import ArtifactError, InputError
-from tpaw.models.fingerprint import fingerprint
-from tpaw.storage.artifacts import read_json, write_json
+from tpaw.models.fingerprint import fingerprint, weights_hash
+from tpaw.storage.artifacts import read_facts, write_json
 from tpaw.storage.resources import resolve_path
+from tpaw.storage.seals import are_intact, seal_facts
 from tpaw.team import Player
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
-def initial_player(config: ModelConfig, record: Path) -> Player:
+def initial_player(config: ModelConfig, record: Path, *, may_record: bool = True) -> Player:
     """Find θ_0 and record it in the run. A Hub model is downloaded if it is not cached.
 
     Args:
         config: the section `model` of the configuration.
         record: the JSON file that records θ_0. It is written if it does not exist.
+        may_record: whether the record may be written. Without it, nobody could tell whether the
+            model is still the one that the run began with.
 
     Returns:
         θ_0. If its local folder no longer exists but the run has recorded it, `path` names a
         folder that does not exist; loading it raises an error.
 
     Raises:
-        InputError: the weights differ from the recorded ones, or the folder has no weights.
-        ArtifactError: the record is damaged.
+        InputError: the model differs from the recorded one, or the folder has no weights.
+        ArtifactError: the record is damaged or edited, or missing although it may not be written.
     """
-    recorded = read_json(record) if record.exists() else None
-    if recorded is not None and not {"fingerprint", "path", "revision"} <= set(recorded):
+    recorded = read_facts(record) if record.exists() else None
+    if recorded is None and not may_record:
         raise ArtifactError(
-            f"{record}: damaged: fingerprint, path or revision is missing; restore it from a backup"
+            f"{record}: missing, although the run has used θ_0; restore it from a backup, or begin "
+            "a run in another folder"
+        )
+    if recorded is not None and are_intact(recorded) is False:
+        raise ArtifactError(
+            f"{record}: damaged or edited: its checksum does not fit; restore it from a backup"
         )
     path = resolve_path(config.path)
     if recorded and recorded["revision"] is None and not Path(path).is_dir():
@@ -43,19 +52,23 @@ def initial_player(config: ModelConfig, record: Path) -> Player:
     if recorded and recorded["path"] == config.path:
         commit = recorded["revision"]
     folder, revision = locate(config, commit)
-    player = Player(0, str(folder), fingerprint(folder))
+    weights = weights_hash(folder)
+    player = Player(0, str(folder), fingerprint(folder, weights))
     if recorded:
-        if recorded["fingerprint"] != player.fingerprint:
+        # Earlier versions recorded the hash of the weights alone.
+        if recorded["fingerprint"] not in (player.fingerprint, weights):
             raise InputError(
-                f"model.path: {config.path}: its weights differ from those of θ_0 in this run "
+                f"model.path: {config.path}: it differs from θ_0 of this run in its weights, "
+                "configuration, tokenizer or chat template "
                 f"(fingerprint {player.fingerprint[:12]}, recorded "
                 f"{recorded['fingerprint'][:12]}); give the model that the run began with, or "
                 "choose another --output"
             )
+        player = replace(player, fingerprint=recorded["fingerprint"])
     else:
         record.parent.mkdir(exist_ok=True)
         facts = {"index": 0, "path": config.path, "revision": revision}
-        write_json(record, facts | {"fingerprint": player.fingerprint})
+        write_json(record, seal_facts(facts | {"fingerprint": player.fingerprint}))
     return player
 
 

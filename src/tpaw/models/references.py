@@ -25,7 +25,7 @@ class Checkpoint(NamedTuple):
 
     Attributes:
         name: name for display: RUN@i, or the name of the model.
-        player: folder and fingerprint of the weights.
+        player: folder and fingerprint of the model.
         model: the section `model` of the run's configuration (its `path` is θ_0), or the defaults
             for a model without a run.
         run: the run that made the checkpoint, or None.
@@ -50,7 +50,7 @@ def find_checkpoint(reference: str, *, trust: bool = False) -> Checkpoint:
         InputError: the reference names no checkpoint, or its run asks for code without `trust`.
     """
     if (found := find_in_run(reference)) is not None:
-        return _of_run(*found, trust=trust)
+        return checkpoint_of(*found, trust=trust)
     if Path(reference).is_dir() and not (Path(reference) / "config.json").is_file():
         raise InputError(
             f"{reference}: neither a run directory (no run.json) nor a model folder (no "
@@ -80,7 +80,7 @@ def find_checkpoints(reference: str, *, trust: bool = False) -> list[Checkpoint]
     """
     run = RunDirectory(reference)
     if run.has_begun():
-        return [_of_run(run, i, trust=trust) for i in _published(run)]
+        return [checkpoint_of(run, i, trust=trust) for i in _published(run)]
     return [find_checkpoint(reference, trust=trust)]
 
 
@@ -109,12 +109,23 @@ def find_in_run(reference: str) -> tuple[RunDirectory, int] | None:
     return (run, _published(run)[-1]) if run.has_begun() else None
 
 
-def _of_run(run: RunDirectory, i: int, *, trust: bool) -> Checkpoint:
+def checkpoint_of(run: RunDirectory, i: int, *, trust: bool) -> Checkpoint:
+    """Return θ_i of a run.
+
+    Args:
+        run: a run that has published θ_i.
+        i: index of the checkpoint.
+        trust: whether the run may ask for `model.trust_remote_code`.
+
+    Raises:
+        InputError: the run asks for code without `trust`.
+    """
     model = run.load_config().model
     refuse_untrusted_code(model, run, trust=trust)
     name = f"{run.root.name}@{i}"
     if i == 0:
-        player = initial_player(model, run.initial_player_file)
+        may_record = not run.uses_initial_player()
+        player = initial_player(model, run.initial_player_file, may_record=may_record)
     else:
         folder = run.checkpoint(i)
         player = Player(i, str(folder), read_manifest(folder)["fingerprint"])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tpaw.config.schema import ModelConfig
 from tpaw.errors import InputError
+from tpaw.models.template_trial import try_template
 from tpaw.storage.resources import resolve_path
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ def load_tokenizer(config: ModelConfig, folder: str | None = None) -> PreTrained
         folder: a folder that holds the tokenizer. Default: that of `model.path`.
 
     Raises:
-        InputError: there is no tokenizer, its vocabulary is empty, or `eos_token` is not in its
-            vocabulary.
+        InputError: there is no tokenizer, its vocabulary is empty, `eos_token` is not in its
+            vocabulary, or its chat template does not end.
     """
     from transformers import AutoTokenizer
 
@@ -32,14 +33,15 @@ def load_tokenizer(config: ModelConfig, folder: str | None = None) -> PreTrained
             revision=None if folder else config.revision,
             trust_remote_code=config.trust_remote_code,
         )
-    except (OSError, ValueError) as error:
+        ids = tokenizer("a", add_special_tokens=False).input_ids
+    except Exception as error:  # a damaged file makes transformers raise any type
         first_line = str(error).partition("\n")[0]
         raise InputError(
             f"model.path: {config.path}: no usable tokenizer ({first_line}); add the tokenizer's "
             "files to the model"
         ) from None
     # For a folder without a tokenizer, transformers returns an empty one.
-    if not tokenizer("a", add_special_tokens=False).input_ids:
+    if not ids:
         raise InputError(
             f"model.path: {config.path}: its tokenizer encodes text to no tokens; add the "
             "tokenizer's files to the model"
@@ -51,6 +53,7 @@ def load_tokenizer(config: ModelConfig, folder: str | None = None) -> PreTrained
                 "of it"
             )
         tokenizer.eos_token = config.eos_token
+    try_template(tokenizer, config.path)
     return tokenizer
 
 
@@ -74,12 +77,13 @@ def stop_token_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> t
     try:
         published = GenerationConfig.from_pretrained(path, revision=config.revision).eos_token_id
         ids += published if isinstance(published, list) else [published]
-    except OSError as error:
+        known = tuple(dict.fromkeys(int(i) for i in ids if i is not None))
+    except Exception as error:  # a damaged file makes transformers raise any type
+        known = tuple(i for i in ids if i is not None)
         if (Path(path) / "generation_config.json").is_file():
             raise InputError(
                 f"model.path: {path}: generation_config.json cannot be read: {error}"
             ) from None
-    known = tuple(dict.fromkeys(int(i) for i in ids if i is not None))
     if not known:
         raise InputError(
             f"model.path: {config.path}: the tokenizer has no end-of-sequence token; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from tpaw.config.plan import plan_run
@@ -9,6 +10,7 @@ from tpaw.config.schema import RunConfig
 from tpaw.data.examples import Prepared, prepare_examples
 from tpaw.data.inputs import Inputs
 from tpaw.errors import InputError
+from tpaw.evaluation.benchmarks.run import check_suites
 from tpaw.evaluation.exact_match import has_answers
 from tpaw.logprobs.prepare import prepare_for_logprobs
 from tpaw.models.checks import (
@@ -37,15 +39,28 @@ def read_and_check(config: RunConfig, output: str | Path, watch: Watch) -> Input
     Raises:
         InputError: naming the setting, the file or the record.
     """
+    _refuse_several_processes()
     check_output(output, config)
     if is_published(RunDirectory(output).inputs):
         check_training(config)  # some of its settings may have changed
         return None
     with watch.progress("read and tokenize", None, "records") as on_done:
         inputs = read_inputs(config, on_done)
+    check_suites(config.evaluate.suites)
     plan_run(config, len(inputs.examples))  # it refuses an iteration without effect
     try_architecture(config)
     return inputs
+
+
+def _refuse_several_processes() -> None:
+    """A run belongs to one process. With a folder for each, all would train with other batches."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count.strip() not in ("", "1"):
+        raise InputError(
+            f"WORLD_SIZE: {count}: a run uses one process; start it once, without torchrun or "
+            "accelerate launch, and choose its GPU with CUDA_VISIBLE_DEVICES. To train in several "
+            "processes, use TeamTrainer in your own script (docs/how-to/own-loop.md)."
+        )
 
 
 def read_inputs(config: RunConfig, on_done: OnDone = ignore) -> Inputs:

@@ -19,6 +19,7 @@ from tpaw.config.schema import RunConfig
 from tpaw.data.examples import Example
 from tpaw.data.inputs import Inputs, load_inputs, publish_inputs
 from tpaw.data.token_ids import TokenIds
+from tpaw.evaluation.benchmarks.run import SuitesOfRun
 from tpaw.evaluation.heldout import HeldoutEvaluation
 from tpaw.generation.generator import OpenGenerator, SamplingParams
 from tpaw.generation.responses import generate_responses, read_responses
@@ -27,9 +28,11 @@ from tpaw.models.initial import initial_player
 from tpaw.objectives.base import Objective
 from tpaw.pipeline.players import LoadedPlayers
 from tpaw.pipeline.preflight import read_and_check
+from tpaw.pipeline.space import space_for_responses, space_for_scores, space_for_training
 from tpaw.report.summary import write_summary
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.isolation import isolated
+from tpaw.runtime.memory import memory_limited_by
 from tpaw.runtime.progress import note, progress
 from tpaw.runtime.watch import Watch
 from tpaw.scoring.score import fill_store
@@ -96,6 +99,7 @@ class Stages:
         self.watch = watch
         self.players = LoadedPlayers(config)
         self.open_generator = open_generator or self.players.open_generator
+        self.suites = SuitesOfRun(run, config.evaluate.suites, watch.stop)
         self.params = SamplingParams.of(config.generate, config.max_length, inputs.stop_ids)
         self._stores: dict[str, LogprobStore] = {}
 
@@ -105,7 +109,9 @@ class Stages:
 
     def initial_player(self) -> Player:
         """θ_0, the SFT model."""
-        return initial_player(self.config.model, self.run.initial_player_file)
+        may_record = not self.run.uses_initial_player()
+        record = self.run.initial_player_file
+        return initial_player(self.config.model, record, may_record=may_record)
 
     def generate(self, player: Player, examples: Sequence[Example], t: int) -> None:
         """D_t: the newest checkpoint answers every prompt once.
@@ -116,6 +122,7 @@ class Stages:
         folder = self.run.iteration(t).responses
         if is_published(folder):
             return
+        space_for_responses(self.run, self.config, len(examples))
         with self._progress(t, f"generate with θ_{t}", len(examples), "prompts") as on_done:
             generate_responses(
                 folder,
@@ -155,6 +162,7 @@ class Stages:
             missing = sum(key not in store for key in wanted)
             if not missing:
                 continue
+            space_for_scores(self.run, missing)
             title = f"score with θ_{player.index}"
             with self._progress(t, title, missing, "sequences") as on_done:
                 fill_store(
@@ -188,19 +196,22 @@ class Stages:
         return self._train_on_triples(policy, pairs, [policy], objective, t)
 
     def evaluate(self, player: Player) -> None:
-        """Held-out outcomes of a checkpoint, item by item, and their means."""
-        if is_published(self.run.evaluation(player.index)) or not self.inputs.heldout:
-            return
-        HeldoutEvaluation(
-            config=self.config,
-            heldout=self.inputs.heldout,
-            folder_of=self.run.evaluation,
-            open_generator=self.open_generator,
-            load_for_scoring=self.players.for_scoring,
-            decode=self._decode,
-            params=self.params,
-            watch=self.watch,
-        ).publish(player)
+        """Held-out outcomes of a checkpoint, item by item, and their means; then its suites."""
+        if self.inputs.heldout and not is_published(self.run.evaluation(player.index)):
+            space_for_responses(self.run, self.config, 2 * len(self.inputs.heldout))
+            HeldoutEvaluation(
+                config=self.config,
+                heldout=self.inputs.heldout,
+                folder_of=self.run.evaluation,
+                open_generator=self.open_generator,
+                load_for_scoring=self.players.for_scoring,
+                decode=self._decode,
+                params=self.params,
+                watch=self.watch,
+            ).publish(player)
+        if self.suites.missing(player.index):
+            self.players.release()  # the harness loads the player itself
+            self.suites.publish(player.index)
 
     def report(self) -> None:
         """summary.json, from what is published."""
@@ -233,13 +244,16 @@ class Stages:
             self.watch.stop.check()
             meta: dict[str, object] = {"index": iteration.number}
             steps = optimizer_steps(self.config, rows, t)
+            model = self.players.for_training(policy)
+            space_for_training(iteration, self.config, model.num_parameters(), steps)
             title = self._title(t, f"train θ_{iteration.number}")
             with (
                 publishing(folder, meta) as temporary,
                 progress(title, steps, "steps") as advance,
+                memory_limited_by("train.tokens_per_row", self.config.train.tokens_per_row),
             ):
-                meta["seconds"] = train_iteration(
-                    self.players.for_training(policy),
+                meta |= train_iteration(
+                    model,
                     build,
                     self.inputs,
                     self.config,
@@ -249,6 +263,7 @@ class Stages:
                     stop=self.watch.stop,
                 )
                 meta["fingerprint"] = fingerprint(temporary)
+            del model  # otherwise its memory would not be freed
             self.players.release()
         shutil.rmtree(iteration.training, ignore_errors=True)
         return Player(iteration.number, str(folder), read_manifest(folder)["fingerprint"])

@@ -15,7 +15,7 @@ from tpaw.storage.artifacts import write_file
 
 Study = Mapping[str, Any]
 
-LABELS = {
+_LABELS = {
     "accuracy": "accuracy",
     "gap": "log π(y) − log π(y₀), nats",
     "nonpositive_gap_share": "share of gaps ≤ 0",
@@ -24,6 +24,13 @@ LABELS = {
     "reward_margin": "margin P(x, y) − P(x, y_gen)",
     "identical": "share of answers equal to the target",
 }
+
+
+def label_of(measure: str) -> str:
+    """Return the label of a measure for figures and tables. A suite has its own name."""
+    return _LABELS.get(measure, f"{measure}, %")
+
+
 # The colours of Okabe and Ito, which colour-blind people can distinguish. Markers distinguish the
 # lines in black-and-white print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -56,13 +63,13 @@ def _figures(study: Study) -> Iterator[tuple[str, Figure]]:
     measures = study["measures"]
     if varied := _single_axis(study):
         for measure in measures:
-            if measure in ("accuracy", "gap"):
-                yield f"{measure}-by-{_slug(varied)}", _by_setting(study, varied, measure)
+            if measure in ("accuracy", "gap", study["primary"]):
+                yield f"{_slug(measure)}-by-{_slug(varied)}", _by_setting(study, varied, measure)
     else:
-        main = "accuracy" if "accuracy" in measures else "gap"
-        yield f"{main}-by-iteration", _by_iteration(study, [main])
-        gaps = [m for m in ("gap", "nonpositive_gap_share") if m in measures]
-        yield "gap-by-iteration", _by_iteration(study, gaps)
+        main = study["primary"]
+        yield f"{_slug(main)}-by-iteration", _by_iteration(study, [main])
+        if gaps := [m for m in ("gap", "nonpositive_gap_share") if m in measures]:
+            yield "gap-by-iteration", _by_iteration(study, gaps)
         if any(run["curve"] for run in _runs(study)):
             yield "target-reward-by-step", _curves(study)
 
@@ -77,7 +84,7 @@ def _by_iteration(study: Study, measures: Sequence[str]) -> Figure:
                 if (found := entry.get(measure))
             ]  # fmt: skip
             _line(axes, i, name, [t for t, _ in points], [found for _, found in points])
-        axes.set(xlabel="iteration (0: the SFT model)", ylabel=LABELS[measure])
+        axes.set(xlabel="iteration (0: the SFT model)", ylabel=label_of(measure))
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
     _legend(figure, study)
     return figure
@@ -101,7 +108,7 @@ def _by_setting(study: Study, setting: str, measure: str) -> Figure:
     values = [_first(c["settings"][setting]) for c in study["conditions"].values()]
     if min(values) > 0 and max(values) > LOGARITHMIC_FROM * min(values):
         axes.set_xscale("log")
-    axes.set(xlabel=setting.partition(",")[0], ylabel=f"{LABELS[measure]}, last iteration")
+    axes.set(xlabel=setting.partition(",")[0], ylabel=f"{label_of(measure)}, last iteration")
     _legend(figure, study)
     return figure
 
@@ -125,7 +132,7 @@ def _curves(study: Study) -> Figure:
                 linewidth=0,
             )  # fmt: skip
     axes.axhline(0, color="0.5", linewidth=0.8)
-    axes.set(xlabel="optimizer step of the last iteration", ylabel=LABELS["target_reward"])
+    axes.set(xlabel="optimizer step of the last iteration", ylabel=label_of("target_reward"))
     _legend(figure, study, band="± 1 SD over seeds")
     return figure
 

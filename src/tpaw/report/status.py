@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tpaw.config.schema import RunConfig
-from tpaw.storage.artifacts import PARTIAL_MANIFEST, is_published, read_json, read_manifest
+from tpaw.storage.artifacts import PARTIAL_MANIFEST, is_published, read_files, read_manifest
 from tpaw.storage.run_directory import RunDirectory
 
 
@@ -53,8 +53,7 @@ def _shards_note(run: RunDirectory, i: int) -> str:
     partial = run.responses(i) / PARTIAL_MANIFEST
     if not partial.exists():
         return ""
-    shards = read_json(partial)["files"]
-    return f" ({sum(shard['rows'] for shard in shards)} prompts done)"
+    return f" ({sum(shard['rows'] for shard in read_files(partial))} prompts done)"
 
 
 def _steps_note(run: RunDirectory, i: int) -> str:

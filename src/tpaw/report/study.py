@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from tpaw.report.figures import LABELS
+from tpaw.report.figures import label_of
 
 Study = Mapping[str, Any]
 Rows = list[list[str]]
@@ -67,7 +67,7 @@ def study_report(study: Study, figures: Sequence[Path]) -> str:
         f"{machine['processor']}, cores: {machine['cores']}, runs at a time: {study['jobs']}; "
         f"{versions}, Python {machine['python']}.",
         "",
-        f"Evaluated on {', '.join(f'`{path}`' for path in study['evaluated_on'])}.",
+        f"Evaluated on {', '.join(f'`{name}`' for name in study['evaluated_on'])}.",
         "",
     ]
     lines += [f"- {sentence}" for sentence in sentences(study)] + [""]
@@ -95,11 +95,11 @@ def _detailed(study: Study) -> Iterator[tuple[str, list[str], Rows]]:
         for seed, run in condition["runs"].items()
     ]
     headings = ["condition", "seed", *(f"θ_{t}" for t in range(iterations))]
-    yield f"{LABELS[study['primary']]}, every run", headings, [[str(c) for c in r] for r in rows]
+    yield f"{label_of(study['primary'])}, every run", headings, [[str(c) for c in r] for r in rows]
 
 
 def _by_iteration(study: Study, measure: str) -> tuple[str, list[str], Rows]:
-    title = f"{LABELS[measure]}: mean over seeds ± SD [95 % t-interval]"
+    title = f"{label_of(measure)}: mean over seeds ± SD [95 % t-interval]"
     rows = []
     for name, condition in study["conditions"].items():
         entries = [entry.get(measure) for entry in condition["by_iteration"]]
@@ -110,7 +110,7 @@ def _by_iteration(study: Study, measure: str) -> tuple[str, list[str], Rows]:
 
 def _compared(study: Study) -> tuple[str, list[str], Rows]:
     title = (
-        f"{LABELS[study['primary']]} after the last iteration, against {study['baseline']}, seed "
+        f"{label_of(study['primary'])} after the last iteration, against {study['baseline']}, seed "
         f"by seed; Holm over {len(study['comparisons'])}"
     )
     headings = ["condition", "seeds", "difference [95 %]", "d_z (Hedges)", "t: p", "p Holm"]

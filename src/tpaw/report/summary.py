@@ -9,13 +9,25 @@ from typing import Any
 from tpaw.config.schema import RunConfig
 from tpaw.errors import ArtifactError
 from tpaw.generation.responses import response_facts
-from tpaw.storage.artifacts import is_published, read_json, read_manifest, write_json
+from tpaw.storage.artifacts import (
+    is_published,
+    read_files,
+    read_listed_json,
+    read_manifest,
+    write_json,
+)
 from tpaw.storage.run_directory import RunDirectory
 
 
 def write_summary(run: RunDirectory, config: RunConfig) -> None:
-    """Write summary.json of a run; see `summarise`."""
-    write_json(run.summary_file, summarise(run, config))
+    """Write summary.json of a run; see `summarise`. A file with the same content stays."""
+    summary = summarise(run, config)
+    try:
+        known = json.loads(run.summary_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = None
+    if known != summary:
+        write_json(run.summary_file, summary)
 
 
 def summarise(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
@@ -29,13 +41,15 @@ def summarise(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
         The content of summary.json. `players` has one entry for each iteration; entry 0 is the SFT
         model. Results that do not exist yet are absent. An entry may hold `evaluation` (see
         `evaluation/heldout.py`), `responses` (counts of D_{i-1}), `training` (means over the last
-        half of the steps), `sequences_scored`, `seconds` for each stage, and `checkpoint` (a path
-        relative to the run).
+        half of the steps), `sequences_scored`, `suites` (scores of benchmark suites in percent, by
+        suite, with those of each benchmark), `seconds` for each stage, and `checkpoint` (a path
+        relative to the run). `notes` names each damaged training.jsonl, whose metrics are absent.
 
     Raises:
-        ArtifactError: a checkpoint is published, but its training.jsonl is missing.
+        ArtifactError: a manifest or a results.json is damaged.
     """
-    iterations = [_iteration(run, i) for i in range(config.iterations + 1)]
+    notes: list[str] = []
+    iterations = [_iteration(run, i, notes) for i in range(config.iterations + 1)]
     skipped = read_manifest(run.inputs)["skipped"] if is_published(run.inputs) else {}
     done = sum("checkpoint" in entry for entry in iterations)
     return {
@@ -44,10 +58,11 @@ def summarise(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
         "iterations": config.iterations,
         "skipped_rows": skipped,
         "players": iterations,
+        "notes": notes,
     }
 
 
-def _iteration(run: RunDirectory, i: int) -> dict[str, Any]:
+def _iteration(run: RunDirectory, i: int, notes: list[str]) -> dict[str, Any]:
     entry: dict[str, Any] = {"iteration": i}
     seconds: dict[str, float] = {}
     if i > 0 and is_published(run.responses(i)):
@@ -66,28 +81,42 @@ def _iteration(run: RunDirectory, i: int) -> dict[str, Any]:
     if i > 0 and is_published(run.checkpoint(i)):
         entry["checkpoint"] = run.checkpoint(i).relative_to(run.root).as_posix()
         seconds["train"] = read_manifest(run.checkpoint(i))["seconds"]
-        entry["training"] = _late_means(run, i)
+        try:
+            entry["training"] = _late_means(run.read_training_log(i))
+        except ArtifactError as error:  # nothing but these metrics needs the log
+            notes.append(str(error))
     if is_published(run.evaluation(i)):
-        entry["evaluation"] = read_json(run.evaluation(i) / "results.json")
+        entry["evaluation"] = read_listed_json(run.evaluation(i), "results.json")
         seconds["evaluate"] = entry["evaluation"]["seconds"]
+    suites = sorted(run.suites(i).glob("*/manifest.json"))
+    if suites:
+        results = [read_listed_json(manifest.parent, "results.json") for manifest in suites]
+        entry["suites"] = {found["suite"]: _suite_scores(found) for found in results}
+        tasks = (task for found in results for task in found["tasks"].values())
+        seconds["suites"] = round(sum(task["seconds"] for task in tasks), 3)
     entry["seconds"] = seconds
     return entry
 
 
+def _suite_scores(results: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "score": results["score"],
+        "stderr": results["stderr"],
+        "benchmarks": {
+            name: {"score": column["score"], "stderr": column["stderr"]}
+            for name, column in results["benchmarks"].items()
+        },
+    }
+
+
 def _scored(run: RunDirectory, i: int) -> list[dict[str, Any]]:
     manifests = sorted((run.root / "logprobs").glob("*/manifest.json"))
-    shards = [shard for manifest in manifests for shard in read_json(manifest)["files"]]
+    shards = [shard for manifest in manifests for shard in read_files(manifest)]
     return [shard for shard in shards if shard["stage"] == f"iteration-{i}"]
 
 
-def _late_means(run: RunDirectory, i: int) -> dict[str, float]:
+def _late_means(lines: list[dict[str, Any]]) -> dict[str, float]:
     """Compute means of the metrics over the last half of the steps. A single line is too noisy."""
-    log = run.training_log(i)
-    if not log.is_file():
-        raise ArtifactError(
-            f"{log}: missing, although θ_{i} is published; restore this file from a copy"
-        )
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     steps = lines[-1]["step"]
     late = [(b["step"] - a["step"], b) for a, b in pairwise([{"step": 0}, *lines])]
     late = [(weight, line) for weight, line in late if line["step"] > steps / 2]

@@ -17,6 +17,7 @@ from tpaw.data.token_ids import TokenSequence
 from tpaw.logprobs.packing import Layout, PackedBatch, PromptGroup, group_by_prompt
 from tpaw.logprobs.response import LogprobHead, response_logps
 from tpaw.models.finite import non_finite
+from tpaw.runtime.memory import memory_limited_by
 from tpaw.runtime.progress import OnDone, ignore
 from tpaw.scoring.store import Key, LogprobStore
 
@@ -74,7 +75,15 @@ def score_sequences(
     Raises:
         HeadChangedError: the model changes the output of its head.
         NonFiniteError: a log-prob is NaN or infinite.
+        MemoryShortageError: memory has run out.
     """
+    with memory_limited_by("score.tokens_per_row", tokens_per_row):
+        return _score(scorer, sequences, tokens_per_row, on_done)
+
+
+def _score(
+    scorer: ScoringModel, sequences: Sequence[TokenSequence], tokens_per_row: int, on_done: OnDone
+) -> NDArray[np.float64]:
     model, layout, precision = scorer
     device = next(model.parameters()).device
     head = LogprobHead.attached_to(model)

@@ -4,27 +4,32 @@ An artifact is a folder with a `manifest.json`, which lists every file with its 
 `ShardedArtifact` publishes one file at a time and rewrites its manifest after each file.
 
 Every file and folder is written under a temporary name in the same folder, flushed to disk and
-renamed. A crash therefore leaves either the old state or the new state, never a mixture.
+renamed. A crash therefore leaves either the old state or the new state, never a mixture. Temporary
+names are unique, so several processes may write the same file: the last one wins.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tpaw.errors import ArtifactError, InputError
+from tpaw.errors import ArtifactError, InputError, RunLockedError, StorageError
 from tpaw.runtime.progress import OnDone, ignore
+from tpaw.storage.lock import check_held
 
 MANIFEST = "manifest.json"
 PARTIAL_MANIFEST = "manifest.partial.json"
 SETTINGS = "settings.json"
 TEMPORARY_PREFIX = ".tmp-"
+BYTES_READ_AT_ONCE = 1 << 24
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
@@ -34,11 +39,23 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
         path: the file to write or replace.
         write: writes the content to the path that it receives.
     """
-    temporary = path.with_name(TEMPORARY_PREFIX + path.name)
-    write(temporary)
-    _flush(temporary)
-    os.replace(temporary, path)
-    _flush(path.parent)
+    check_held(path)
+    temporary = temporary_beside(path)
+    try:
+        write(temporary)
+        flush(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    flush(path.parent)
+
+
+def temporary_beside(path: Path) -> Path:
+    """A new temporary name in the folder of `path`. `remove_temporaries` finds it."""
+    unique = f"{os.getpid()}-{secrets.token_hex(4)}"
+    return path.with_name(f"{TEMPORARY_PREFIX}{unique}-{path.name[:50]}")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -59,6 +76,17 @@ def write_text(path: Path, text: str) -> None:
     write_file(path, write)
 
 
+class Facts(dict[str, Any]):
+    """A JSON mapping that TPAW wrote. A missing key raises an ArtifactError that names the file."""
+
+    def __init__(self, path: Path, content: Mapping[str, Any]) -> None:
+        super().__init__(content)
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise ArtifactError(f"{self.path}: damaged: it has no {key!r}; restore it from a backup")
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file that TPAW wrote.
 
@@ -67,10 +95,22 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(
             f"{path}: damaged or unreadable ({error}); restore it from a backup"
         ) from None
+
+
+def read_facts(path: Path) -> Facts:
+    """Read a JSON mapping that TPAW wrote.
+
+    Raises:
+        ArtifactError: the file cannot be read or does not hold a mapping.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{path}: damaged: not a mapping; restore it from a backup")
+    return Facts(path, content)
 
 
 @contextlib.contextmanager
@@ -86,15 +126,32 @@ def publishing(folder: Path, meta: dict[str, Any]) -> Iterator[Path]:
 
     Raises:
         ArtifactError: `folder` has files but no manifest.
+        RunLockedError: another process has published the same artifact in the meantime.
     """
     refuse_without_manifest(folder)
-    temporary = folder.with_name(TEMPORARY_PREFIX + folder.name)
-    shutil.rmtree(temporary, ignore_errors=True)
+    check_held(folder)
+    temporary = temporary_beside(folder)
     temporary.mkdir(parents=True)
-    yield temporary
-    write_manifest(temporary, meta)
-    os.replace(temporary, folder)
-    _flush(folder.parent)
+    try:
+        yield temporary
+        write_manifest(temporary, meta)
+        check_held(folder)
+        _appear(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    flush(folder.parent)
+
+
+def _appear(temporary: Path, folder: Path) -> None:
+    try:
+        os.replace(temporary, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise RunLockedError(
+            f"{folder}: another process published it in the meantime; run the same command again"
+        ) from None
 
 
 def write_manifest(folder: Path, meta: Mapping[str, Any]) -> None:
@@ -106,7 +163,7 @@ def write_manifest(folder: Path, meta: Mapping[str, Any]) -> None:
     """
     entries = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
-        _flush(path)
+        flush(path)
         entries.append(describe_file(folder, path))
     write_json(folder / MANIFEST, {"files": entries, **meta})
 
@@ -116,7 +173,7 @@ def describe_file(folder: Path, path: Path) -> dict[str, Any]:
     return {
         "path": path.relative_to(folder).as_posix(),
         "bytes": path.stat().st_size,
-        "sha256": _sha256(path),
+        "sha256": sha256_of(path),
     }
 
 
@@ -136,30 +193,48 @@ def is_published(folder: Path) -> bool:
     return (folder / MANIFEST).exists()
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest of an artifact. The files are not checked; `verify` checks them."""
-    return dict(read_json(folder / MANIFEST))
+def read_manifest(folder: Path) -> Facts:
+    """Read the manifest of an artifact. The files are not checked; `verify` checks them.
+
+    Raises:
+        ArtifactError: the manifest is damaged. So is a key that is read and not there.
+    """
+    return _read_manifest(folder / MANIFEST)
 
 
-def read_files(manifest_path: Path) -> list[dict[str, Any]]:
+def read_files(manifest_path: Path) -> list[Facts]:
     """Read the entries of a manifest.
 
     Returns:
-        One mapping for each file, with `path`, `bytes` and `sha256`.
+        One mapping for each file, with `path`, `bytes` and `sha256`. The paths are relative and
+        stay inside the folder of the manifest.
 
     Raises:
         ArtifactError: the manifest is damaged.
     """
+    return list(_read_manifest(manifest_path)["files"])
+
+
+def _read_manifest(manifest_path: Path) -> Facts:
+    manifest = read_facts(manifest_path)
     try:
-        entries = [dict(entry) for entry in read_json(manifest_path)["files"]]
-        known = all(isinstance(e["path"], str) and e["bytes"] >= 0 and e["sha256"] for e in entries)
-    except (KeyError, TypeError, ValueError):
+        entries = [Facts(manifest_path, entry) for entry in manifest.get("files", ())]
+        known = "files" in manifest and all(
+            _stays_inside(e["path"]) and e["bytes"] >= 0 and e["sha256"] for e in entries
+        )
+    except (ArtifactError, TypeError, ValueError):
         known = False
     if not known:
         raise ArtifactError(
             f"{manifest_path}: damaged: it has no valid list of files; restore it from a backup"
         )
-    return entries
+    manifest["files"] = entries
+    return manifest
+
+
+def _stays_inside(path: str) -> bool:
+    parts = PurePosixPath(path).parts
+    return bool(parts) and not path.startswith("/") and ".." not in parts
 
 
 def verify(manifest_path: Path, on_bytes: OnDone = ignore) -> None:
@@ -167,29 +242,54 @@ def verify(manifest_path: Path, on_bytes: OnDone = ignore) -> None:
 
     Args:
         manifest_path: the manifest of the artifact.
-        on_bytes: called after each file with the file's size in bytes.
+        on_bytes: called with the number of bytes read since the last call. It may raise.
 
     Raises:
         ArtifactError: naming the file that is missing, truncated or altered.
     """
     for entry in read_files(manifest_path):
-        name, size, sha256 = entry["path"], entry["bytes"], entry["sha256"]
-        path = manifest_path.parent / name
-        if not path.is_file():
-            raise ArtifactError(
-                f"{path}: missing, but {manifest_path.name} lists it; restore it from a backup"
-            )
-        if path.stat().st_size != size:
-            raise ArtifactError(
-                f"{path}: damaged: {path.stat().st_size} bytes, but published with {size}; restore "
-                "it from a backup"
-            )
-        if _sha256(path) != sha256:
-            raise ArtifactError(
-                f"{path}: damaged: its content differs from the published one; restore it from a "
-                "backup"
-            )
-        on_bytes(size)
+        verify_file(manifest_path.parent / entry["path"], entry, on_bytes, manifest_path.name)
+
+
+def verify_file(
+    path: Path, entry: Mapping[str, Any], on_bytes: OnDone = ignore, listed_in: str = MANIFEST
+) -> None:
+    """Check one file against its manifest entry.
+
+    Args:
+        path: the file.
+        entry: has `bytes` and `sha256`.
+        on_bytes: called with the number of bytes read since the last call. It may raise.
+        listed_in: name of the manifest, for messages.
+
+    Raises:
+        ArtifactError: the file is missing, truncated or altered.
+    """
+    size = entry["bytes"]
+    if not path.is_file():
+        raise ArtifactError(f"{path}: missing, but {listed_in} lists it; restore it from a backup")
+    if path.stat().st_size != size:
+        raise ArtifactError(
+            f"{path}: damaged: {path.stat().st_size} bytes, but published with {size}; restore "
+            "it from a backup"
+        )
+    if sha256_of(path, on_bytes) != entry["sha256"]:
+        raise ArtifactError(
+            f"{path}: damaged: its content differs from the published one; restore it from a backup"
+        )
+
+
+def read_listed_json(folder: Path, name: str) -> Facts:
+    """Read a JSON mapping of an artifact, after checking the file against the manifest.
+
+    Raises:
+        ArtifactError: the manifest or the file is damaged.
+    """
+    entry = next((e for e in read_files(folder / MANIFEST) if e["path"] == name), None)
+    if entry is None:
+        raise ArtifactError(f"{folder / MANIFEST}: damaged: it does not list {name}")
+    verify_file(folder / name, entry)
+    return read_facts(folder / name)
 
 
 def own_folder(folder: Path, settings: Mapping[str, Any], **facts: Any) -> None:
@@ -210,6 +310,7 @@ def own_folder(folder: Path, settings: Mapping[str, Any], **facts: Any) -> None:
     """
     path = folder / SETTINGS
     if path.is_file():
+        refuse_links(folder, folder.iterdir())
         kept = read_json(path)
         if not isinstance(kept, dict) or not isinstance(found := kept.get("settings"), dict):
             raise ArtifactError(f"{path}: damaged: it has no settings; restore it from a backup")
@@ -224,7 +325,7 @@ def own_folder(folder: Path, settings: Mapping[str, Any], **facts: Any) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output {folder}: is a file; give a folder")
     if folder.is_dir() and any(
-        p for p in folder.iterdir() if p.name != TEMPORARY_PREFIX + SETTINGS
+        p for p in folder.iterdir() if not p.name.startswith(TEMPORARY_PREFIX)
     ):
         raise InputError(
             f"--output {folder}: the folder is not empty and was not created by tpaw; "
@@ -253,11 +354,11 @@ class ShardedArtifact:
         growing_name = MANIFEST if always_growing else PARTIAL_MANIFEST
         self._path = folder / (MANIFEST if self.is_complete else growing_name)
         self._manifest: dict[str, Any] = (
-            read_json(self._path) if self._path.exists() else {"files": []}
+            _read_manifest(self._path) if self._path.exists() else {"files": []}
         )
 
     @property
-    def entries(self) -> list[dict[str, Any]]:
+    def entries(self) -> list[Facts]:
         """The manifest entries, in the order of publication."""
         return list(self._manifest["files"])
 
@@ -274,12 +375,13 @@ class ShardedArtifact:
             write: writes the content to the path that it receives.
             facts: values to store in the manifest entry beside size and hash.
         """
+        check_held(self.folder)
         if not self._path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self._path, self._manifest)
         write_file(self.folder / name, write)
         entry = describe_file(self.folder, self.folder / name) | facts
-        self._manifest["files"].append(entry)
+        self._manifest["files"].append(Facts(self._path, entry))
         write_json(self._path, self._manifest)
 
     def complete(self, meta: Mapping[str, Any]) -> None:
@@ -291,31 +393,76 @@ class ShardedArtifact:
         self._manifest |= meta
         write_json(self._path, self._manifest)
         os.replace(self._path, self.folder / MANIFEST)
-        _flush(self.folder)
+        flush(self.folder)
         self._path = self.folder / MANIFEST
         self.is_complete = True
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove temporary files and folders that a crash left.
+    """Remove temporary files and folders that a crash left. Links are left alone.
 
     Hold the lock of the run, because another process may be writing such a file.
     """
     for path in sorted(folder.rglob(TEMPORARY_PREFIX + "*")):
+        if path.is_symlink():
+            continue
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
 
 
-def _sha256(path: Path) -> str:
+def refuse_links(folder: Path, places: Iterable[Path]) -> None:
+    """Refuse symbolic links, through which TPAW would write or delete outside of the folder.
+
+    Args:
+        folder: the folder, for messages. It may itself be reached through a link.
+        places: files and folders inside it. Folders are searched.
+
+    Raises:
+        InputError: naming the link.
+    """
+    for place in places:
+        if place.is_symlink():
+            raise InputError(
+                f"{place}: is a symbolic link; tpaw follows no links inside {folder}; replace it "
+                "by what it names"
+            )
+        if place.is_dir():
+            refuse_links(folder, place.iterdir())
+
+
+def sha256_of(path: Path, on_bytes: OnDone = ignore) -> str:
+    """Hash a file.
+
+    Args:
+        path: the file.
+        on_bytes: called with the number of bytes read since the last call. It may raise.
+    """
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while content := file.read(BYTES_READ_AT_ONCE):
+            digest.update(content)
+            on_bytes(len(content))
+    return digest.hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk.
+
+    Raises:
+        StorageError: the file system cannot do that.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        raise StorageError(
+            f"{path}: the file system cannot flush it to the disk ({error.strerror}), so a crash "
+            "could lose work; choose a folder on a local disk, or see "
+            "docs/reference/run-directory.md"
+        ) from None
     finally:
         os.close(descriptor)

@@ -6,15 +6,12 @@ All paths inside a run directory are relative, so it can be moved. `tpaw run RUN
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
 import shutil
-import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,22 +19,45 @@ from typing import Any
 from tpaw.config.changes import differences
 from tpaw.config.files import to_yaml
 from tpaw.config.schema import ModelConfig, RunConfig
-from tpaw.errors import ArtifactError, InputError, RunLockedError
+from tpaw.errors import ArtifactError, InputError, StorageError, TpawError
+from tpaw.runtime.progress import note
 from tpaw.runtime.watch import Watch
 from tpaw.storage.artifacts import (
     MANIFEST,
     PARTIAL_MANIFEST,
+    TEMPORARY_PREFIX,
+    Facts,
     is_published,
+    read_facts,
     read_files,
-    read_json,
+    read_manifest,
+    refuse_links,
     refuse_without_manifest,
     remove_temporaries,
     verify,
+    verify_file,
     write_json,
     write_text,
 )
+from tpaw.storage.failures import storage_failure
+from tpaw.storage.lock import locked, now
+from tpaw.storage.seals import are_intact, is_intact, seal_facts, seal_text
 
-FORMAT = 1
+FORMAT = 2
+# In format 1, config.yaml, run.json, players/0.json and training.jsonl have no checksums.
+WITHOUT_CHECKSUMS = 1
+# What tpaw writes into a run directory. Anything else in it belongs to somebody else.
+NAMES = (
+    "lock",
+    "run.json",
+    "config.yaml",
+    "summary.json",
+    "players",
+    "inputs",
+    "iterations",
+    "logprobs",
+    "prepared",
+)
 
 
 @dataclass(frozen=True)
@@ -102,17 +122,17 @@ class RunDirectory:
 
     @property
     def run_file(self) -> Path:
-        """JSON file: format, package versions and start time. Written once, when the run begins."""
+        """JSON file, sealed: format, package versions, and when the run began and was resumed."""
         return self.root / "run.json"
 
     @property
     def config_file(self) -> Path:
-        """YAML file: the complete configuration."""
+        """YAML file, sealed: the complete configuration."""
         return self.root / "config.yaml"
 
     @property
     def initial_player_file(self) -> Path:
-        """JSON file: path or Hub id, revision and fingerprint of θ_0."""
+        """JSON file, sealed: path or Hub id, revision and fingerprint of θ_0."""
         return self.root / "players" / "0.json"
 
     @property
@@ -155,7 +175,11 @@ class RunDirectory:
 
     def suite(self, i: int, name: str) -> Path:
         """Sharded artifact: results of θ_i on a benchmark suite, in total and for each item."""
-        return self.iteration(i - 1).folder / "suites" / name
+        return self.suites(i) / name
+
+    def suites(self, i: int) -> Path:
+        """Folder of the results of θ_i on benchmark suites, one folder for each suite."""
+        return self.iteration(i - 1).folder / "suites"
 
     def logprobs(self, fingerprint: str) -> Path:
         """Sharded artifact: log-probs of sequences under the player with this fingerprint."""
@@ -169,20 +193,78 @@ class RunDirectory:
 
     def has_begun(self) -> bool:
         """Whether the folder is the run directory of a run that has begun."""
-        return self.run_file.exists()
+        return os.path.exists(self.run_file)  # false also for a name that no file can have
+
+    def uses_initial_player(self) -> bool:
+        """Whether the run has files that were made with θ_0."""
+        made = (self.evaluation(0), self.responses(1), self.root / "logprobs")
+        return any(path.exists() for path in made) or self.iterations_begun() > 0
+
+    def facts(self) -> Facts:
+        """Read run.json.
+
+        Raises:
+            InputError: another version of TPAW wrote the run.
+            ArtifactError: run.json is damaged.
+        """
+        facts = read_facts(self.run_file)
+        if (found := facts["format"]) not in (FORMAT, WITHOUT_CHECKSUMS):
+            raise InputError(
+                f"{self.root}: has format {found}; this version reads {WITHOUT_CHECKSUMS} and "
+                f"{FORMAT}; use the version of tpaw that began the run"
+            )
+        if not are_intact(facts) and (found == FORMAT or are_intact(facts) is False):
+            raise ArtifactError(
+                f"{self.run_file}: damaged or edited: its checksum does not fit; restore it from "
+                "a backup"
+            )
+        return facts
 
     def load_config(self) -> RunConfig:
         """Read the configuration with which the run began or was last resumed.
 
         Raises:
-            ArtifactError: config.yaml is missing.
-            InputError: config.yaml is invalid.
+            ArtifactError: run.json or config.yaml is missing, damaged or edited.
+            InputError: config.yaml is invalid, or another version of TPAW wrote the run.
         """
+        has_checksums = self.facts()["format"] != WITHOUT_CHECKSUMS
         if not self.config_file.is_file():
             raise ArtifactError(
                 f"{self.config_file}: missing, but the run has begun; restore it from a backup"
             )
+        text = self.config_file.read_text(encoding="utf-8", errors="replace")
+        intact = is_intact(text)
+        if intact is False or (intact is None and has_checksums):
+            raise ArtifactError(
+                f"{self.config_file}: damaged, or edited after the run began; restore it, or begin "
+                "a run in another folder. To change a setting that may change, use --set."
+            )
         return RunConfig.load(str(self.config_file))
+
+    def read_training_log(self, i: int) -> list[dict[str, Any]]:
+        """Read training.jsonl of a finished iteration, after checking it against θ_i's manifest.
+
+        Returns:
+            One mapping for each logged step, at least one.
+
+        Raises:
+            ArtifactError: the log is missing, damaged or edited. θ_i itself is not affected.
+        """
+        log = self.training_log(i)
+        try:
+            entry = read_manifest(self.checkpoint(i)).get("training_log")  # absent in format 1
+            if entry is not None:
+                verify_file(log, entry)
+            lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+            if not all(isinstance(line["step"], int) for line in lines) or not lines:
+                raise ValueError("no steps")
+        except (ArtifactError, OSError, ValueError, KeyError, TypeError):
+            raise ArtifactError(
+                f"{log.relative_to(self.root)}: missing, damaged or edited; θ_{i} is not affected. "
+                f"Training metrics of iteration {i} are left out. To see them again, restore this "
+                "file from a backup."
+            ) from None
+        return lines
 
     def manifests(self, iterations: int) -> list[Path]:
         """The manifests of all artifacts in the run, complete or not.
@@ -239,12 +321,12 @@ def check_output(root: str | Path, config: RunConfig) -> RunConfig | None:
     Raises:
         InputError: the folder cannot be written, holds files that tpaw did not write, or holds a
             run with other settings (the message names them).
-        ArtifactError: run.json is damaged.
+        ArtifactError: run.json or config.yaml is damaged or edited.
     """
     run = RunDirectory(root)
     if run.root.exists() and not run.root.is_dir():
         raise InputError(f"--output {root}: is a file; give a folder")
-    nearest = next(p for p in (run.root.absolute(), *run.root.absolute().parents) if p.exists())
+    nearest = _nearest_folder(run.root)
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise InputError(f"--output {root}: {nearest} is not writable; choose another --output")
     if not run.has_begun():
@@ -254,14 +336,7 @@ def check_output(root: str | Path, config: RunConfig) -> RunConfig | None:
                 f"{', '.join(foreign[:5])}; choose another --output"
             )
         return None
-    facts = read_json(run.run_file)
-    if not isinstance(facts, dict):
-        raise ArtifactError(f"{run.run_file}: damaged: not a mapping; restore it from a backup")
-    if (found := facts.get("format")) != FORMAT:
-        raise InputError(
-            f"--output {root}: has format {found}; this version reads {FORMAT}; use the version of "
-            "tpaw that began the run"
-        )
+    _refuse_links(run)
     kept = run.load_config()
     if changed := differences(kept, config, begun=run.iterations_begun()):
         raise InputError(
@@ -286,20 +361,26 @@ def open_run(root: str | Path, config: RunConfig) -> Iterator[RunDirectory]:
     Raises:
         InputError: the folder cannot be used; see `check_output`.
         RunLockedError: another process works on the run.
-        ArtifactError: run.json is damaged.
+        ArtifactError: run.json or config.yaml is damaged or edited.
+        StorageError: the file system failed, here or inside the context.
     """
     run = RunDirectory(root)
-    if not run.has_begun():
-        check_output(root, config)  # before a lock file appears in a folder that is not a run
-    run.root.mkdir(parents=True, exist_ok=True)
-    with locked(run.root / "lock"):
-        kept = check_output(root, config)
-        remove_temporaries(run.root)
-        if kept != config:
-            write_text(run.config_file, to_yaml(config, comments=True))
+    with _storage_failures(run.root):
         if not run.has_begun():
-            write_json(run.run_file, {"format": FORMAT, "began": _now(), **environment()})
-        yield run
+            check_output(root, config)  # before a lock file appears in a folder that is not a run
+        run.root.mkdir(parents=True, exist_ok=True)
+        with locked(run.root / "lock"):
+            kept = check_output(root, config)
+            _remove_temporaries(run)
+            old = run.facts() if run.has_begun() else None
+            is_old_format = old is not None and old["format"] == WITHOUT_CHECKSUMS
+            if kept != config or is_old_format:
+                write_text(run.config_file, seal_text(to_yaml(config, comments=True)))
+            if is_old_format and run.initial_player_file.is_file():
+                player = read_facts(run.initial_player_file)
+                write_json(run.initial_player_file, seal_facts(player))
+            _record_session(run, old)
+            yield run
 
 
 def restart_iteration(root: str | Path, number: int) -> None:
@@ -320,6 +401,7 @@ def restart_iteration(root: str | Path, number: int) -> None:
     key = f"--restart-iteration {number}"
     if not run.has_begun():
         raise InputError(f"{key}: {root} is not a run directory; give the directory of a run")
+    _refuse_links(run)
     iteration = run.iteration(number - 1)
     if number < 1 or not (iteration.training_log.exists() or iteration.training.exists()):
         raise InputError(
@@ -331,7 +413,7 @@ def restart_iteration(root: str | Path, number: int) -> None:
             f"{key}: θ_{number} is already published in {root}; only an unfinished iteration can "
             "restart"
         )
-    with locked(run.root / "lock"):
+    with _storage_failures(run.root), locked(run.root / "lock"):
         shutil.rmtree(iteration.training, ignore_errors=True)
         iteration.training_log.unlink(missing_ok=True)
 
@@ -366,51 +448,78 @@ def environment() -> dict[str, Any]:
     return {"versions": found, "python": platform.python_version(), "machine": platform.machine()}
 
 
-def _foreign(root: Path) -> list[str]:
-    """Names in a folder without a run that an earlier attempt to begin a run did not write."""
-    names = sorted(path.name for path in root.iterdir() if not path.name.startswith(".tmp-"))
-    holder = (root / "lock").read_text(errors="replace") if "lock" in names else ""
-    # A crash during the first write leaves an empty lock file.
-    left_by_us = ["lock", "config.yaml"] if '"pid"' in holder else ["lock"] if not holder else []
-    return [name for name in names if name not in left_by_us]
+def _record_session(run: RunDirectory, old: Facts | None) -> None:
+    """Record the package versions when the run begins, and again whenever they changed."""
+    found = environment()
+    if old is None:
+        write_json(run.run_file, seal_facts({"format": FORMAT, "began": now(), **found}))
+        return
+    resumed = list(old.get("resumed", []))
+    before = _flat(resumed[-1] if resumed else old)
+    after = _flat(found)
+    changes = [
+        f"{name} {before.get(name, 'none')} → {after.get(name, 'none')}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+    if old["format"] == WITHOUT_CHECKSUMS:
+        note(
+            f"{run.root}: an older version of tpaw began this run, without checksums for "
+            "config.yaml, run.json and players/0.json; from now on they have them"
+        )
+    if changes:
+        note(f"versions changed since the last session: {', '.join(changes)}; results may differ")
+        resumed.append({"at": now(), **found})
+    if changes or old["format"] == WITHOUT_CHECKSUMS:
+        facts = dict(old) | {"format": FORMAT} | ({"resumed": resumed} if resumed else {})
+        write_json(run.run_file, seal_facts(facts))
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def _flat(session: Mapping[str, Any]) -> dict[str, str]:
+    others = {key: session[key] for key in ("python", "machine") if key in session}
+    return {**session.get("versions", {}), **others}
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock inside the context.
-
-    Args:
-        path: the lock file. It is created if it does not exist and is never removed.
-
-    Raises:
-        RunLockedError: another process holds the lock.
-    """
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            # The kernel releases this lock when the process ends, even if it is killed.
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise RunLockedError(
-                f"{path.parent}: in use by {_holder(file.read())}; wait for it or stop it"
-            ) from None
-        file.truncate(0)
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}
-        file.write(json.dumps(holder))
-        file.flush()
-        # Otherwise a forked child, such as a data loader worker, would hold the lock after this
-        # process has ended.
-        os.register_at_fork(after_in_child=file.close)
-        yield
-
-
-def _holder(text: str) -> str:
+def _storage_failures(root: Path) -> Iterator[None]:
+    """Raise a failure of the file system as a StorageError that says how to resume."""
     try:
-        holder = json.loads(text)
-        return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
-    except (ValueError, KeyError):
-        return "another process"
+        yield
+    except TpawError:
+        raise
+    except Exception as error:
+        failure = storage_failure(error, root)
+        if failure is None:
+            raise
+        raise StorageError(
+            f"{failure}. Published files and saved steps are kept. Correct the cause, then run the "
+            f"same command again to resume {root}."
+        ) from error
+
+
+def _refuse_links(run: RunDirectory) -> None:
+    refuse_links(run.root, (run.root / name for name in NAMES))
+
+
+def _remove_temporaries(run: RunDirectory) -> None:
+    """Remove what a crash left, in the places of ours alone."""
+    for name in NAMES:
+        remove_temporaries(run.root / name)
+    for path in run.root.glob(TEMPORARY_PREFIX + "*"):
+        if path.is_symlink():
+            continue
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _nearest_folder(path: Path) -> Path:
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
+def _foreign(root: Path) -> list[str]:
+    """Names in a folder without a run that an earlier attempt to begin a run did not write."""
+    names = sorted(p.name for p in root.iterdir() if not p.name.startswith(TEMPORARY_PREFIX))
+    lock = root / "lock"
+    holder = lock.read_text(errors="replace") if lock.is_file() else ""
+    # A crash during the first write leaves an empty lock file.
+    left_by_us = ["lock", "config.yaml"] if '"pid"' in holder else ["lock"] if not holder else []
+    return [name for name in names if name not in left_by_us]

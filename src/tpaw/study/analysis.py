@@ -8,7 +8,7 @@ from typing import Any
 from tpaw.statistics.over_items import holm
 from tpaw.statistics.over_seeds import over_seeds, seed_difference, too_few_seeds
 from tpaw.study.config import Condition
-from tpaw.study.results import Results, measures_in
+from tpaw.study.results import MEASURES, Results, measures_in
 
 
 def analyse(
@@ -26,11 +26,12 @@ def analyse(
         mean, standard deviation and interval over seeds of each measure. `comparisons` compares
         each other condition with the baseline after the last iteration, on the seeds that both
         have. The compared measure is `primary`, which does not depend on the results: accuracy if
-        the runs have it, else the gap. Holm's correction covers all comparisons, separately for
-        both kinds of p-value.
+        the runs have it, else the first suite, else the gap. Holm's correction covers all
+        comparisons, separately for both kinds of p-value.
     """
     measures = measures_in(results)
-    primary = "accuracy" if "accuracy" in measures else "gap"
+    suites = (name for name in measures if name not in MEASURES)
+    primary = "accuracy" if "accuracy" in measures else next(suites, "gap")
     first = baseline or conditions[0].name
     return {
         "measures": measures,

@@ -15,6 +15,8 @@ set: {iterations: 4}                # settings of every run
 from __future__ import annotations
 
 import itertools
+import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
@@ -26,7 +28,10 @@ from pydantic import BeforeValidator, Field, model_validator
 from tpaw.config.files import nested, read_mapping
 from tpaw.config.messages import explain_unknown, validate_as
 from tpaw.config.schema import RunConfig, Section, Strings
-from tpaw.errors import InputError
+from tpaw.errors import InputError, brief
+
+# A study with more runs is a typing error.
+MAX_RUNS = 10_000
 
 Source = str | Mapping[str, Any]
 
@@ -41,7 +46,7 @@ def _as_methods(value: Any) -> Any:
 
 def _as_seeds(value: Any) -> Any:
     if isinstance(value, int) and not isinstance(value, bool):
-        return tuple(range(value))
+        return tuple(range(min(value, MAX_RUNS + 1)))
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -82,10 +87,15 @@ class StudyConfig(Section):
         if not self.methods or not self.seeds:
             raise ValueError("methods and seeds: empty; give at least one of each")
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds: {list(self.seeds)}: a seed occurs twice; remove it")
+            raise ValueError(f"seeds: {brief(list(self.seeds))}: a seed occurs twice; remove it")
         empty = [key for key, values in self.vary.items() if not values]
         if empty:
             raise ValueError(f"vary.{empty[0]}: no values; give at least one")
+        combinations = math.prod(len(values) for values in self.vary.values())
+        if len(self.seeds) * len(self.methods) * combinations > MAX_RUNS:
+            raise ValueError(
+                f"methods × vary × seeds: more than {MAX_RUNS} runs; give fewer values or seeds"
+            )
         return self
 
 
@@ -133,7 +143,7 @@ def read_study(source: str) -> tuple[StudyConfig, list[Condition]]:
         InputError: the study or the configuration of a run is not valid. The error names the key.
     """
     path = Path(source)
-    if not path.is_file():
+    if not os.path.isfile(path):
         explain_unknown("study", [source], study_names())
         path = Path(str(files("tpaw") / "study" / "studies" / f"{source}.yaml"))
     study = validate_as(StudyConfig, read_mapping(path, source), f"{source}: ")
@@ -149,10 +159,10 @@ def read_study(source: str) -> tuple[StudyConfig, list[Condition]]:
             config = condition.config(study.seeds[0])
         except InputError as error:
             raise InputError(f"{source}: {condition.name}: {error}") from None
-        if config.evaluate.data is None:
+        if config.evaluate.data is None and not config.evaluate.suites:
             raise InputError(
                 f"{source}: {condition.name}: evaluate.data: missing; a study needs held-out "
-                "records to compare checkpoints"
+                "records or benchmarks (evaluate.suites) to compare checkpoints"
             )
     if study.baseline is not None:
         explain_unknown(f"{source}: baseline", [study.baseline], [c.name for c in conditions])
@@ -188,5 +198,5 @@ def _said(value: Any) -> str:
 
 
 def _beside(source: Source, folder: Path) -> Source:
-    is_file = isinstance(source, str) and (folder / source).is_file()
+    is_file = isinstance(source, str) and os.path.isfile(folder / source)
     return str(folder / source) if is_file else source  # type: ignore[operator]

@@ -59,9 +59,12 @@ def publish_study(
 
 
 def _evaluated_on(runs: Sequence[StudyRun]) -> list[str]:
-    """Return the files of held-out records, as the configurations name them."""
-    data = (run.config.evaluate.data for run in runs)
-    return list(dict.fromkeys(one.path for one in data if one is not None))
+    """Return the files of held-out records and the suites, as the configurations name them."""
+    names = []
+    for evaluate in (run.config.evaluate for run in runs):
+        names += [evaluate.data.path] if evaluate.data is not None else []
+        names += evaluate.suites
+    return list(dict.fromkeys(names))
 
 
 def _processor() -> str:

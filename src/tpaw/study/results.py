@@ -8,6 +8,9 @@ Measures of a checkpoint on the held-out records:
   for all conditions.
 - `nonpositive_gap_share`: share of the gaps that are not positive, in [0, 1].
 
+- `SUITE` and `SUITE: BENCHMARK`: the scores of each suite of `evaluate.suites` and of its
+  benchmarks, in percent.
+
 Measures of its training:
 
 - `target_reward`, `reward_margin`: means over the last half of the steps, in nats × λ.
@@ -16,11 +19,12 @@ Measures of its training:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from tpaw.errors import ArtifactError
 from tpaw.report.summary import summarise
+from tpaw.runtime.progress import note
 from tpaw.storage.run_directory import RunDirectory
 from tpaw.study.runner import StudyRun
 
@@ -45,15 +49,15 @@ def collect(runs: Sequence[StudyRun]) -> Results:
 
 
 def measures_in(results: Results) -> list[str]:
-    """Return the measures that at least one checkpoint has, in the order of `MEASURES`."""
-    found = {
+    """Return the measures that at least one checkpoint has: those of `MEASURES`, then suites."""
+    found = dict.fromkeys(
         name
         for by_seed in results.values()
         for run in by_seed.values()
         for iteration in run["iterations"]
         for name in iteration
-    }
-    return [name for name in MEASURES if name in found]
+    )
+    return [*(name for name in MEASURES if name in found), *(n for n in found if n not in MEASURES)]
 
 
 def _of_run(run: StudyRun) -> dict[str, Any]:
@@ -80,12 +84,20 @@ def _measures(entry: dict[str, Any]) -> Iterator[tuple[str, float]]:
         yield "reward_margin", training["rewards/margins"]
     if "responses" in entry:
         yield "identical", entry["responses"]["identical_share"]
+    for name, suite in entry.get("suites", {}).items():
+        yield name, suite["score"]
+        if len(suite["benchmarks"]) > 1:
+            for benchmark, column in suite["benchmarks"].items():
+                yield f"{name}: {benchmark}", column["score"]
 
 
 def _curve(run: StudyRun) -> Iterator[list[float]]:
-    log = RunDirectory(run.folder).training_log(run.config.iterations)
-    for line in log.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
+    try:
+        lines = RunDirectory(run.folder).read_training_log(run.config.iterations)
+    except ArtifactError as error:
+        note(f"{run.name}: {error}")
+        return
+    for entry in lines:
         # The last entry may be the mean of fewer steps. It would look like a jump of the curve.
         is_whole = entry["step"] % run.config.train.log_every == 0
         if "rewards/target" in entry and is_whole:

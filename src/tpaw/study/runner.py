@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from tpaw.config.schema import RunConfig
-from tpaw.errors import RunLockedError
+from tpaw.errors import ArtifactError, RunLockedError
+from tpaw.evaluation.benchmarks.run import SuitesOfRun
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.progress import note, progress
-from tpaw.storage.artifacts import read_json
-from tpaw.storage.run_directory import RunDirectory, check_output, locked
+from tpaw.storage.artifacts import read_facts
+from tpaw.storage.lock import locked
+from tpaw.storage.run_directory import RunDirectory, check_output
 from tpaw.study.config import Condition
 from tpaw.study.sharing import begin_run, begin_shared, is_prepared, shared_name
 
@@ -39,12 +41,17 @@ class StudyRun(NamedTuple):
 
     def iterations_done(self) -> int:
         """How many iterations are published, evaluated and summed up."""
-        summary = RunDirectory(self.folder).summary_file
-        return int(read_json(summary)["iterations_done"]) if summary.exists() else 0
+        try:
+            return int(read_facts(RunDirectory(self.folder).summary_file)["iterations_done"])
+        except (ArtifactError, TypeError, ValueError):  # the run writes it again
+            return 0
 
     def is_done(self) -> bool:
-        """Whether all of them are."""
-        return self.iterations_done() >= self.config.iterations
+        """Whether all of them are, and every checkpoint is evaluated on every suite."""
+        if self.iterations_done() < self.config.iterations:
+            return False
+        suites = SuitesOfRun(RunDirectory(self.folder), self.config.evaluate.suites, StopSignal())
+        return not any(suites.missing(i) for i in range(self.config.iterations + 1))
 
 
 def runs_of(conditions: Sequence[Condition], seeds: Sequence[int], output: Path) -> list[StudyRun]:
@@ -167,7 +174,8 @@ def _run(todo: Sequence[StudyRun], shared: Path, pool: _Pool) -> dict[str, str]:
 
 def _command(name: str, folder: Path, config: RunConfig) -> list[str]:
     # The study's file is the user's own, so what it allows is allowed in its run directories.
-    trust = ["--trust"] if config.model.trust_remote_code else []
+    is_code = config.model.trust_remote_code or config.evaluate.suites
+    trust = ["--trust"] if is_code else []
     return [name, str(folder), *trust]
 
 

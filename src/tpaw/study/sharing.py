@@ -15,7 +15,7 @@ from typing import Any
 
 from tpaw.config.schema import RunConfig
 from tpaw.runtime.interrupt import StopSignal
-from tpaw.storage.artifacts import TEMPORARY_PREFIX, remove_temporaries
+from tpaw.storage.artifacts import temporary_beside
 from tpaw.storage.run_directory import RunDirectory, open_run
 
 # Settings that affect the work before the first training.
@@ -107,15 +107,15 @@ def begin_run(config: RunConfig, output: Path, shared: Path) -> None:
         source = RunDirectory(shared)
         folders = [source.inputs, source.initial_player_file.parent, source.evaluation(0)]
         folders += [source.responses(1), *sorted((shared / "logprobs").glob("*"))]
+        folders += sorted(source.suites(0).glob("*"))
         for folder in folders:
             target = run.root / folder.relative_to(shared)
             if folder.exists() and not target.exists():
                 _link_folder(folder, target)
-        remove_temporaries(run.root)
 
 
 def _link_folder(folder: Path, target: Path) -> None:
-    temporary = target.with_name(TEMPORARY_PREFIX + target.name)
+    temporary = temporary_beside(target)
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = temporary / path.relative_to(folder)
         name.parent.mkdir(parents=True, exist_ok=True)

@@ -7,13 +7,15 @@ transformers refuses some settings only when training starts, after hours of gen
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import SchedulerType
@@ -21,7 +23,7 @@ from transformers.training_args import OptimizerNames
 
 from tpaw.config.messages import explain_unknown
 from tpaw.config.schema import RunConfig, at_iteration
-from tpaw.errors import InputError
+from tpaw.errors import InputError, brief
 from tpaw.models.loading import pick_device
 from tpaw.training.split_weights import SplitRMSprop
 from tpaw.training.trl import sft_arguments
@@ -76,6 +78,7 @@ CANNOT_BE_SET: Mapping[str, str] = {
     "neftune_noise_alpha": "the policy must start as its newest player",
     "include_num_input_tokens_seen": "training.jsonl reports log-probs per token instead",
     "use_liger_kernel": "TPAW has its own fused head and never stores all logits",
+    "enable_jit_checkpoint": "TPAW itself saves a step when SIGTERM arrives",
     "deepspeed": "a run uses only one process",
     "fsdp": "a run uses only one process",
     "fsdp_config": "a run uses only one process",
@@ -83,6 +86,9 @@ CANNOT_BE_SET: Mapping[str, str] = {
 }
 
 RESERVED = (*USE_INSTEAD, *CANNOT_BE_SET)
+
+# A larger number of processes that load data is a typing error.
+MAX_WORKERS = 256
 
 # These schedules need an evaluation metric during training. TPAW evaluates only after training.
 _SCHEDULES_BY_METRIC = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
@@ -100,6 +106,9 @@ def training_arguments(config: RunConfig, t: int, output: Path) -> TrainingArgum
         InputError: transformers refuses them, or more than one GPU is visible.
     """
     train = config.train
+    settings = dict(train.training_arguments)
+    if train.weights == "split":
+        settings["max_grad_norm"] = 0.0  # the optimizer clips, see `split_optimizer`
     kind: type[TrainingArguments] = TrainingArguments
     own: dict[str, Any] = {}
     if config.method == "sft":
@@ -123,10 +132,10 @@ def training_arguments(config: RunConfig, t: int, output: Path) -> TrainingArgum
             report_to=list(train.report_to) or "none",
             disable_tqdm=True,
             **({"per_device_train_batch_size": train.batch_size} | own),
-            **({"run_name": f"theta_{t + 1}"} | dict(train.training_arguments)),
+            **({"run_name": f"theta_{t + 1}"} | settings),
         )
-    except (ImportError, TypeError, ValueError) as error:
-        raise InputError(f"train.training_arguments: {error}") from None
+    except Exception as error:  # transformers raises many types
+        raise InputError(f"train.training_arguments: {_described(error)}") from None
     if arguments.n_gpu > 1:
         raise InputError(
             f"device: {arguments.n_gpu} GPUs are visible, but a run uses one; "
@@ -149,11 +158,15 @@ def split_optimizer(
     """
     if config.train.weights == "fp32":
         return None
-    return SplitRMSprop, Trainer.get_optimizer_cls_and_kwargs(arguments)[1]
+    limit = config.train.training_arguments.get("max_grad_norm", TrainingArguments.max_grad_norm)
+    options = Trainer.get_optimizer_cls_and_kwargs(arguments)[1]
+    return SplitRMSprop, options | {"max_grad_norm": limit}
 
 
 def check_training(config: RunConfig) -> None:
     """Refuse an optimizer, schedule, tracker or TrainingArgument that cannot work.
+
+    It builds what training builds, on a model of one weight and a data set of one record.
 
     Raises:
         InputError: names the setting, and says what is allowed or what transformers reports.
@@ -162,18 +175,23 @@ def check_training(config: RunConfig) -> None:
     _refuse_reserved(train.training_arguments)
     known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
     explain_unknown("train.training_arguments", train.training_arguments, known)
+    _check_values(train.training_arguments)
     explain_unknown("train.optimizer", [train.optimizer], [o.value for o in OptimizerNames])
     schedules = [s.value for s in SchedulerType if s not in _SCHEDULES_BY_METRIC]
     explain_unknown("train.schedule", [train.schedule], schedules)
     with TemporaryDirectory() as folder:
-        for t in range(config.iterations):
+        per_iteration = [train.learning_rate, train.epochs]
+        different = {
+            tuple(at_iteration(v, t) for v in per_iteration): t for t in range(config.iterations)
+        }
+        for t in different.values():
             arguments = training_arguments(config, t, Path(folder))
+        model = torch.nn.Linear(1, 1)
         try:
             for callback in get_reporting_integration_callbacks(arguments.report_to):
                 callback()
         except (ImportError, RuntimeError, ValueError) as error:
             raise InputError(f"train.report_to: {list(train.report_to)}: {error}") from None
-        model = torch.nn.Linear(1, 1)
         try:
             optimizer_class, options = split_optimizer(
                 config, arguments
@@ -191,6 +209,36 @@ def check_training(config: RunConfig) -> None:
             )
         except (TypeError, ValueError) as error:
             raise InputError(f"train.schedule: {train.schedule}: {error}") from None
+        try:
+            Trainer(model, arguments, train_dataset=[{}]).get_train_dataloader()
+        except Exception as error:  # transformers, accelerate and torch raise many types
+            raise InputError(f"train.training_arguments: {_described(error)}") from None
+
+
+def _check_values(values: Mapping[str, Any]) -> None:
+    """Compare the values with the types that transformers declares.
+
+    transformers itself compares few of them. It fails with the others when it uses them.
+    """
+    declared = get_type_hints(TrainingArguments)
+    for name, value in values.items():
+        key = f"train.training_arguments.{name}: {brief(value)}"
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            raise InputError(f"{key}: must be text, finite numbers, lists or mappings") from None
+        try:
+            TypeAdapter(declared[name], config=ConfigDict(strict=True)).validate_python(value)
+        except ValidationError as error:
+            reasons = dict.fromkeys(problem["msg"] for problem in error.errors())
+            reason = " or ".join(reasons).replace("Input should be", "must be")
+            raise InputError(f"{key}: {reason}") from None
+        if name == "dataloader_num_workers" and value > MAX_WORKERS:
+            raise InputError(f"{key}: must be at most {MAX_WORKERS}")
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else str(error)
 
 
 def _refuse_reserved(names: Iterable[str]) -> None:

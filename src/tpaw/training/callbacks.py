@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.progress import Advance
-from tpaw.storage.artifacts import read_manifest, write_manifest
+from tpaw.storage.artifacts import read_manifest, write_manifest, write_text
 
 
 def seconds_of(saved_step: Path | None) -> float:
@@ -60,7 +60,7 @@ class Recorder(TrainerCallback):
         state.compute_steps(args, state.max_steps)
         # Drop the lines after the saved step: the resumed training logs these steps again.
         lines = [_json_line(entry) for entry in state.log_history if "loss" in entry]
-        self.log_file.write_text("".join(lines), encoding="utf-8")
+        write_text(self.log_file, "".join(lines))
         self.advance(state.global_step, "")
 
     def on_step_end(

@@ -80,6 +80,11 @@ def check_arguments(args: TrainingArguments) -> None:
         value = getattr(args, name, None)
         if value not in (None, False, 0, "no"):
             raise ValueError(f"{name}: {value!r:.40}: not with TeamTrainer: {reason}")
+    # Written as "not (allowed)", so that NaN is refused too.
+    if not args.learning_rate <= torch.finfo(torch.float32).max:
+        raise ValueError(
+            f"learning_rate: {args.learning_rate}: it must be a float32 number, at most 3.4e38"
+        )
     if args.train_sampling_strategy != "random":
         raise ValueError(
             f"train_sampling_strategy: {args.train_sampling_strategy}: TeamTrainer shuffles, by "
@@ -194,7 +199,10 @@ class CheckedRows:
         return row, {name: self._ids_of(index, name, row[name]) for name in names}
 
     def _ids_of(self, index: int, name: str, value: Any) -> TokenIds:
-        ids = value if isinstance(value, np.ndarray) else np.asarray(value)
+        try:
+            ids = np.asarray(value)
+        except (TypeError, ValueError):  # lists of unequal lengths
+            ids = np.empty((0, 0))
         if ids.ndim != 1 or (ids.dtype.kind not in "iu" and ids.size > 0):
             raise ValueError(
                 f"train_dataset: row {index}: {name} is {value!r:.60}; it must be a list of token "
@@ -205,7 +213,7 @@ class CheckedRows:
         if ids.size > 0 and ids.astype(np.uint64).max() >= limit:
             position = int(np.argmax(ids.astype(np.uint64) >= limit))
             advice = (
-                "leave tokens that are not trained on out"
+                "this is no token id but a masked label; leave such tokens out"
                 if ids[position] == -100
                 else f"it must be from 0 to {limit - 1}, as the model's vocabulary"
             )

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationConfig, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -18,6 +18,7 @@ from tpaw.objectives.base import Objective
 from tpaw.objectives.tpaw import TeamObjective
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.progress import Advance
+from tpaw.storage.artifacts import describe_file, flush
 from tpaw.storage.run_directory import Iteration
 from tpaw.training.arguments import split_optimizer, training_arguments
 from tpaw.training.callbacks import Recorder, seconds_of
@@ -87,7 +88,7 @@ def train_iteration(
     publish_to: Path,
     advance: Advance,
     stop: StopSignal,
-) -> float:
+) -> dict[str, Any]:
     """Train θ_{t+1} from `policy`, which is θ_t in fp32, and save it into `publish_to` in fp32.
 
     Resumes from the last saved step, if there is one.
@@ -97,7 +98,8 @@ def train_iteration(
         advance: called with 1 after each step, and with a note for each line of the log.
 
     Returns:
-        Seconds of training, those before an interruption included.
+        What the manifest of θ_{t+1} says of its training: `seconds`, those before an interruption
+        included, and `training_log`, the manifest entry of training.jsonl.
 
     Raises:
         Interrupted: a stop was asked for; the step is saved.
@@ -132,7 +134,9 @@ def train_iteration(
             raise DivergenceError(f"the weights of θ_{iteration.number} are NaN or infinite")
     trainer.save_model(str(publish_to))
     (publish_to / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
-    return recorder.seconds
+    flush(iteration.training_log)
+    log = describe_file(iteration.folder, iteration.training_log)
+    return {"seconds": recorder.seconds, "training_log": log}
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 The upper half of a weight is a bf16 parameter of the model. The lower half is 16 bits in the state
 of the optimizer. A step joins both halves, computes the ordinary fp32 update and splits the result
 again. So the update has fp32 precision, and forward and backward need only the memory of bf16.
-The exception is gradient clipping (`max_grad_norm`): torch clips the gradients in bf16.
+The optimizer clips gradients itself, because torch would compute their norm and scale them in bf16.
 
 Bytes for each parameter during training in bf16:
 
@@ -132,9 +132,12 @@ class SplitRMSprop(torch.optim.Optimizer):
         params: float32 parameters, or parameter groups.
         lr, alpha, eps, weight_decay: as in torch.optim.RMSprop.
         state_dtype: dtype of v: bfloat16 or float32.
+        max_grad_norm: the longest gradient, over all parameters; longer ones are scaled down, in
+            fp32. 0 means no limit. Set the `max_grad_norm` of TrainingArguments to 0 then.
 
     Raises:
-        ValueError: a parameter is not fp32.
+        ValueError: a parameter is not fp32, `max_grad_norm` is negative or NaN, or there are
+            several processes.
     """
 
     def __init__(
@@ -145,7 +148,13 @@ class SplitRMSprop(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         state_dtype: torch.dtype = torch.bfloat16,
+        max_grad_norm: float = 0.0,
     ) -> None:
+        if not max_grad_norm >= 0:
+            raise ValueError(f"max_grad_norm is {max_grad_norm}; it must be at least 0")
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise ValueError("SplitRMSprop is untested in several processes; start only one")
+        self.max_grad_norm = max_grad_norm
         defaults = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay, "steps": 0}
         super().__init__(params, defaults)
         for parameter in self._parameters():
@@ -176,6 +185,7 @@ class SplitRMSprop(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        scale = self._scale()
         first = next(self._parameters())
         generator = torch.Generator(first.device).manual_seed(self.param_groups[0]["steps"])
         for group in self.param_groups:
@@ -188,7 +198,7 @@ class SplitRMSprop(torch.optim.Optimizer):
                 slices = [tensor.view(-1).split(SLICE) for tensor in written]
                 slices.append(parameter.grad.reshape(-1).split(SLICE))
                 for upper, lower, square_avg, grad in zip(*slices, strict=True):
-                    _update(upper, lower, square_avg, grad, group, generator)
+                    _update(upper, lower, square_avg, grad.float() * scale, group, generator)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -215,6 +225,15 @@ class SplitRMSprop(torch.optim.Optimizer):
                     )
                 tensor.copy_(found)
 
+    def _scale(self) -> Tensor | float:
+        """What the gradients are multiplied with, as in `torch.nn.utils.clip_grad_norm_`."""
+        grads = [p.grad for p in self._parameters() if p.grad is not None]
+        if self.max_grad_norm == 0 or not grads:
+            return 1.0
+        norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
+        total = torch.linalg.vector_norm(torch.stack(norms))
+        return torch.clamp(self.max_grad_norm / (total + 1e-6), max=1.0)
+
     def _parameters(self) -> Any:
         return (parameter for group in self.param_groups for parameter in group["params"])
 
@@ -230,9 +249,9 @@ def _update(
     """Update the first three tensors in place.
 
     The operations and their order are those of torch.optim.RMSprop, so that the results are equal
-    bit for bit.
+    bit for bit. The gradient is fp32.
     """
-    weight, grad, alpha = join_fp32(upper, lower), grad.float(), group["alpha"]
+    weight, alpha = join_fp32(upper, lower), group["alpha"]
     if group["weight_decay"] != 0:
         grad = grad.add(weight, alpha=group["weight_decay"])
     average = square_avg.float().mul_(alpha).addcmul_(grad, grad, value=1 - alpha)

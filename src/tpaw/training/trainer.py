@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, send_to_device
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -147,6 +147,8 @@ class TeamTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError("fsdp_config: version 1 is untested with TeamTrainer; use version 2")
         count = getattr(model, "num_parameters", None)
         self._weights_per_token = count(exclude_embeddings=True) if count else 0
         self.tokens_per_row = tokens_per_row
@@ -209,22 +211,13 @@ class TeamTrainer(Trainer):
         Raises:
             DivergenceError, PolicyMismatchError: on every process, if it happened on any.
         """
-        state = self.accelerator.gradient_state
-        is_end_of_step = state.sync_gradients
-        exchanges_always = (
-            self.accelerator.distributed_type == DistributedType.DEEPSPEED
-            or state.plugin_kwargs.get("sync_each_batch", False)
-        )
-        losses = []
         micro_batches = inputs["micro_batches"]
         if self._looks_for_start and self._is_untouched and self._looked_in is not self.state:
             self._start, self._looked_in = self._find_start(model, micro_batches), self.state
+        exchanges_always = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch")
+        losses = []
         for i, micro_batch in enumerate(micro_batches, start=1):
-            is_last = i == len(micro_batches)
-            # DeepSpeed updates the weights in `backward` unless this flag says that the step has
-            # not ended.
-            state._set_sync_gradients(is_end_of_step and is_last)
-            exchanges = is_last or exchanges_always
+            exchanges = exchanges_always or i == len(micro_batches)
             with contextlib.nullcontext() if exchanges else self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, micro_batch, num_items_in_batch))
         self._agree_or_raise()
@@ -248,7 +241,7 @@ class TeamTrainer(Trainer):
         return 6.0 * self._weights_per_token * sum(tokens)
 
     def _prepare_inputs(self, inputs: TripleMicroBatch) -> Any:
-        # The Trainer's own would round log-probs to bf16 under DeepSpeed.
+        # The Trainer's own leaves `Spans` on the CPU.
         return send_to_device(inputs, self.args.device)
 
     def compute_loss(

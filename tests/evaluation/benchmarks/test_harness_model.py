@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from builders import make_model, make_tokenizer, sums
 from messages import refused
 
 pytest.importorskip("lm_eval")  # in the extra "evaluate"
 
+import lm_eval
 from lm_eval.api.instance import Instance
+from lm_eval.config.task import TaskConfig
 from lm_eval.models.huggingface import HFLM
 
 import tpaw.evaluation.benchmarks.harness
@@ -114,6 +120,39 @@ def test_sampling_tasks_go_through_the_harness_own_loop(monkeypatch):
     assert ours.model.generation_config.eos_token_id == [4]
 
 
+def generation_arguments():
+    """Generation arguments of the installed harness's task files, one for each set of settings."""
+    written = {"null"}
+    paths = Path(next(iter(lm_eval.__path__)), "tasks").rglob("*yaml*")
+    for path in (path for path in paths if path.suffix != ".pyc"):
+        text = path.read_text(encoding="utf-8", errors="replace") + "\n"
+        for found in re.findall(r"^generation_kwargs:.*\n(?:[ \t-].*\n|\n)*", text, re.MULTILINE):
+            written.add(json.dumps(yaml.safe_load(found)["generation_kwargs"]))
+    by_settings = {}
+    for text in sorted(written):
+        # The harness gives every task stop strings, and reads any of four names of the limit.
+        kwargs = TaskConfig(generation_kwargs=json.loads(text)).generation_kwargs
+        kwargs = {k: v for k, v in kwargs.items() if not k.startswith("max_")}
+        settings = {k: v for k, v in kwargs.items() if k != "until"} | {"any": any(kwargs["until"])}
+        by_settings[json.dumps(settings, sort_keys=True)] = kwargs | {"max_gen_toks": 4}
+    return list(by_settings.values())
+
+
+def test_the_generation_arguments_of_every_task_of_the_harness():
+    model = make_model("llama", seed=3)
+    stock = HFLM(pretrained=model, tokenizer=make_tokenizer(), batch_size=1)
+    ours = make_ours(make_model("llama", seed=3))
+    found = generation_arguments()
+    assert {"until", "max_gen_toks"} in [set(kwargs) for kwargs in found]
+    assert len(found) >= 15
+    for kwargs in found:
+        asked = [Instance("generate_until", {}, ("What is 3 + 4?", kwargs), 0)]
+        torch.manual_seed(0)
+        expected = stock.generate_until(asked, disable_tqdm=True)
+        torch.manual_seed(0)
+        assert ours.generate_until(asked) == expected, kwargs
+
+
 def test_a_limit_that_leaves_no_room_for_a_prompt_is_refused():
     with refused("max_gen_toks", 256):
         make_ours(make_model(seed=3)).generate_until(requests([], max_gen_toks=256))
@@ -142,6 +181,58 @@ def test_the_benchmark_compares_the_two(tmp_path, capsys):
     results = json.loads(file.read_text())["results"]
     assert set(results["seconds"]) == {"harness, 5 at a time", "tpaw"}
     assert 0 < results["correct"] < 12
+
+
+def test_log_likelihoods_are_computed_in_batches(monkeypatch):
+    ours = make_ours(make_model(seed=3))
+    shapes = []
+    monkeypatch.setattr(
+        ours, "_model_call", lambda inps: shapes.append(inps.shape) or HFLM._model_call(ours, inps)
+    )
+    counted = []
+    ours.bar = lambda *what: contextlib.nullcontext(counted.append)
+    text = "What is 3 + 4?"
+    lines = [Instance("loglikelihood", {}, (text, f" {i}{i + 1}"), 0) for i in range(40)]
+    choices = ours.loglikelihood(lines)
+    longest = max(length for _, length in shapes) + 1
+    assert len(shapes) == -(-40 // (300 // longest))
+    assert max(rows for rows, _ in shapes) == 300 // longest
+    assert sum(counted) == 40
+
+    # A rolling log-likelihood is that of each window given its first token.
+    shapes.clear()
+    counted.clear()
+    texts = [text * (1 + i % 5) for i in range(30)]
+    asked = [Instance("loglikelihood_rolling", {}, (one,), 0) for one in texts]
+    stock = HFLM(pretrained=make_model(seed=3), tokenizer=make_tokenizer(), batch_size=1)
+    expected = stock.loglikelihood_rolling(asked, disable_tqdm=True)
+    np.testing.assert_allclose(ours.loglikelihood_rolling(asked), expected, atol=1e-3)
+    assert len(shapes) < 20
+    assert all(rows * (length + 1) <= 300 for rows, length in shapes)
+    assert sum(counted) == 30
+    assert len(choices) == 40
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("loglikelihood", ("What is", " 4?")),
+        ("loglikelihood_rolling", ("What is 4?",)),
+        ("generate_until", ("What is", {"until": ["\n"]})),
+        ("generate_until", ("What is", {"until": [], "do_sample": True, "temperature": 0.8})),
+        ("generate_until", ("What is", {"until": [], "num_beams": 2})),
+    ],
+    ids=["choices", "rolling", "greedy", "sampling", "beams"],
+)
+def test_a_model_that_computes_nan_is_named(kind, arguments):
+    model = make_model(seed=3)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+    model.name_or_path = "broken"
+    if kind == "generate_until":
+        arguments[1]["max_gen_toks"] = 8
+    with refused("broken", "NaN", "layers.1.mlp.up_proj", error=NonFiniteError):
+        getattr(make_ours(model), kind)([Instance(kind, {}, arguments, 0)])
 
 
 def test_a_broken_model_has_no_score():

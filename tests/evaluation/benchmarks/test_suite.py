@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import yaml
 from builders import write_jsonl
@@ -16,10 +17,12 @@ from tpaw.evaluation.benchmarks.suite import (
     suite_score,
     task_score,
 )
+from tpaw.evaluation.benchmarks.task_file import content_hash
 
 
 def task(benchmark, score, stderr=1.0, **facts):
-    return {"benchmark": benchmark, "score": score, "stderr": stderr, "lower_bound": 0.0, **facts}
+    known = {"score": score, "value": score / 100, "stderr": stderr, "lower_bound": 0.0}
+    return {"benchmark": benchmark, "items": 100, **known, **facts}
 
 
 def write_suite(folder, **changes):
@@ -92,6 +95,62 @@ def test_subtasks_are_floored_one_by_one():
     assert suite_score(columns)["score"] == pytest.approx(15.0 / 6)
 
 
+def test_gpqa_and_math_are_scored_over_all_their_items_as_on_the_leaderboard():
+    """Hugging Face's notebook normalises the group's value; sizes are those of the datasets."""
+    gpqa = {"diamond": (198, 0.30), "extended": (546, 0.24), "main": (448, 0.27)}
+    sizes = [307, 123, 132, 280, 154, 193, 135]
+    values = [0.12, 0.03, 0.02, 0.01, 0.05, 0.2, 0.0]
+    tasks = {
+        f"leaderboard_gpqa_{name}": task("GPQA", 0.0, items=n, value=value, lower_bound=0.25)
+        for name, (n, value) in gpqa.items()
+    }
+    tasks |= {
+        f"leaderboard_math_{i}_hard": task("MATH", 100 * value, items=n)
+        for i, (n, value) in enumerate(zip(sizes, values, strict=True))
+    }
+    others = {"IFEval": 32.0, "BBH": 25.01, "MuSR": 14.30, "MMLU-Pro": 17.38}
+    tasks |= {name: task(name, score) for name, score in others.items()}
+    columns = benchmark_scores(load_suite("open-llm-v2"), tasks)
+    # (198 · 0.30 + 546 · 0.24 + 448 · 0.27) / 1192 = 0.261242; (0.261242 − 1/4) / (3/4) = 0.014989
+    assert columns["GPQA"]["value"] == pytest.approx(311.4 / 1192)
+    assert columns["GPQA"]["score"] == pytest.approx(1.4989, abs=1e-4)
+    assert columns["MATH"]["score"] == pytest.approx(100 * 92.27 / 1324)
+    assert round(columns["MATH"]["score"], 2) == 6.97
+    assert round(suite_score(columns)["score"], 2) == 16.19
+
+
+def test_the_error_of_a_pooled_group_is_that_of_the_harness():
+    """The variance within subtasks, from the items themselves, over all items."""
+    rng = np.random.default_rng(0)
+    items = [rng.random(n) < p for n, p in [(40, 0.2), (7, 0.5), (90, 0.9)]]
+    bound = 0.25
+    tasks = {
+        str(i): task(
+            "GPQA",
+            0.0,
+            stderr=100 * one.std(ddof=1) / np.sqrt(len(one)) / (1 - bound),
+            items=len(one),
+            value=one.mean(),
+            lower_bound=bound,
+        )
+        for i, one in enumerate(items)
+    }
+    suite = load_suite("open-llm-v2")
+    suite = suite.model_copy(update={"tasks": [t for t in suite.tasks if t.name == "GPQA"]})
+    found = benchmark_scores(suite, tasks)["GPQA"]
+    total = sum(map(len, items))
+    variance = sum(((one - one.mean()) ** 2).sum() for one in items) / (total - len(items))
+    expected = 100 * np.sqrt(variance / total) / (1 - bound)
+    assert found["stderr"] == pytest.approx(expected)
+    assert found["value"] == pytest.approx(np.concatenate(items).mean())
+    metrics = pytest.importorskip("lm_eval.api.metrics")
+    errors = [one.std(ddof=1) / np.sqrt(len(one)) for one in items]
+    theirs = metrics.pooled_sample_stderr(errors, [len(one) for one in items])
+    assert found["stderr"] == pytest.approx(100 * theirs / (1 - bound))
+    tasks["1"]["stderr"] = None
+    assert benchmark_scores(suite, tasks)["GPQA"]["stderr"] is None
+
+
 def test_an_interval_only_where_the_score_is_a_share():
     suite = load_suite("gsm8k")
     whole = {"gsm8k": task("GSM8K", 50.0, interval_95=[0.4, 0.6])}
@@ -145,7 +204,10 @@ def test_every_suite_of_the_package_can_be_read():
 
 def test_a_file_of_the_users(tmp_path):
     write_jsonl(tmp_path / "x.yaml", [])
-    suite = load_suite(one_task(tmp_path, task="x.yaml", lower_bound="1/3"))
+    path = one_task(tmp_path, task="x.yaml", lower_bound="1/3")
+    with refused("mine.yaml", tmp_path / "x.yaml", "--trust"):
+        load_suite(path)
+    suite = load_suite(path, trust=True)
     (task,) = suite.tasks
     assert task.task == str(tmp_path / "x.yaml")
     assert task.lower_bound == pytest.approx(1 / 3)
@@ -166,6 +228,7 @@ def test_a_file_of_the_users(tmp_path):
             ("lower_bound", {"b": "one"}, "one"),
             ("metric", []),
             ("name", "../a", "'../a'"),
+            ("pool", "yes", "'yes'"),
         ]
     ],
 )
@@ -173,6 +236,44 @@ def test_a_bad_task_is_named(tmp_path, changes, parts):
     [key] = changes
     with refused("mine.yaml", f"tasks[0].{key}", *parts):
         load_suite(one_task(tmp_path, **changes))
+
+
+def test_a_pooled_group_has_one_bound(tmp_path):
+    with refused("mine.yaml", "tasks[0]", "lower_bound", "pool"):
+        load_suite(one_task(tmp_path, pool=True, lower_bound={"b": "1/2"}))
+
+
+def task_folder(folder):
+    """A task with an include, a function, and data in two places."""
+    files = {
+        "task.yaml": "include: base.yaml\ntask: t\nprocess_docs: !function utils.docs\n"
+        "dataset_path: json\n"
+        "dataset_kwargs: {data_files: {test: [data/a.jsonl, 'data/b*.jsonl']}}\n",
+        "base.yaml": "doc_to_text: '{{x}}'\nprocess_results: !function more/code.score\n",
+        "utils.py": "def docs(rows): return rows\n",
+        "more/code.py": "def score(*x): return 1\n",
+        "data/a.jsonl": '{"x": 1}\n',
+        "data/b1.jsonl": '{"x": 2}\n',
+        "data/c.jsonl": '{"x": 3}\n',
+    }
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return files
+
+
+def test_a_task_file_is_known_by_every_local_file_that_it_names(tmp_path):
+    files = task_folder(tmp_path / "a")
+    task_folder(tmp_path / "copy")
+    before = content_hash(tmp_path / "a" / "task.yaml")
+    assert content_hash(tmp_path / "copy" / "task.yaml") == before
+    decisive = set()
+    for name, text in files.items():
+        (tmp_path / "a" / name).write_text(text + "# edited\n")
+        if content_hash(tmp_path / "a" / "task.yaml") != before:
+            decisive.add(name)
+        (tmp_path / "a" / name).write_text(text)
+    assert decisive == set(files) - {"data/c.jsonl"}
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):

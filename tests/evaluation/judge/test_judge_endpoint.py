@@ -48,6 +48,20 @@ def test_nobody_there(tpaw_, serve, six, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "url",
+    ["http://me:SESAME@{host}/v1", "http://{host}/v1?key=SESAME", "me:SESAME@{host}/v1"],
+)
+def test_a_key_in_the_url_is_not_shown(tpaw_, serve, six, url, monkeypatch):
+    monkeypatch.setattr("tpaw.evaluation.judge.endpoint.RETRIES", 0)
+    server = serve(lambda question: (401, {"error": {"message": "wrong key"}}))
+    host = server.url.removeprefix("http://").removesuffix("/v1")
+    code, out, err = ask(tpaw_, url.format(host=host), *six)
+    assert code in (2, 3)
+    assert host in err
+    assert "SESAME" not in out + err
+
+
+@pytest.mark.parametrize(
     ("reply", "part"),
     [
         ((401, {"error": {"message": "bad \x1b[31mkey"}}), r"bad \x1b[31mkey"),
@@ -79,6 +93,79 @@ def test_a_question_that_is_refused_alone_is_invalid(tpaw_, serve, six, tmp_path
     assert found["win_rate"] == pytest.approx(3 / 5)
     assert ask(tpaw_, server, *six)[0] == 0
     assert len(server.requests) == 12  # asked again: another endpoint may take it
+
+
+def test_a_malformed_reply_is_asked_again_and_then_invalid(
+    tpaw_, serve, six, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("tpaw.evaluation.judge.endpoint.MALFORMED_RETRIES", 2)
+    monkeypatch.setattr("tpaw.evaluation.judge.endpoint.time.sleep", lambda seconds: None)
+    once = [completion(None) | {"choices": []}, (200, b"<html>")]
+
+    def reply(question):
+        if "aaaaa" in question:  # every time
+            return completion(["[[A]]"])
+        return once.pop() if once else longer(question)
+
+    server = serve(reply)
+    code, _, err = ask(tpaw_, server, *six, "--parallel", 1)
+    assert code == 0, err
+    assert len(server.requests) == 10 + 2 + 2 * 2
+    found = results(tmp_path)
+    assert found["invalid_replies"] == {"malformed": 2}
+    assert (found["wins"], found["losses"], found["invalid"]) == (2, 1, 1)
+    well = serve(longer)
+    assert ask(tpaw_, well, *six)[0] == 0
+    assert len(well.requests) == 2  # not kept
+    assert results(tmp_path)["invalid"] == 0
+
+
+def test_a_reply_that_trickles_has_a_limit(tpaw_, serve, six, monkeypatch):
+    monkeypatch.setattr("tpaw.evaluation.judge.endpoint.SECONDS_PER_TRY", 0.3)
+    sent, ended = [], threading.Event()
+
+    def trickle():
+        for _ in range(1000):
+            sent.append(1)
+            yield b" "
+            if ended.wait(0.02):
+                return
+
+    server = serve(lambda question: (200, trickle()))
+    started = time.monotonic()
+    code, _, err = ask(tpaw_, server, *six, "--parallel", 1)
+    took = time.monotonic() - started
+    ended.set()
+    assert code == 3
+    complains(err, server.url, 0.3)
+    assert 0.3 < took < 10
+    assert len(sent) < 900
+
+
+def test_the_replies_may_be_shared(tmp_path):
+    """Several write the same keys at the same time; nobody sees half a file."""
+    from tpaw.evaluation.judge.endpoint import Reply
+    from tpaw.evaluation.judge.replies import Replies
+
+    start, errors = threading.Barrier(4), []
+
+    def work():
+        replies = Replies(tmp_path / "replies")
+        start.wait()
+        try:
+            for i in range(60):
+                replies.put(f"{i:064}", Reply(str(i), "stop", "j"))
+                assert replies.get(f"{i:064}") == Reply(str(i), "stop", "j")
+        except Exception as error:
+            errors.append(error)
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert errors == []
+    assert not list(tmp_path.rglob(".tmp-*"))
 
 
 def test_as_many_at_once_as_asked_for(tpaw_, serve, six):
@@ -158,6 +245,7 @@ def test_a_key_is_sent_only_where_one_is_named(tpaw_, serve, six, monkeypatch):
     server = serve(longer)
     ask(tpaw_, server, *six)
     assert all("secret" not in json.dumps(headers) for headers in server.headers)
+    assert all("authorization" not in headers for headers in server.headers)
     monkeypatch.setenv("MY_KEY", "my-secret")
     ask(tpaw_, server, *six, "--key-env", "MY_KEY", "--max-tokens", 7, "-o", "again")
     assert server.headers[-1]["authorization"] == "Bearer my-secret"

@@ -13,13 +13,15 @@ import json
 import logging
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from tpaw.config.messages import explain_unknown
 from tpaw.data.token_ids import token_ids
@@ -30,6 +32,7 @@ from tpaw.evaluation.items import Item
 from tpaw.generation.generator import SamplingParams
 from tpaw.generation.hf import HFGenerator
 from tpaw.models.finite import non_finite
+from tpaw.runtime.memory import memory_limited_by
 from tpaw.runtime.progress import OnDone, ignore
 
 try:
@@ -47,6 +50,7 @@ except ImportError as error:
     ) from None
 
 if TYPE_CHECKING:
+    import torch
     from lm_eval.api.instance import Instance
     from lm_eval.api.task import Task
     from transformers import PreTrainedTokenizerBase
@@ -57,6 +61,17 @@ ProgressBar = Callable[[str, int, str], AbstractContextManager[Callable[[int], N
 
 # Some tasks shuffle their choices when they are loaded. The harness uses the same seed.
 LOADING_SEED = 0
+# The harness's aggregations whose values are not shares in [0, 1].
+NOT_SHARES = {
+    "bits_per_byte",
+    "bleu",
+    "bypass_agg",
+    "chrf",
+    "chrfpp",
+    "perplexity",
+    "ter",
+    "weighted_perplexity",
+}
 # Generation settings of a task that `HFGenerator` supports.
 GREEDY_SETTINGS = {"do_sample", "temperature", "until"}
 
@@ -138,6 +153,13 @@ def _check(name: str, column: SuiteTask, task: Task) -> None:
     filters = [f["name"] for f in task.get_config("filter_list") or [{"name": "none"}]]
     known = [f"{metric},{of}" for metric in task.aggregation() for of in filters]
     explain_unknown(f"{column.name}: metric", column.metric_keys, known)
+    for key in column.metric_keys:
+        aggregation = task.aggregation()[key.partition(",")[0]]
+        if getattr(aggregation, "__name__", "") in NOT_SHARES:
+            raise InputError(
+                f"{column.name}: metric: {key}: it is not a share between 0 and 1, so it has no "
+                "score in percent; choose another metric"
+            )
     column.lower_bound_of(name)
 
 
@@ -166,7 +188,23 @@ def run_task(
     )
     metrics = reported_metrics(found["results"][name])
     items = item_outcomes(found["samples"][name], column.metric_keys, task.OUTPUT_TYPE)
-    return task_facts(name, column, task.VERSION, metrics, items), items
+    facts = task_facts(name, column, task.VERSION, metrics, items)
+    return facts | {"data_commits": data_commits(task)}, items
+
+
+def data_commits(task: Task) -> list[str]:
+    """Return the commits of the Hub datasets that a loaded task uses.
+
+    The datasets library names the folder of a Hub dataset in its cache after the commit. Local data
+    has none: `task_file.content_hash` covers it.
+    """
+    splits = getattr(task, "dataset", None)
+    files = [
+        Path(file["filename"])
+        for split in (splits.values() if isinstance(splits, Mapping) else ())
+        for file in getattr(split, "cache_files", ())
+    ]
+    return sorted({f.parent.name for f in files if re.fullmatch("[0-9a-f]{40}", f.parent.name)})
 
 
 class HarnessModel(HFLM):
@@ -207,19 +245,45 @@ class HarnessModel(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Call the harness's method with the largest batch size that `tokens_per_row` allows."""
+        """Call the harness's method with the largest batch size that `tokens_per_row` allows.
+
+        Raises:
+            NonFiniteError: a log-likelihood is NaN.
+        """
         longest = max((len(context) + len(rest) for _, context, rest in requests), default=1)
-        batch_size = max(1, self.tokens_per_row // longest)
-        title = f"score choices with {self.name}"
-        with self.bar(title, len(requests), "requests") as on_done:
-            # The harness calls the cache hook after each request. So it can count them.
-            self.cache_hook = _CountingHook(on_done)
+        # The harness calls the cache hook after each request that has a key. Windows of a rolling
+        # log-likelihood have none.
+        keyed = [(key or ("", ""), context, rest) for key, context, rest in requests]
+        with (
+            self.bar(
+                f"compute log-likelihoods with {self.name}", len(keyed), "requests"
+            ) as on_done,
+            self._batches_of(max(1, self.tokens_per_row // longest)),
+            memory_limited_by("score.tokens_per_row", self.tokens_per_row),
+        ):
+            self.cache_hook = _RequestHook(self.model, on_done)
             found: list[tuple[float, bool]] = super()._loglikelihood_tokens(
-                requests, disable_tqdm=True, override_bs=override_bs or batch_size
+                keyed, disable_tqdm=True
             )
-        if any(math.isnan(logp) for logp, _ in found):
-            raise non_finite(self.model, "log-likelihoods")
         return found
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Call the harness's method so that it passes all windows to `_loglikelihood_tokens`."""
+        with self._batches_of(sys.maxsize):
+            found: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
+        return found
+
+    @contextlib.contextmanager
+    def _batches_of(self, size: int) -> Iterator[None]:
+        """Set the harness's batch size. It ignores `override_bs` if this is a number."""
+        before = self.batch_size
+        self.batch_size_per_gpu = size
+        try:
+            yield
+        finally:
+            self.batch_size_per_gpu = before
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generate greedy responses with `HFGenerator`, sampled ones with the harness's own loop.
@@ -236,14 +300,25 @@ class HarnessModel(HFLM):
                 group = [requests[i] for i in positions]
                 kwargs = normalize_gen_kwargs(json.loads(settings), self.max_gen_toks)
                 is_greedy = set(kwargs) <= GREEDY_SETTINGS | {"max_gen_toks"}
-                if is_greedy and not kwargs["temperature"] and not kwargs["do_sample"]:
+                if is_greedy and not kwargs.get("temperature") and not kwargs["do_sample"]:
                     texts = self._greedy([r.args[0] for r in group], kwargs, on_done)
                 else:
                     self.model.generation_config = GenerationConfig(eos_token_id=[*self.stop_ids])
+                    self.cache_hook = _RequestHook(self.model, on_done)
                     texts = super().generate_until(group, disable_tqdm=True)
-                    on_done(len(group))
                 responses.update(zip(positions, texts, strict=True))
         return [responses[i] for i in range(len(requests))]
+
+    def _model_generate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Call the harness's method, and check the logits of each token."""
+        checks = LogitsProcessorList([self._check_logits])
+        found: torch.Tensor = super()._model_generate(*args, logits_processor=checks, **kwargs)
+        return found
+
+    def _check_logits(self, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        if not bool(logits.amax(-1).isfinite().all()):  # -inf for some tokens is allowed
+            raise non_finite(self.model, "logits")
+        return logits
 
     def _greedy(
         self, contexts: Sequence[str], kwargs: Mapping[str, Any], on_done: Callable[[int], None]
@@ -300,12 +375,21 @@ class HarnessModel(HFLM):
         return ids[0] if len(ids) == 1 and not self.tok_decode(ids) else None
 
 
-class _CountingHook:
-    """Replaces the harness's response cache, to count finished requests."""
+class _RequestHook:
+    """Replaces the harness's response cache, to count and check finished requests."""
 
-    def __init__(self, on_done: Callable[[int], None]) -> None:
+    def __init__(self, model: PreTrainedModel, on_done: Callable[[int], None]) -> None:
+        self.model = model
         self.on_done = on_done
 
     def add_partial(self, attribute: str, request: Any, answer: Any) -> None:
-        """Count one finished request."""
+        """Count one finished request.
+
+        Raises:
+            NonFiniteError: its log-likelihood is NaN.
+        """
+        if attribute == "loglikelihood_rolling":
+            return  # its windows are counted
+        if attribute == "loglikelihood" and math.isnan(answer[0]):
+            raise non_finite(self.model, "log-likelihoods")
         self.on_done(1)

@@ -51,9 +51,15 @@ def task_facts(
         describe the task.
 
     Raises:
-        InputError: the harness does not report the metric of the column.
+        InputError: the harness does not report the metric of the column, or its value is not in
+            [0, 1].
     """
     value = statistics.fmean(_known(metrics, key, name) for key in column.metric_keys)
+    if not -1e-9 <= value <= 1 + 1e-9:
+        raise InputError(
+            f"{name}: metric: {' + '.join(column.metric_keys)}: {value:g}: not a share between 0 "
+            "and 1, so it has no score in percent; choose another metric"
+        )
     lower_bound = column.lower_bound_of(name)
     scores = [item["score"] for item in items]
     error = None
@@ -121,10 +127,11 @@ def _number(value: Any) -> float | None:
     """Convert a metric of one item to a number.
 
     Returns:
-        The number, the mean of a list of numbers, or None for anything else (F1 has a pair).
+        The number, the mean of a list of numbers, or None for anything else (F1 has a pair) and for
+        NaN and infinity.
     """
     if isinstance(value, bool | int | float | np.bool_ | np.number):
-        return float(value)
+        return float(value) if math.isfinite(value) else None
     if isinstance(value, list) and value and all(_number(v) is not None for v in value):
         return statistics.fmean(float(v) for v in value)
     return None

@@ -7,23 +7,24 @@ Finished evaluations are skipped.
 from __future__ import annotations
 
 import contextlib
-import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tpaw.config.schema import GenerateConfig, ScoreConfig
 from tpaw.errors import InputError
 from tpaw.evaluation.benchmarks.suite import Suite, benchmark_scores, load_suite, suite_score
-from tpaw.evaluation.items import Item, write_items
+from tpaw.evaluation.items import Item, items_file, write_items
+from tpaw.models.checks import check_model, check_vocabulary
 from tpaw.models.loading import load_model, pick_device
-from tpaw.models.references import Checkpoint, find_checkpoints
+from tpaw.models.references import Checkpoint, checkpoint_of, find_checkpoints
 from tpaw.models.tokenizers import load_tokenizer, stop_token_ids
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.isolation import isolated
 from tpaw.runtime.progress import progress
 from tpaw.runtime.watch import Watch
+from tpaw.scoring.score import Precision
 from tpaw.storage.artifacts import (
     MANIFEST,
     PARTIAL_MANIFEST,
@@ -35,10 +36,11 @@ from tpaw.storage.artifacts import (
     verify,
     write_json,
 )
-from tpaw.storage.run_directory import environment, open_run
+from tpaw.storage.run_directory import RunDirectory, environment, open_run
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedConfig
 
     from tpaw.evaluation.benchmarks.harness import HarnessModel, LoadedTask
 
@@ -84,7 +86,8 @@ def evaluate_suite(
         suite_name: name of a suite or path of a YAML file; see `suite.load_suite`.
         output: folder for the results of a model. The default is evaluations/MODEL/SUITE.
         stop: tells whether the user asked for a stop.
-        trust: whether a run may ask for `model.trust_remote_code`.
+        trust: whether a run may ask for `model.trust_remote_code`, and a suite may have task files
+            that are not in the package.
 
     Returns:
         One evaluation for each checkpoint, θ_0 first.
@@ -97,7 +100,7 @@ def evaluate_suite(
         Interrupted: the user asked for a stop; finished tasks are published.
     """
     stop = stop or StopSignal()
-    suite = load_suite(suite_name)
+    suite = load_suite(suite_name, trust=trust)
     checkpoints = find_checkpoints(reference, trust=trust)
     if output is not None and checkpoints[0].run is not None:
         raise InputError(
@@ -109,14 +112,13 @@ def evaluate_suite(
     for work in works:
         _check_folder(work)
     if todo:
-        from tpaw.evaluation.benchmarks.harness import load_tasks
-
         # Tasks seed Python's random numbers as they are loaded.
         with isolated():
             for work in todo:
                 pick_device(_settings(work.checkpoint)[0])
-            with progress("load tasks", len(suite.tasks), "tasks") as advance:
-                tasks = load_tasks(suite, advance)
+            tasks = _load_tasks(suite)
+            for work in todo:
+                _check_data(work, tasks)
             for work in todo:
                 with _locked(work.checkpoint):
                     remove_temporaries(work.folder)
@@ -124,10 +126,84 @@ def evaluate_suite(
     return [Evaluated(w.folder, dict(read_json(w.folder / "results.json"))) for w in works]
 
 
+def check_suites(names: Sequence[str]) -> None:
+    """Refuse suites that cannot be evaluated. It does not load their data.
+
+    Args:
+        names: names of suites or paths of YAML files.
+
+    Raises:
+        InputError: a suite is unknown or not valid, or lm_eval is not installed.
+    """
+    for name in names:
+        load_suite(name, trust=True, setting="evaluate.suites")
+    if names:
+        from tpaw.evaluation.benchmarks.harness import harness_version
+
+        harness_version()
+
+
+class SuitesOfRun:
+    """Evaluates the checkpoints of a run on the suites of its configuration, while the run goes on.
+
+    The caller has locked the run.
+    """
+
+    def __init__(self, run: RunDirectory, names: Sequence[str], stop: StopSignal) -> None:
+        """Read the suites.
+
+        Args:
+            run: the run directory.
+            names: names of suites or paths of YAML files. Their task files may contain code.
+            stop: tells whether the user asked for a stop.
+
+        Raises:
+            InputError: a suite is unknown or not valid.
+        """
+        self.run = run
+        self.stop = stop
+        self._suites = [load_suite(name, trust=True) for name in names]
+        self._tasks: dict[str, list[LoadedTask]] = {}
+
+    def missing(self, i: int) -> list[Suite]:
+        """Return the suites whose results for θ_i are not published."""
+        return [one for one in self._suites if not is_published(self.run.suite(i, one.name))]
+
+    def publish(self, i: int) -> None:
+        """Evaluate θ_i on every suite whose results are missing.
+
+        Raises:
+            InputError: lm_eval is not installed, data cannot be loaded, or a folder holds results
+                of other settings.
+            ArtifactError: a published file is damaged.
+            Interrupted: the user asked for a stop; finished tasks are published.
+        """
+        for suite in self.missing(i):
+            # Tasks seed Python's random numbers as they are loaded.
+            with isolated():
+                work = _work(checkpoint_of(self.run, i, trust=True), suite, None)
+                _check_folder(work)
+                if suite.name not in self._tasks:
+                    self._tasks[suite.name] = _load_tasks(suite)
+                _check_data(work, self._tasks[suite.name])
+                _evaluate(work, suite, self._tasks[suite.name], self.stop)
+
+
+def _load_tasks(suite: Suite) -> list[LoadedTask]:
+    from tpaw.evaluation.benchmarks.harness import load_tasks
+
+    with progress("load tasks", len(suite.tasks), "tasks") as advance:
+        return load_tasks(suite, advance)
+
+
 def _work(checkpoint: Checkpoint, suite: Suite, output: Path | None) -> _Work:
     from tpaw.evaluation.benchmarks.harness import harness_version
 
+    # A run has checked its models.
+    found = check_model(checkpoint.model) if checkpoint.run is None else None
     tokenizer = load_tokenizer(checkpoint.model, checkpoint.tokenizer_folder)
+    if found is not None:
+        check_vocabulary(checkpoint.model, found, tokenizer.vocab_size - 1)
     has_template = tokenizer.chat_template is not None
     if suite.apply_chat_template is True and not has_template:
         raise InputError(
@@ -140,8 +216,8 @@ def _work(checkpoint: Checkpoint, suite: Suite, output: Path | None) -> _Work:
         if run is not None
         else output or Path("evaluations") / checkpoint.name / suite.name
     )
-    found = environment()["versions"]
-    versions = {key: found[key] for key in ("tpaw", "transformers", "torch")}
+    installed = environment()["versions"]
+    versions = {key: installed[key] for key in ("tpaw", "transformers", "torch")}
     origin = {
         "player": index if run is not None else None,
         "name": checkpoint.name,
@@ -150,7 +226,7 @@ def _work(checkpoint: Checkpoint, suite: Suite, output: Path | None) -> _Work:
         "settings": {
             "fewshot_seed": suite.fewshot_seed,
             "chat_template": has_template and bool(suite.apply_chat_template),
-            "dtype": str(_dtype(checkpoint)).removeprefix("torch."),
+            "dtype": str(_dtype(checkpoint, found)).removeprefix("torch."),
             "tasks": [task.definition() for task in suite.tasks],
         },
     }
@@ -180,20 +256,47 @@ def _check_folder(work: _Work) -> None:
                     )
 
 
+def _check_data(work: _Work, tasks: list[LoadedTask]) -> None:
+    """Refuse to add tasks to a folder whose finished tasks used other data.
+
+    Raises:
+        InputError: the data of a Hub dataset has changed.
+    """
+    from tpaw.evaluation.benchmarks.harness import data_commits
+
+    kept = {e["task"]: e["facts"] for e in ShardedArtifact(work.folder).entries if "task" in e}
+    for name, _, task in tasks:
+        commits = data_commits(task)
+        old = kept[name].get("data_commits", commits) if name in kept else commits
+        if old != commits:
+            raise InputError(
+                f"{work.folder}: holds results of {name} with other data: commit {old}, now "
+                f"{commits}; move this folder away to evaluate again"
+            )
+
+
 def _compared(new: dict[str, Any], old: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     yield "fingerprint", new["fingerprint"], old["fingerprint"]
     yield "version of lm_eval", new["versions"]["lm_eval"], old["versions"]["lm_eval"]
-    for key in new["settings"]:
-        yield key, new["settings"][key], old["settings"].get(key)
+    tasks, old_tasks = (
+        {task["name"]: task for task in one["settings"]["tasks"]} for one in (new, old)
+    )
+    yield "list of tasks", list(tasks), list(old_tasks)
+    for name, task in tasks.items():
+        for key, value in task.items():
+            yield f"{key} of {name}", value, old_tasks[name].get(key)
+    for key, value in new["settings"].items():
+        if key != "tasks":
+            yield key, value, old["settings"].get(key)
 
 
 def _evaluate(work: _Work, suite: Suite, tasks: list[LoadedTask], stop: StopSignal) -> None:
     from tpaw.evaluation.benchmarks.harness import run_task
 
     artifact = ShardedArtifact(work.folder)
-    missing = [task for task in tasks if _items_file(task) not in artifact.names]
+    missing = [task for task in tasks if items_file(task.name) not in artifact.names]
     if missing:
-        model = _load(work.checkpoint, stop)
+        model = _load(work, stop)
     for task in missing:
         stop.check()
         started = time.monotonic()
@@ -205,7 +308,7 @@ def _evaluate(work: _Work, suite: Suite, tasks: list[LoadedTask], stop: StopSign
         )
         facts["seconds"] = round(time.monotonic() - started, 3)
         artifact.publish(
-            _items_file(task), _writer(items), task=task.name, facts=facts, origin=work.origin
+            items_file(task.name), _writer(items), task=task.name, facts=facts, origin=work.origin
         )
     found = {e["task"]: e["facts"] for e in artifact.entries if "task" in e}
     by_task = {task.name: found[task.name] for task in tasks}
@@ -222,9 +325,12 @@ def _evaluate(work: _Work, suite: Suite, tasks: list[LoadedTask], stop: StopSign
     artifact.complete({"suite": suite.name, "fingerprint": work.origin["fingerprint"]})
 
 
-def _load(checkpoint: Checkpoint, stop: StopSignal) -> HarnessModel:
+def _load(work: _Work, stop: StopSignal) -> HarnessModel:
+    import torch
+
     from tpaw.evaluation.benchmarks.harness import HarnessModel
 
+    checkpoint = work.checkpoint
     run = checkpoint.run
     if run is not None and checkpoint.player.index > 0:
         verify(run.checkpoint(checkpoint.player.index) / MANIFEST)
@@ -232,7 +338,7 @@ def _load(checkpoint: Checkpoint, stop: StopSignal) -> HarnessModel:
     model = load_model(
         checkpoint.player,
         checkpoint.model,
-        dtype=_dtype(checkpoint),
+        dtype=getattr(torch, work.origin["settings"]["dtype"]),
         device=pick_device(device),
     )
     tokenizer = load_tokenizer(checkpoint.model, checkpoint.tokenizer_folder)
@@ -256,21 +362,18 @@ def _settings(checkpoint: Checkpoint) -> tuple[str, ScoreConfig, GenerateConfig]
     return config.device, config.score, config.generate
 
 
-def _dtype(checkpoint: Checkpoint) -> torch.dtype:
+def _dtype(checkpoint: Checkpoint, found: PreTrainedConfig | None) -> torch.dtype:
     """Return the dtype of a run's precision. For a model, return the dtype of its config.json.
 
     The harness loads a model in the same dtype.
     """
     import torch
-    from transformers import AutoConfig
 
     if checkpoint.run is not None:
-        precision = checkpoint.run.load_config().precision
-        return torch.bfloat16 if precision == "bf16" else torch.float32
-    found = AutoConfig.from_pretrained(
-        checkpoint.player.path, trust_remote_code=checkpoint.model.trust_remote_code
-    )
-    return found.dtype if isinstance(found.dtype, torch.dtype) else torch.float32
+        config = checkpoint.run.load_config()
+        return Precision(config.device, config.precision == "bf16").dtype
+    dtype = getattr(found, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 @contextlib.contextmanager
@@ -280,10 +383,6 @@ def _locked(checkpoint: Checkpoint) -> Iterator[None]:
         return
     with open_run(checkpoint.run.root, checkpoint.run.load_config()):
         yield
-
-
-def _items_file(task: LoadedTask) -> str:
-    return f"items/{re.sub(r'[^A-Za-z0-9_.-]', '_', task.name)}.jsonl"
 
 
 def _writer(items: list[Item]) -> Callable[[Path], None]:

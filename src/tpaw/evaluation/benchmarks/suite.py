@@ -3,12 +3,12 @@
 A suite is a list of lm-evaluation-harness tasks. Each task has its own number of few-shot examples.
 A task may be a group of subtasks. A value v in [0, 1] with the lower bound b gets the score
 100 · (v − b) / (1 − b), or 0 if v is below b. The score of a group is the mean over its subtasks.
-The score of a suite is the mean over its tasks.
+With `pool: true` it is the score of the mean over all items. The score of a suite is the mean over
+its tasks.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -22,6 +22,7 @@ from tpaw.config.files import read_mapping
 from tpaw.config.messages import explain_unknown, validate_as
 from tpaw.config.schema import Section, Strings
 from tpaw.errors import InputError
+from tpaw.evaluation.benchmarks.task_file import content_hash
 
 
 def _as_number(value: Any) -> Any:
@@ -56,17 +57,28 @@ class SuiteTask(Section):
         "it may be a mapping from subtask names to bounds.",
     )
 
+    pool: bool = Field(
+        False,
+        description="For a group: compute one score, from the mean over the items of all subtasks. "
+        "Default: the mean of the scores of the subtasks.",
+    )
+
+    @model_validator(mode="after")
+    def _pooled_bound(self) -> SuiteTask:
+        if self.pool and isinstance(self.lower_bound, Mapping):
+            raise ValueError("lower_bound: a mapping; with pool: true it must be one number")
+        return self
+
     @property
     def metric_keys(self) -> list[str]:
         """Names of the metrics in the harness's results, "metric,filter"."""
         return [name if "," in name else f"{name},none" for name in self.metric]
 
     def definition(self) -> dict[str, Any]:
-        """Return all fields for results.json. A task's file is given by name and content hash."""
+        """Return all fields for results.json. A task file is given by name and content hash."""
         facts = self.model_dump(mode="json")
         if Path(self.task).is_absolute():
-            digest = hashlib.sha256(Path(self.task).read_bytes()).hexdigest()
-            facts["task"] = f"{Path(self.task).name} {digest[:12]}"
+            facts["task"] = f"{Path(self.task).name} {content_hash(Path(self.task))[:12]}"
         return facts
 
     def lower_bound_of(self, subtask: str) -> float:
@@ -117,28 +129,32 @@ def suite_names() -> list[str]:
     return sorted(file.stem for file in found if file.suffix == ".yaml")
 
 
-def load_suite(name: str) -> Suite:
+def load_suite(name: str, *, trust: bool = False, setting: str = "--suite") -> Suite:
     """Load a suite of the package, or a suite from a YAML file.
 
     Args:
         name: name of a suite or path of a YAML file.
+        trust: whether the suite may have task files that are not in the package. They are code.
+        setting: where the name comes from, for errors.
 
     Returns:
         The suite. Paths of task files in it are absolute.
 
     Raises:
-        InputError: there is no such suite, or the file is not a valid suite.
+        InputError: there is no such suite, the file is not a valid suite, or it has task files
+            without `trust`.
     """
     path = Path(name)
     if not path.is_file():
         if path.suffix in (".yaml", ".yml"):
             raise InputError(
-                f"--suite {name}: no such file; suites of the package: {', '.join(suite_names())}"
+                f"{setting}: {name}: no such file; suites of the package: "
+                f"{', '.join(suite_names())}"
             )
-        explain_unknown("--suite", [name], suite_names())
+        explain_unknown(setting, [name], suite_names())
         path = Path(str(files("tpaw.evaluation.benchmarks") / "suites" / f"{name}.yaml"))
     suite = validate_as(Suite, read_mapping(path, name), prefix=f"{name}: ")
-    tasks = tuple(_located(task, path.parent, name) for task in suite.tasks)
+    tasks = tuple(_located(task, path.parent, name, trust) for task in suite.tasks)
     return suite.model_copy(update={"tasks": tasks})
 
 
@@ -165,12 +181,12 @@ def benchmark_scores(suite: Suite, tasks: Mapping[str, Any]) -> dict[str, dict[s
     Returns:
         By column name, all in percent: `score`; `stderr`, which assumes that subtasks are
         independent and is None if a subtask has none; and `interval_95`, present only if the score
-        is a share of right items.
+        is a share of right items. A column with `pool` also has its `value` in [0, 1].
     """
     scores = {}
     for column in suite.tasks:
         members = [task for task in tasks.values() if task["benchmark"] == column.name]
-        scores[column.name] = _mean(members)
+        scores[column.name] = _pooled(members) if column.pool else _mean(members)
         if len(members) == 1 and members[0].get("interval_95") and not members[0]["lower_bound"]:
             scores[column.name]["interval_95"] = [100 * end for end in members[0]["interval_95"]]
     return scores
@@ -179,6 +195,23 @@ def benchmark_scores(suite: Suite, tasks: Mapping[str, Any]) -> dict[str, dict[s
 def suite_score(benchmarks: Mapping[str, Any]) -> dict[str, Any]:
     """Compute score and standard error of the suite, in percent, from those of its columns."""
     return _mean(list(benchmarks.values()))
+
+
+def _pooled(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Compute score and standard error of the mean over the items of all subtasks.
+
+    The standard error is the harness's for groups that are weighted by size: of the mean of all
+    items, with the variance pooled within the subtasks.
+    """
+    sizes, errors = [part["items"] for part in parts], [part["stderr"] for part in parts]
+    total, bound = sum(sizes), parts[0]["lower_bound"]
+    value = math.fsum(n * part["value"] for n, part in zip(sizes, parts, strict=True)) / total
+    error = None
+    if None not in errors:
+        # Each error squared is a sample variance divided by the number of items.
+        squares = math.fsum((n - 1) * n * e**2 for n, e in zip(sizes, errors, strict=True))
+        error = math.sqrt(squares / (total - len(parts)) / total)
+    return {"value": value, "score": task_score(value, bound), "stderr": error}
 
 
 def _mean(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -190,7 +223,7 @@ def _mean(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _located(task: SuiteTask, folder: Path, suite: str) -> SuiteTask:
+def _located(task: SuiteTask, folder: Path, suite: str, trust: bool) -> SuiteTask:
     if Path(task.task).suffix not in (".yaml", ".yml"):
         return task
     path = (folder / task.task).resolve()
@@ -198,5 +231,11 @@ def _located(task: SuiteTask, folder: Path, suite: str) -> SuiteTask:
         raise InputError(
             f"{suite}: {task.name}: task: {path}: no such file; "
             "give the path relative to the suite's file"
+        )
+    package = Path(str(files("tpaw.evaluation.benchmarks"))).resolve()
+    if not trust and not path.is_relative_to(package):
+        raise InputError(
+            f"{suite}: {task.name}: task: {path}: a task file is code: lm-evaluation-harness runs "
+            "its functions and its templates; read it, then add --trust"
         )
     return task.model_copy(update={"task": str(path)})

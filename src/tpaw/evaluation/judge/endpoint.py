@@ -6,8 +6,11 @@ a local server if HF_HUB_OFFLINE is set.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
 
 from tpaw.errors import InputError, JudgeError, printable
 
@@ -15,6 +18,8 @@ from tpaw.errors import InputError, JudgeError, printable
 # 8 s, or as long as the server's Retry-After header says. It retries connection errors, timeouts
 # and the status codes 408, 409, 429 and 5xx.
 RETRIES = 5
+# The library does not retry a reply with status 200 that is not a chat completion.
+MALFORMED_RETRIES = 2
 SECONDS_PER_TRY = 300.0
 SECONDS_TO_CONNECT = 10.0
 # Status codes that concern one request only: it is too long for the judge, or it was filtered.
@@ -35,15 +40,25 @@ class Reply(NamedTuple):
     model: str
 
 
-class RefusedError(JudgeError):
-    """The endpoint refused one request. Other requests may succeed."""
+class RequestError(JudgeError):
+    """One request has no valid reply. Other requests may succeed.
+
+    Args:
+        message: the text of the error.
+        reason: the endpoint "refused" the request, or its reply is "malformed".
+    """
+
+    def __init__(self, message: str, reason: Literal["refused", "malformed"]) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class Endpoint:
     """An OpenAI-compatible endpoint. Several threads may use it at the same time.
 
     Args:
-        url: base URL; it begins with http:// or https://.
+        url: base URL; it begins with http:// or https://. Messages show it without user name,
+            password and query, which may hold a key.
         api_key: key of the endpoint; None if it needs none.
 
     Raises:
@@ -58,15 +73,22 @@ class Endpoint:
                 "tpaw judge: the openai library is not installed: pip install 'tpaw[judge]'"
             ) from None
         if not url.startswith(("http://", "https://")):
-            raise InputError(f"--endpoint {url}: it must begin with http:// or https://")
+            raise InputError(f"--endpoint {_public(url)}: it must begin with http:// or https://")
         self._openai = openai
-        self.url = url
+        # The library's own HTTP library: httpx, or its successor.
+        bases = [base.__module__.partition(".")[0] for base in openai.DefaultHttpxClient.__mro__]
+        self._http = sys.modules[next(name for name in bases if name != "openai")]
+        self.url = _public(url)
+        self._headers = {} if api_key else {"Authorization": openai.Omit()}
         self._client = openai.OpenAI(
             base_url=url,
             # Without a key, the library would read OPENAI_API_KEY and send it to this endpoint.
             api_key=api_key or "none",
             timeout=openai.Timeout(SECONDS_PER_TRY, connect=SECONDS_TO_CONNECT),
             max_retries=RETRIES,
+            http_client=openai.DefaultHttpxClient(
+                event_hooks={"request": [_note_start], "response": [self._limit_time]}
+            ),
         )
 
     def ask(self, request: Mapping[str, Any]) -> Reply:
@@ -76,17 +98,31 @@ class Endpoint:
             request: the body of the request.
 
         Raises:
-            RefusedError: the endpoint refused this request only.
-            JudgeError: the endpoint was not reached after all retries, refuses all requests, or
-                sent no valid reply.
+            RequestError: the endpoint refused this request only, or sent a malformed reply at each
+                try.
+            JudgeError: the endpoint was not reached after all retries, or refuses all requests.
         """
+        for retry in range(MALFORMED_RETRIES):
+            try:
+                return self._ask_once(request)
+            except RequestError as error:
+                if error.reason != "malformed":
+                    raise
+                time.sleep(0.5 * 2**retry)
+        return self._ask_once(request)
+
+    def _ask_once(self, request: Mapping[str, Any]) -> Reply:
         try:
-            found = self._client.chat.completions.create(**request)
+            found = self._client.chat.completions.create(**request, extra_headers=self._headers)
             choice = found.choices[0]
             text, reason, model = choice.message.content, choice.finish_reason, found.model
+            if not isinstance(text, str | None):
+                raise TypeError(f"the content is {type(text).__name__}, not text")
         except self._openai.APIStatusError as error:
-            kind = RefusedError if error.status_code in _REFUSALS else JudgeError
-            raise kind(f"{self.url}: {printable(str(error))}") from None
+            message = f"{self.url}: {printable(str(error))}"
+            if error.status_code in _REFUSALS:
+                raise RequestError(message, "refused") from None
+            raise JudgeError(message) from None
         except self._openai.APIConnectionError as error:
             raise JudgeError(f"{self.url}: {printable(str(error.__cause__ or error))}") from None
         except (
@@ -96,7 +132,37 @@ class Endpoint:
             TypeError,
             ValueError,
         ) as error:
-            raise JudgeError(
-                f"{self.url}: not a chat-completions reply: {printable(str(error))}"
+            raise RequestError(
+                f"{self.url}: not a chat-completions reply: {printable(str(error))}", "malformed"
             ) from None
         return Reply(text or "", str(reason), str(model))
+
+    def _limit_time(self, response: Any) -> None:
+        """Let a reply take `SECONDS_PER_TRY` in total. The library limits each read only."""
+        stream, http = response.stream, self._http
+        deadline = response.request.extensions[_STARTED] + SECONDS_PER_TRY
+
+        class Limited(http.SyncByteStream):  # type: ignore[misc, name-defined]
+            def __iter__(self) -> Iterator[bytes]:
+                for part in stream:
+                    if time.monotonic() > deadline:
+                        raise http.ReadTimeout(f"no complete reply in {SECONDS_PER_TRY:g} s")
+                    yield part
+
+            def close(self) -> None:
+                stream.close()
+
+        response.stream = Limited()
+
+
+_STARTED = "tpaw_started"
+
+
+def _note_start(request: Any) -> None:
+    request.extensions[_STARTED] = time.monotonic()
+
+
+def _public(url: str) -> str:
+    """Return a URL without user name, password, query and fragment."""
+    scheme, slashes, rest = re.split("[?#]", url, maxsplit=1)[0].rpartition("://")
+    return scheme + slashes + rest.rpartition("@")[2]

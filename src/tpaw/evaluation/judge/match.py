@@ -9,7 +9,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any, Literal, NamedTuple
 
-from tpaw.evaluation.judge.endpoint import Endpoint, RefusedError, Reply
+from tpaw.evaluation.judge.endpoint import Endpoint, Reply, RequestError
 from tpaw.evaluation.judge.outputs import Pair
 from tpaw.evaluation.judge.prompt import JudgePrompt, Verdict, parse_verdict
 from tpaw.evaluation.judge.replies import Replies, request_key
@@ -19,8 +19,8 @@ Outcome = Literal["win", "loss", "tie", "invalid"]
 
 # Sent with every request. Greedy decoding, and a fixed seed for servers that sample anyway.
 SAMPLING = {"temperature": 0, "seed": 0}
-# After this many refusals without any reply, the cause is the endpoint and not one request.
-REFUSALS_THAT_TELL = 8
+# After this many failures without any valid reply, the cause is the endpoint and not one request.
+FAILURES_THAT_TELL = 8
 
 
 class Judge(NamedTuple):
@@ -63,8 +63,8 @@ class Seen(NamedTuple):
         reply: key of the reply.
         verdict: which system the judge prefers ("first" or "second" system, not position), or
             "neither". None if the reply is invalid.
-        invalid: why the reply is invalid: "refused", "truncated" or "unparsable"; None if it is
-            valid.
+        invalid: why the reply is invalid: "refused", "malformed", "truncated" or "unparsable";
+            None if it is valid.
     """
 
     reply: str
@@ -96,14 +96,15 @@ class Match:
 
     Attributes:
         missing: requests without a cached reply, by key.
-        refused: keys of the requests that the endpoint refused.
+        failed: why a request has no reply, by key: "refused" or "malformed". It is not stored, so a
+            later match sends the request again.
     """
 
     def __init__(self, pairs: Sequence[Pair], judge: Judge, replies: Replies) -> None:
         self.pairs = pairs
         self.judge = judge
         self.replies = replies
-        self.refused: set[str] = set()
+        self.failed: dict[str, str] = {}
         self._found: dict[str, Reply] = {}
         self.missing: dict[str, dict[str, Any]] = {}
         for pair in pairs:
@@ -169,11 +170,11 @@ class Match:
         if isinstance(reply, Reply):
             self._found[key] = reply
             return
-        if not isinstance(reply, RefusedError):
+        if not isinstance(reply, RequestError):
             raise reply
-        self.refused.add(key)
-        enough = min(REFUSALS_THAT_TELL, len(self.missing))
-        if not self._found and len(self.refused) >= enough:
+        self.failed[key] = reply.reason
+        enough = min(FAILURES_THAT_TELL, len(self.missing))
+        if not self._found and len(self.failed) >= enough:
             raise reply
 
     def _requests(self, pair: Pair) -> Iterator[dict[str, Any]]:
@@ -195,8 +196,8 @@ class Match:
         return Judged("win" if straight.verdict == "first" else "loss", orders)
 
     def _seen(self, key: str) -> Seen:
-        if key in self.refused:
-            return Seen(key, None, "refused")
+        if key in self.failed:
+            return Seen(key, None, self.failed[key])
         reply = self._found[key]
         if reply.finish_reason == "length":
             return Seen(key, None, "truncated")

@@ -1,0 +1,50 @@
+"""Say what to do when memory runs out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from tpaw.errors import MemoryShortageError, printable
+
+# How torch, CUDA libraries, C++ and the operating system report it, where it is no exception of
+# its own.
+_REPORTS = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "can't start new thread",
+    "bad_alloc",
+    "alloc_failed",
+)
+
+
+@contextlib.contextmanager
+def memory_limited_by(setting: str, value: int) -> Iterator[None]:
+    """Turn an error about memory within the context into one that names the setting to lower.
+
+    Args:
+        setting: the setting that decides how much memory the work needs, "score.tokens_per_row" for
+            example. It may change when a run is resumed.
+        value: its present value.
+
+    Raises:
+        MemoryShortageError: memory has run out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        first_line = str(error).partition("\n")[0] or type(error).__name__
+        raise MemoryShortageError(
+            f"{setting}: {value}: memory has run out ({printable(first_line)}); lower {setting} "
+            "and run the same command again. Finished work is kept."
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception reports that memory, or a limit such as that of threads, has run out."""
+    if isinstance(error, MemoryError):
+        return True
+    return any(report in str(error).lower() for report in _REPORTS)
