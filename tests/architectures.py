@@ -309,9 +309,14 @@ ARCHITECTURES: dict[str, dict] = {
     "persimmon": {},
     "phi": {},
     "phi3": {"sliding_window": None},
-    "phi3-long": {"type": "phi3", "sliding_window": None, "rope_parameters": LONG_ROPE},
-    "phimoe": {},
-    "phimoe-nojit": {"type": "phimoe", "router_jitter_noise": 0.0},
+    "phi3-long": {
+        "type": "phi3",
+        "sliding_window": None,
+        "rope_parameters": LONG_ROPE,
+        "original_max_position_embeddings": 16,
+    },
+    "phimoe": {"sliding_window": 256},
+    "phimoe-nojit": {"type": "phimoe", "sliding_window": 256, "router_jitter_noise": 0.0},
     "plbart": {},
     "prophetnet": {
         "num_hidden_layers": None,

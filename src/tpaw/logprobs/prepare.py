@@ -124,6 +124,7 @@ class _Trial:
     """A few tokens, and their log-probs by the model's own forward, one sequence at a time.
 
     Attributes:
+        longest: tokens of the longest sequence that the model will get.
         sequences: of different lengths; some share their prompt.
         is_possible: false for a sharded model, which runs only once it is wrapped.
         expected_S: float64, in nats.
@@ -131,6 +132,7 @@ class _Trial:
 
     def __init__(self, model: Any, longest: int) -> None:
         self.model = model
+        self.longest = longest
         # From the configuration: LoRA and others put their own modules around the embeddings.
         self.vocabulary = model.config.get_text_config().vocab_size
         self._rng = np.random.default_rng(0)
@@ -232,7 +234,7 @@ class _Trial:
 
         head = LogprobHead.attached_to(self.model)
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_bf16)
-        with torch.no_grad(), autocast, _narrow_windows(self.model):
+        with torch.no_grad(), autocast, _narrow_windows(self.model, self.longest):
             logps_S = response_logps(entered, send_to_device(batch, device), head)
         if head is not None:
             head.raise_if_changed()
@@ -252,12 +254,13 @@ class _Trial:
 
 
 @contextlib.contextmanager
-def _narrow_windows(model: nn.Module) -> Iterator[None]:
-    """Narrow each sliding window to 3 tokens, so that windows matter in the trial."""
+def _narrow_windows(model: nn.Module, longest: int) -> Iterator[None]:
+    """Narrow each sliding window that will matter to 3 tokens, so that it matters in the trial."""
     found: dict[int, Any] = {}
     for module in model.modules():
         for owner in (module, getattr(module, "config", None)):
-            if type(getattr(owner, "__dict__", {}).get("sliding_window")) is int:
+            window = getattr(owner, "__dict__", {}).get("sliding_window")
+            if type(window) is int and window < longest:
                 found[id(owner)] = owner
     windows = [owner.sliding_window for owner in found.values()]
     try:
