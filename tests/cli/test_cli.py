@@ -104,6 +104,7 @@ def test_plan_spends_nothing(tpaw_, config, monkeypatch, tmp_path):
     code, out, _ = tpaw_("plan", config)
     assert code == 0
     assert "24 examples, 10 held out; skipped: none" in out
+    assert "Layout: packed rows, in which responses share their prompt." in out
     assert [word for word in out.split() if word in ("24", "48", "72")][:3] == ["24", "24", "48"]
     assert "θ_2 θ_1 θ_0" in out
     question, answer = sums(1)[0].values()

@@ -123,7 +123,13 @@ def _open(path: Path) -> int:
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             return descriptor
         os.close(descriptor)
-    kind = "a symbolic link" if path.is_symlink() else "a folder" if path.is_dir() else "not a regular file"
+    kind = (
+        "a symbolic link"
+        if path.is_symlink()
+        else "a folder"
+        if path.is_dir()
+        else "not a regular file"
+    )
     raise InputError(f"{path}: is {kind}; the lock must be a file; remove it")
 
 
