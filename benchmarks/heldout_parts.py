@@ -71,9 +71,10 @@ def _whether_new() -> list[bool]:
 
 def _accuracy(run: RunDirectory, i: int, is_new: Sequence[bool], new: bool) -> float:
     items = read_items(run.evaluation(i) / "exact_match.jsonl")  # in the order of the file
-    return statistics.mean(
-        item["correct"] for item, of_new in zip(items, is_new, strict=True) if of_new == new
-    )
+    correct = [
+        bool(item["correct"]) for item, of_new in zip(items, is_new, strict=True) if of_new == new
+    ]
+    return sum(correct) / len(correct)
 
 
 def _shown(values: Sequence[float]) -> str:

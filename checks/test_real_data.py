@@ -13,10 +13,10 @@ import sys
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from tpaw.config.schema import RunConfig
-from tpaw.data.examples import read_examples
+from tpaw.config.schema import DataConfig, RunConfig
+from tpaw.data.examples import prepare_examples, read_examples
 from tpaw.pipeline.preflight import read_inputs
 from tpaw.storage.artifacts import read_manifest
 from tpaw.storage.run_directory import RunDirectory
@@ -24,6 +24,15 @@ from tpaw.storage.run_directory import RunDirectory
 # Qwen's chat template without its default system message.
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+# The same with tools, tool calls and their results.
+TOOL_TEMPLATE = (
+    "{% if tools %}<|im_start|>system{% for t in tools %}\n{{ t | tojson }}{% endfor %}<|im_end|>\n"
+    "{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% for c in m['tool_calls'] or [] %}<tool_call>{{ c['function'] | tojson }}</tool_call>"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -146,9 +155,37 @@ def test_every_preference_pair_is_used_or_counted(shared, small_qwen):
         assert decode(example.rejected_ids) == pair["rejected"]["value"] + "<|im_end|>"
 
 
+@pytest.mark.parametrize("turn", ["first", "last"])
+def test_every_tool_call_is_used_or_counted(shared, small_qwen, tmp_path, turn):
+    path = shared / "data" / "llamafactory" / "glaive_toolcall_en_demo.json"
+    tokenizer = AutoTokenizer.from_pretrained(small_qwen)
+    tokenizer.chat_template = TOOL_TEMPLATE
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    config = DataConfig(path=str(path), turn=turn, max_skipped=1.0)
+    found = prepare_examples(config, "data", tokenizer, (stop,), 4096)
+    rows = json.loads(path.read_text())
+    assert len(found.examples) + sum(found.skipped.values()) == len(rows) == 300
+    assert set(found.skipped) <= {"longer than max_length 4096"}
+    calls = 0
+    for example in found.examples:
+        row = rows[int(example.id.partition("-")[0])]
+        for tool in json.loads(row["tools"]):
+            assert json.dumps(tool, ensure_ascii=False) in example.prompt_text
+        of_assistant = [t for t in row["conversations"] if t["from"] in ("gpt", "function_call")]
+        expected = of_assistant[0 if turn == "first" else -1]
+        text = tokenizer.decode(example.target_ids)
+        if expected["from"] == "gpt":
+            assert text == expected["value"] + "<|im_end|>"
+        else:
+            calls += 1
+            call = text.removeprefix("<tool_call>").removesuffix("</tool_call><|im_end|>")
+            assert json.loads(call) == json.loads(expected["value"])
+    assert (calls > 50) == (turn == "first")
+
+
 @pytest.mark.parametrize(
     ("name", "limit", "usable"),
-    # In a third of the tool-call rows the first reply is a call, which is no target text.
+    # In a third of the tool-call rows the first reply is a call, which this template leaves out.
     [("alpaca_en_demo.json", 100, 100), ("glaive_toolcall_en_demo.json", 40, 26)],
 )
 def test_instruction_data_of_other_shapes(shared, small_qwen, tmp_path, name, limit, usable):
@@ -157,6 +194,7 @@ def test_instruction_data_of_other_shapes(shared, small_qwen, tmp_path, name, li
         f"data.path={shared / 'data' / 'llamafactory' / name}",
         f"data.limit={limit}",
         f"data.max_skipped={1 - usable / limit}",
+        "evaluate.data=null",
         "generate.max_new_tokens=64",
         "train.epochs=1",
         "train.batch_size=16",

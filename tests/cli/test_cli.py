@@ -104,6 +104,7 @@ def test_plan_spends_nothing(tpaw_, config, monkeypatch, tmp_path):
     code, out, _ = tpaw_("plan", config)
     assert code == 0
     assert "24 examples, 10 held out; skipped: none" in out
+    assert "Layout: packed rows, in which responses share their prompt." in out
     assert [word for word in out.split() if word in ("24", "48", "72")][:3] == ["24", "24", "48"]
     assert "θ_2 θ_1 θ_0" in out
     question, answer = sums(1)[0].values()
@@ -463,3 +464,16 @@ def test_an_output_that_cannot_be_made_is_one_line(tpaw_, config, output):
     assert "Traceback" not in err
     assert err.splitlines()[-1].startswith("tpaw: ")
     assert output.rstrip("/") in err
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "status"])
+def test_an_edited_configuration_of_a_run_is_not_taken_for_its_own(
+    tpaw_, finished, tmp_path, command
+):
+    run, _ = finished
+    copy = shutil.copytree(run.root, tmp_path / "r")
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(text.replace("eta: 6.0", "eta: 1.0"))
+    code, _, err = tpaw_(command, copy)
+    assert code == 1
+    complains(err, copy / "config.yaml", "--set")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
-from builders import make_model, make_tokenizer, sums, write_jsonl
+from builders import make_model, make_tokenizer, save_model, sums, write_jsonl
 from datasets import Dataset
 from messages import refused
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from tpaw.config.schema import DataConfig
+from tpaw.config.schema import DataConfig, RunConfig
 from tpaw.data.examples import prepare_examples
+from tpaw.data.inputs import load_inputs, publish_inputs
+from tpaw.pipeline.preflight import read_inputs
 
 END = 4  # <|end|> in the tests' tokenizers
 
@@ -145,6 +147,31 @@ def test_options_of_a_question_with_an_answer(tmp_path, tokenizer):
     rows = [{**row, **OPTIONS["no thinking"]} for row in sums(2)]
     for example in prepare(tmp_path, tokenizer, *rows).examples:
         assert example.prompt_text.endswith("<|assistant|><think></think>")
+
+
+def test_a_run_keeps_the_prompts_with_their_options(settings, tokenizer, tmp_path):
+    """Generation, evaluation and a resumed run read inputs/, and `tpaw answer` reads the file."""
+    model = save_model(tmp_path / "m")
+    tokenizer.save_pretrained(model)
+    rows = [{**row, **OPTIONS["both"]} for row in sums(16)]
+    path = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    settings |= {"model": {"path": str(model)}, "data": {"path": path}, "max_length": 256}
+    settings["evaluate"] = {"data": {"path": path}}
+    config = RunConfig.load(settings)
+    publish_inputs(tmp_path / "inputs", read_inputs(config))
+    kept = load_inputs(tmp_path / "inputs", config)
+    again = prepare_examples(config.data, "data", kept.tokenizer, kept.stop_ids, 256).examples
+    rendered = [
+        kept.tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["question"]}],
+            tools=TOOLS,
+            enable_thinking=False,
+            add_generation_prompt=True,
+        )["input_ids"]
+        for row in rows
+    ]
+    for examples in (kept.examples, kept.heldout, again):
+        assert [example.prompt_ids.tolist() for example in examples] == rendered
 
 
 def test_the_rounds_of_a_conversation_with_tools(tmp_path, tokenizer):

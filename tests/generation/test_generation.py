@@ -11,6 +11,7 @@ import transformers
 from builders import SAMPLING, ignore, make_model
 from messages import refused, says
 
+import tpaw.generation.batching
 import tpaw.generation.continuous_batching
 import tpaw.generation.hf
 from tpaw.data.token_ids import token_ids
@@ -287,10 +288,16 @@ def test_a_model_that_cannot_share_batches_freely_answers_as_if_alone(kind, monk
     assert len(done) == {"mamba": 2, "rwkv": 7}.get(kind, 5)
 
 
+@pytest.mark.parametrize("free", [0, 10**9], ids=["too large for fp32", "in fp32"])
 @pytest.mark.parametrize("kind", SLOWER)
-def test_the_way_is_the_same_in_bf16(kind):
+def test_the_way_is_the_same_in_bf16(kind, free, monkeypatch):
+    monkeypatch.setattr(tpaw.generation.batching, "_free_memory", lambda device: free)
     model = build_slower(kind).to(torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert HFGenerator(model, 200).batching is SLOWER[kind][1]
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == before[name].dtype
+        assert torch.equal(tensor, before[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -57,7 +57,10 @@ REFUSED = {
         [{"prompt": "p", "chosen": [{"role": "assistant"}], "rejected": "x"}],
         ["the target is not text"],
     ),
-    "a prompt that is a message": ([{"prompt": {"role": "user"}, "completion": "c"}], ["not text"]),
+    "a prompt that is a message": (
+        [{"prompt": {"role": "user", "content": "u"}, "completion": "c"}],
+        ["the prompt is not text"],
+    ),
     "an earlier turn with half a pair": (
         [chat(("system", "\ud83d"), USER, ASSISTANT)],
         ["surrogate"],

@@ -100,3 +100,16 @@ def test_whatever_fails_in_a_folder_that_is_gone_fails_because_it_is_gone(tmp_pa
         list(zip([1], [], strict=True))
     with pytest.raises(ValueError, match="shorter"), locked(tmp_path / "lock"):
         list(zip([1], [], strict=True))
+
+
+def test_a_lock_file_that_changes_all_the_time_is_no_endless_loop(tmp_path, monkeypatch):
+    original = fcntl.flock
+
+    def flock(*arguments):
+        (tmp_path / "lock").unlink()
+        (tmp_path / "lock").touch()
+        original(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with refused(tmp_path / "lock"), locked(tmp_path / "lock"):
+        pass

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from builders import PAPER, arguments, make_model, train, triples
 from datasets import Dataset, DatasetDict
 from distributed_driver import turn_fsdp_on
-from messages import refused, says
+from messages import DIFFERENCE, refused, says
 
 from tpaw.objectives.base import ObjectiveNeeds
 from tpaw.objectives.tpaw import TeamObjective
@@ -40,6 +41,37 @@ def test_a_hugging_face_dataset_will_do_and_absent_columns_are_named(tmp_path):
             dataset.select_columns(["prompt_ids", "target_ids", "generated_ids"]),
             arguments(tmp_path),
         )
+
+
+def test_a_model_that_sees_what_it_must_predict_is_refused(tmp_path):
+    rows = triples(4, [make_model(seed=1)])
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.BertConfig(vocab_size=320, intermediate_size=48, **sizes)
+    with refused("bert", "not causal", hide=DIFFERENCE):
+        train(transformers.BertLMHeadModel(config), rows, arguments(tmp_path))
+
+
+def test_rope_that_depends_on_the_longest_row_is_refused_beyond_the_original_length(tmp_path):
+    rows = triples(4, [make_model(seed=1)])
+    longest = max(
+        len(row["prompt_ids"]) + len(row[key])
+        for row in rows
+        for key in ("target_ids", "generated_ids")
+    )
+    for limit in (longest, longest - 1):
+        model = make_model("llama", seed=1)
+        model.config.rope_parameters = {
+            "rope_type": "dynamic",
+            "rope_theta": 1e4,
+            "factor": 2.0,
+            "original_max_position_embeddings": limit,
+        }
+        model = type(model)(model.config)
+        if limit == longest:
+            train(model, rows, arguments(tmp_path, max_steps=1))
+        else:
+            with refused("dynamic", longest, limit):
+                train(model, rows, arguments(tmp_path))
 
 
 def test_any_optimizer_and_schedule_of_transformers(tmp_path):

@@ -173,6 +173,7 @@ def _load(sources: list[str], overrides: list[str], trust: bool) -> RunConfig:
     for file in files:
         run = RunDirectory(Path(file).parent)
         if run.has_begun():  # a run directory, or its config.yaml
+            run.load_config()  # refuses a configuration that was edited
             refuse_untrusted_code(config.model, run, trust=trust)
     return config
 

@@ -322,12 +322,14 @@ def _conversation(messages: Any, turn: str) -> Dialogue | Unusable:
     for message in prompt:
         if message.get("role") not in _ROLES:
             return Unusable(f"a turn has the unknown role {str(message.get('role'))[:30]!r}")
-        if problem := _problem("content of a message", message, may_be_empty=True):
+        if problem := _problem_of_message("content of a message", message, may_be_empty=True):
             return problem
     # The result of a tool may be empty.
-    if problem := _problem("prompt", prompt[-1], may_be_empty=prompt[-1]["role"] == "tool"):
+    if problem := _problem_of_message(
+        "prompt", prompt[-1], may_be_empty=prompt[-1]["role"] == "tool"
+    ):
         return problem
-    if problem := _problem("target", response):
+    if problem := _problem_of_message("target", response):
         return problem
     is_plain = response.keys() <= {"role", "content"}
     return Dialogue(prompt, response["content"] if is_plain else response, is_chat=True)
@@ -338,17 +340,23 @@ def _checked(prompt: Any, target: Any) -> Dialogue | Unusable:
     return problem or Dialogue(prompt, target, is_chat=False)
 
 
-def _problem(name: str, part: Any, *, may_be_empty: bool = False) -> Unusable | None:
-    """Why a text or a message cannot be used. A tool call needs no text."""
-    text = part.get("content") if isinstance(part, Mapping) else part
-    has_calls = isinstance(part, Mapping) and bool(part.get("tool_calls"))
-    if has_calls and text is None:
+def _problem_of_message(
+    name: str, message: Message, *, may_be_empty: bool = False
+) -> Unusable | None:
+    """Why a message cannot be used. A tool call needs no text."""
+    has_calls = bool(message.get("tool_calls"))
+    content = message.get("content")
+    if has_calls and content is None:
         return None
+    return _problem(name, content, may_be_empty=may_be_empty or has_calls)
+
+
+def _problem(name: str, text: Any, *, may_be_empty: bool = False) -> Unusable | None:
     if not isinstance(text, str):
         return Unusable(f"the {name} is not text")
     if not is_unicode(text):
         return Unusable(f"the {name} contains half of a surrogate pair")
-    if not (text.strip() or has_calls or may_be_empty):
+    if not (text.strip() or may_be_empty):
         return Unusable(f"the {name} is empty")
     return None
 

@@ -7,8 +7,11 @@ decoders of the BART family). RWKV mixes the prompts of a batch even if their le
 
 from __future__ import annotations
 
+import contextlib
 import enum
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -24,15 +27,19 @@ from tpaw.generation.generator import SamplingParams
 from tpaw.generation.padded_batches import generate_padded
 from tpaw.models.finite import non_finite
 
-# Lengths of the prompts of the trial. Padding is most of the shorter ones. A convolution that looks
-# back a few tokens looks beyond the shortest.
-TRIAL_LENGTHS = (24, 1, 6, 11)
+# Lengths of the prompts of the trial. Padding is most of the shorter ones. DeepSeek-V4 compresses
+# 128 tokens into one, so the longest has more; a convolution looks beyond the shortest.
+TRIAL_LENGTHS = (144, 1, 5, 20)
 TRIAL_STEPS = 4
 # Largest difference of the logits of a prompt in a batch from those of the prompt alone, relative
-# to the spread of the logits over the vocabulary. In fp32, right models gave 5e-6, wrong ones 3e-2
-# and more. In bf16, right ones gave 3e-2, wrong ones 0.4 and more, and rounding may now and then
-# choose another expert; so the median over all tokens counts there, in fp32 the largest value.
-TOLERANCE, LOW_PRECISION_TOLERANCE = 1e-2, 0.1
+# to the spread of the logits over the vocabulary. Right models gave up to 1e-5, wrong ones 3e-2 and
+# more.
+TOLERANCE = 1e-2
+# The same for the median over all tokens, where a model is too large to compute in fp32. Rounding
+# gave up to 6e-2 in bf16, and more where it chose another expert; wrong models gave 1e-1 and more.
+LOW_PRECISION_TOLERANCE = 0.1
+# Share of the free memory that the weights in fp32 may take.
+FREE_MEMORY_SHARE = 0.8
 
 
 class Batching(enum.Enum):
@@ -102,16 +109,50 @@ def _choose(model: PreTrainedModel) -> BatchingChoice:
 def _difference(model: PreTrainedModel, batching: Batching) -> str | None:
     """Say how the logits in a batch differ from those of each prompt alone; None if they agree."""
     try:
-        errors = _errors(model, batching)
+        with _in_fp32(model) as is_precise:
+            errors = _errors(model, batching)
     except NonFiniteError:
         if batching is Batching.WITHOUT_CACHE:
             raise  # the model is broken, and not only its padded batches
         return "NaN"
-    is_low = torch.finfo(model.dtype).eps > torch.finfo(torch.float32).eps
-    error = float(errors.median() if is_low else errors.max())
-    if error <= (LOW_PRECISION_TOLERANCE if is_low else TOLERANCE):
+    error = float(errors.max() if is_precise else errors.median())
+    if error <= (TOLERANCE if is_precise else LOW_PRECISION_TOLERANCE):
         return None
     return f"off by {error:.0%}"
+
+
+@contextlib.contextmanager
+def _in_fp32(model: PreTrainedModel) -> Iterator[bool]:
+    """Widen bf16 and fp16 weights for the time of the context, because rounding hides differences.
+
+    Yields:
+        Whether the model computes in fp32. It does not if the memory is too small.
+    """
+    rounded = [
+        (tensor, tensor.data)
+        for tensor in (*model.parameters(), *model.buffers())
+        if tensor.dtype in (torch.bfloat16, torch.float16)
+    ]
+    needed = sum(data.numel() * torch.float32.itemsize for _, data in rounded)
+    if needed > FREE_MEMORY_SHARE * _free_memory(model.device):
+        yield False
+        return
+    try:
+        for tensor, data in rounded:
+            tensor.data = data.float()
+        yield True
+    finally:
+        for tensor, data in rounded:
+            tensor.data = data
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:  # macOS does not tell
+        return sys.maxsize
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @torch.inference_mode()

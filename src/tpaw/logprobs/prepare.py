@@ -40,7 +40,7 @@ RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE = 2e-5, 1e-4
 # For the kernel that computes in bf16 alone. It checks for gross errors only.
 BF16_RELATIVE_TOLERANCE, BF16_ABSOLUTE_TOLERANCE = 0.02, 0.2
 
-# Most tokens of the long sequence of the trial; no multiple of a chunk length.
+# Most tokens of a sequence of the trial.
 LONG_TRIAL = 133
 
 PACKING_DISABLED = "Sequence packing is disabled for this model: {}. Training is about 2x slower."
@@ -140,8 +140,9 @@ class _Trial:
             for prompt in prompts
             for length in (4, 1, 3)
         ]
-        # Some models compute long sequences otherwise, in chunks for example.
-        length = min(longest, LONG_TRIAL)
+        # Some models compute long sequences otherwise, in chunks for example. An odd length is no
+        # multiple of a chunk.
+        length = (min(longest, LONG_TRIAL) - 1) // 2 * 2 + 1
         if length > max(len(prompt) + len(response) for prompt, response in self.sequences):
             prompt = self._random_ids(length - 3)
             self.sequences.append(TokenSequence(prompt, self._random_ids(3)))

@@ -33,6 +33,7 @@ def load_tokenizer(config: ModelConfig, folder: str | None = None) -> PreTrained
             revision=None if folder else config.revision,
             trust_remote_code=config.trust_remote_code,
         )
+        ids = tokenizer("a", add_special_tokens=False).input_ids
     except Exception as error:  # a damaged file makes transformers raise any type
         first_line = str(error).partition("\n")[0]
         raise InputError(
@@ -40,7 +41,7 @@ def load_tokenizer(config: ModelConfig, folder: str | None = None) -> PreTrained
             "files to the model"
         ) from None
     # For a folder without a tokenizer, transformers returns an empty one.
-    if not tokenizer("a", add_special_tokens=False).input_ids:
+    if not ids:
         raise InputError(
             f"model.path: {config.path}: its tokenizer encodes text to no tokens; add the "
             "tokenizer's files to the model"

@@ -16,6 +16,8 @@ from typing import IO
 
 from tpaw.errors import InputError, RunLockedError, StorageError, TpawError
 
+TRIES = 10
+
 # Lock files that this process holds, with device and inode.
 _held: dict[Path, tuple[int, int]] = {}
 
@@ -84,7 +86,7 @@ def now() -> str:
 
 @contextlib.contextmanager
 def _acquired(path: Path) -> Iterator[IO[str]]:
-    while True:
+    for _ in range(TRIES):
         with os.fdopen(_open(path), "a+", encoding="utf-8") as file:
             try:
                 # The kernel releases this lock when the process ends, even if it is killed.
@@ -103,6 +105,10 @@ def _acquired(path: Path) -> Iterator[IO[str]]:
             if path.exists() and _identity(path.lstat()) == _identity(os.fstat(file.fileno())):
                 yield file
                 return
+    raise InputError(
+        f"{path}: the file is replaced again and again, so it cannot be locked; choose a folder on "
+        "a local disk, or see docs/reference/run-directory.md"
+    )
 
 
 def _open(path: Path) -> int:
