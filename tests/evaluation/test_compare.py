@@ -14,6 +14,7 @@ from tpaw.evaluation.items import read_items, write_items
 from tpaw.statistics.over_items import mean_interval, wilson_interval
 from tpaw.storage.artifacts import publishing, read_manifest, write_json, write_manifest
 from tpaw.storage.run_directory import RunDirectory
+from tpaw.storage.seals import seal_text
 
 
 @pytest.fixture
@@ -305,8 +306,8 @@ def test_runs_with_other_items_or_budgets(compare, copies):
     edit(b.evaluation(4), "logps.jsonl", lambda i, item: {"id": "9-0"} if i == 9 else {})
     _, _, err = compare(a.root, b.root, code=2)
     complains(err, "target_logp", 10, 9)
-    text = b.config_file.read_text()
-    b.config_file.write_text(text.replace("max_new_tokens: 12", "max_new_tokens: 13"))
+    text = b.config_file.read_text().rpartition("# sha256")[0]
+    b.config_file.write_text(seal_text(text.replace("max_new_tokens: 12", "max_new_tokens: 13")))
     _, _, err = compare(a.root, b.root, code=2)
     complains(err, "accuracy", "max_new_tokens", 12, f"{a.root}@4", 13, f"{b.root}@4")
     (b.evaluation(4) / "exact_match.jsonl").unlink()
