@@ -226,7 +226,7 @@ def test_a_window_is_tried_although_the_trial_is_shorter_than_it(window, monkeyp
         return packed(*args, sliding_window=sliding_window - 3 + window, **kwargs)
 
     monkeypatch.setattr(tpaw.logprobs.attention, "packed_attention", other_window)
-    layout, notes = prepare_for_logprobs(model, 40)
+    layout, notes = prepare_for_logprobs(model, 60)
     assert (layout is PACKED_LAYOUT) == (notes == ()) == (window == 3)
     assert model.config.sliding_window == 40  # as before the trial
 
