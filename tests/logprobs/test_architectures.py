@@ -23,6 +23,7 @@ SOME = [
     "minimax",
     "nemotron",
     "qwen3_moe",
+    "recurrent_gemma",
     "reformer",
 ]
 

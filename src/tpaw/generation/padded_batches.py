@@ -123,6 +123,10 @@ def generate_padded(
     )
     check = _FiniteCheck()
     with torch.inference_mode():
+        if longest == 1:
+            # RecurrentGemma keeps a state in its modules, and takes a single token for the
+            # continuation of what it read last. A pass without a cache clears the state.
+            model(input_ids=input_ids.new_zeros((1, 2)).to(model.device), use_cache=False)
         output = model.generate(
             input_ids=input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),

@@ -124,6 +124,7 @@ class _Trial:
     """A few tokens, and their log-probs by the model's own forward, one sequence at a time.
 
     Attributes:
+        longest: tokens of the longest sequence that the model will get.
         sequences: of different lengths; some share their prompt.
         is_possible: false for a sharded model, which runs only once it is wrapped.
         expected_S: float64, in nats.
@@ -131,6 +132,7 @@ class _Trial:
 
     def __init__(self, model: Any, longest: int) -> None:
         self.model = model
+        self.longest = longest
         # From the configuration: LoRA and others put their own modules around the embeddings.
         self.vocabulary = model.config.get_text_config().vocab_size
         self._rng = np.random.default_rng(0)
@@ -170,6 +172,7 @@ class _Trial:
         try:
             alone = [self._logps(padded_batch([sequence])) for sequence in self.sequences]
             padded_S, continued_S = self._logps(rows), self._logps(continued)
+            self._run_in_training_mode()
         except torch.OutOfMemoryError:
             raise
         except (TypeError, ValueError, RuntimeError, LookupError, AssertionError) as error:
@@ -211,6 +214,18 @@ class _Trial:
             error = _difference(rounded_S, self.expected_S, *tolerances)
         return None if error is None else f"off {error}"
 
+    def _run_in_training_mode(self) -> None:
+        """The longest sequence, as training computes it. Some models then take fewer lengths."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        device = next(self.model.parameters()).device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            try:
+                self.model.train()
+                self._logps(padded_batch([self.sequences[-1]]))
+            finally:
+                for module, mode in modes:
+                    module.training = mode
+
     def _logps(self, batch: PackedBatch, in_bf16: bool = False) -> Tensor:
         device = next(self.model.parameters()).device
 
@@ -219,7 +234,7 @@ class _Trial:
 
         head = LogprobHead.attached_to(self.model)
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_bf16)
-        with torch.no_grad(), autocast, _narrow_windows(self.model):
+        with torch.no_grad(), autocast, _narrow_windows(self.model, self.longest):
             logps_S = response_logps(entered, send_to_device(batch, device), head)
         if head is not None:
             head.raise_if_changed()
@@ -239,12 +254,13 @@ class _Trial:
 
 
 @contextlib.contextmanager
-def _narrow_windows(model: nn.Module) -> Iterator[None]:
-    """Narrow each sliding window to 3 tokens, so that windows matter in the trial."""
+def _narrow_windows(model: nn.Module, longest: int) -> Iterator[None]:
+    """Narrow each sliding window that will matter to 3 tokens, so that it matters in the trial."""
     found: dict[int, Any] = {}
     for module in model.modules():
         for owner in (module, getattr(module, "config", None)):
-            if type(getattr(owner, "__dict__", {}).get("sliding_window")) is int:
+            window = getattr(owner, "__dict__", {}).get("sliding_window")
+            if type(window) is int and window < longest:
                 found[id(owner)] = owner
     windows = [owner.sliding_window for owner in found.values()]
     try:
