@@ -90,6 +90,7 @@ def run(
                 beta=settings.objective["lambda_"],
                 train_sampling_strategy="sequential",
                 precompute_ref_log_probs=True,
+                router_aux_loss_coef=0.0,  # ours has no such loss
                 max_length=None,
                 per_device_train_batch_size=micro_batch,
                 gradient_accumulation_steps=settings.batch // micro_batch,

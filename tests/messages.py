@@ -22,7 +22,7 @@ from tpaw.errors import InputError
 TESTS = Path(__file__).parent
 FILE = TESTS / "messages.yaml"
 # What differs between machines, or is worded by other libraries.
-DIFFERENCE = {"difference": re.compile(r"(?<=by )[\d.e-]+")}
+DIFFERENCE = {"difference": re.compile(r"(?<=by )[\d.e+-]+")}
 IN_BRACKETS = {"reason": re.compile(r"(?<=\().*(?=\))")}
 HEADER = "# What people are told, by test. Written by `make messages`; review its difference.\n"
 

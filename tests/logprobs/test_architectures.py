@@ -31,8 +31,8 @@ SOME = [
 def table():
     """Name -> the other cells of the row, and the text below the table."""
     rows, _, below = PAGE.read_text(encoding="utf-8").partition("| --- |")[2].partition("\n\n")
-    lines = [line.strip("| ").split(" | ") for line in rows.splitlines()[1:]]
-    return {name: [*(cell.strip() for cell in rest)] for name, *rest in lines}, below
+    lines = [line.split("|")[1:-1] for line in rows.splitlines()[1:]]
+    return {name.strip(): [cell.strip() for cell in rest] for name, *rest in lines}, below
 
 
 def test_every_architecture_has_a_row_and_none_is_wrong():

@@ -194,8 +194,10 @@ def test_a_head_learns_the_scale_and_the_cap_of_its_model(name, logit_map, dtype
         lambda logits: logits.clamp(max=4),
         lambda logits: logits * torch.nn.Parameter(torch.tensor(2.0)),  # training changes it
         lambda logits: logits[..., :-1],
+        lambda logits: logits + torch.linspace(0, 1, 320)[None],
+        lambda logits: logits.index_fill(2, torch.tensor([7]), -100),
     ],
-    ids=["shift", "absolute value", "clamp", "trained scale", "fewer logits"],
+    ids=["shift", "absolute value", "clamp", "trained scale", "fewer logits", "bias", "no image"],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_all_logits_are_held_if_a_model_changes_them_in_another_way(change, dtype, monkeypatch):
@@ -224,7 +226,7 @@ def test_a_window_is_tried_although_the_trial_is_shorter_than_it(window, monkeyp
         return packed(*args, sliding_window=sliding_window - 3 + window, **kwargs)
 
     monkeypatch.setattr(tpaw.logprobs.attention, "packed_attention", other_window)
-    layout, notes = prepare_for_logprobs(model, 40)
+    layout, notes = prepare_for_logprobs(model, 60)
     assert (layout is PACKED_LAYOUT) == (notes == ()) == (window == 3)
     assert model.config.sliding_window == 40  # as before the trial
 

@@ -15,7 +15,7 @@ from tpaw.report.figures import draw_figures
 from tpaw.report.study import sentences, study_report, study_tables
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.selfplay import self_play
-from tpaw.storage.artifacts import verify, write_json
+from tpaw.storage.artifacts import describe_file, verify, write_json, write_manifest
 from tpaw.storage.run_directory import RunDirectory, open_run
 from tpaw.study.analysis import analyse
 from tpaw.study.config import read_study
@@ -283,7 +283,13 @@ def test_a_curve_has_no_point_that_is_the_mean_of_fewer_steps(write, tmp_path):
     log.parent.mkdir(parents=True)
     steps = [(4, -1.0), (8, -2.0), (9, 5.0)]
     log.write_text("".join(json.dumps({"step": s, "rewards/target": r}) + "\n" for s, r in steps))
+    checkpoint = RunDirectory(run.folder).checkpoint(run.config.iterations)
+    checkpoint.mkdir()
+    entry = describe_file(log.parent, log)
+    write_manifest(checkpoint, {"training_log": entry})
     assert list(_curve(run)) == [[4, -1.0], [8, -2.0]]
+    log.write_text(log.read_text().replace("-1.0", "-1.5"))
+    assert list(_curve(run)) == []  # edited: a wrong curve is worse than none
 
 
 def test_figures_name_every_condition_and_are_the_same_each_time(analysed, tmp_path):

@@ -114,6 +114,11 @@ class LogprobHead:
         self._is_probed = True
         try:
             found = model(input_ids=ids, use_cache=False).logits
+        except (RuntimeError, IndexError) as error:
+            # The model expects logits of another shape. Memory that runs out is another matter.
+            if type(error) not in (RuntimeError, IndexError):
+                raise
+            raise HeadChangedError(_CHANGED) from error
         finally:
             self._is_probed = False
         if found.shape != _PROBE.shape or found.requires_grad:

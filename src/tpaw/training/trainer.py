@@ -94,6 +94,7 @@ class TeamTrainer(Trainer):
         ValueError: a row of the dataset cannot be trained on (see `CheckedRows`); `start_column` is
             not one of its players; or an argument has no effect here.
         PolicyMismatchError: see `start_column`.
+        InputError: the model cannot be used; see `prepare_for_logprobs`.
         DivergenceError: a log-prob of the policy is NaN or infinite.
     """
 
