@@ -46,6 +46,10 @@ REFUSED = {
     "a long prompt": ([{**ONE[0], "question": "1 " * 200}], ["longer than max_length 128: 1"]),
     "an empty target": ([{**ONE[0], "answer": " "}], ["the target is empty: 1"]),
     "a target of end-of-sequence": ([{**ONE[0], "answer": "<|end|>"}], ["end-of-sequence token"]),
+    "a plain target of end-of-sequence": (
+        [{"prompt": "p", "completion": "<|end|>"}],
+        ["the target is empty", "end-of-sequence token: 1"],
+    ),
     "half a surrogate pair": ([{**ONE[0], "answer": "\ud83d"}], ["surrogate"]),
     "a raw NUL": ('{"question": "a\0", "answer": "b"}', ["line 1", "control character"]),
     "UTF-16": ('{"question": "q", "answer": "b"}'.encode("utf-16"), ["UTF-8"]),

@@ -214,7 +214,7 @@ def test_training_goes_on_from_the_saved_step_and_logs_each_step_once(
     run = stopped_in_step(2, config, tmp_path / "r", monkeypatch)
     saved = run.last_saved_step(1)
     assert saved.name == "checkpoint-2"
-    before = lines_of(run.training_log(1))
+    before = run.training_log(1).read_bytes()
     # As after a kill: a step was logged that no saved step knows of, and training took long.
     with run.training_log(1).open("a") as file:
         file.write(json.dumps({"step": 3, "loss": 9.0}) + "\n")
@@ -232,7 +232,7 @@ def test_training_goes_on_from_the_saved_step_and_logs_each_step_once(
     assert len(micro_batches) == 2  # the third step's
     lines = lines_of(run.training_log(1))
     assert [line["step"] for line in lines] == [1, 2, 3]
-    assert lines[:2] == before
+    assert run.training_log(1).read_bytes().startswith(before)
     assert lines[2]["loss"] != 9.0
     assert 1000 < read_manifest(run.checkpoint(1))["seconds"] < 1100
 

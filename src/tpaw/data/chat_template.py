@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ENDS_EARLY = Unusable("an end-of-sequence token within the target")
+_EMPTY = Unusable("the target is empty but for an end-of-sequence token")
 _REWRITES = Unusable(
     "the chat template renders the prompt differently if a response follows it",
     "if the chat template opens the response with a token of its own, such as <think>, set "
@@ -194,6 +195,8 @@ class ChatFormat:
                 target_ids.append(int(self.tokenizer.eos_token_id))
             if self._end(target_ids) != len(target_ids):
                 return _ENDS_EARLY
+            if len(target_ids) == 1:
+                return _EMPTY
         else:
             if not self.stop_ids.intersection(target_ids):
                 if rendered.is_call:

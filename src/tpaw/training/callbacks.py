@@ -115,4 +115,5 @@ def _json_line(entry: dict[str, Any]) -> str:
     readable = {
         k: repr(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()
     }
-    return json.dumps(readable) + "\n"
+    # Sorted, as in the saved state: a resumed run writes the same bytes.
+    return json.dumps(readable, sort_keys=True) + "\n"
