@@ -196,9 +196,11 @@ def test_a_lost_record_of_the_initial_player_is_not_made_anew(finished, tmp_path
     assert not copy.initial_player_file.exists()
     edited = content.replace('"revision": null', '"revision": "main"')
     assert edited != content
-    copy.initial_player_file.write_text(edited)
-    with refused(copy.initial_player_file, error=ArtifactError):
-        self_play(config, copy.root)
+    for damaged in (edited, "{}", "[]"):
+        copy.initial_player_file.write_text(damaged)
+        with refused(copy.initial_player_file, error=ArtifactError):
+            self_play(config, copy.root)
+        assert copy.initial_player_file.read_text() == damaged
 
 
 def test_a_folder_that_goes_away_is_said_and_nothing_takes_its_place(
