@@ -25,7 +25,7 @@ def _(x):
     everywhere(x, model, "pickle")
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
         run = x.copy("stopped")
-        folder = next(run.glob("iterations/2/training/checkpoint-*"))
+        folder = max(run.glob("iterations/2/training/checkpoint-*/manifest.json")).parent
         (folder / name).write_bytes(evil)
         manifest = json.loads((folder / "manifest.json").read_text())
         manifest["files"] = [f for f in manifest["files"] if f["path"] != name]
@@ -34,11 +34,8 @@ def _(x):
         )
         (folder / "manifest.json").write_text(json.dumps(manifest))
         outcome = x.tpaw("run", run)
-        x.refused(
-            outcome,
-            "" if name == "training_args.bin" else name,
-            code=(0, 1) if name == "training_args.bin" else 1,
-        )
+        read = name != "training_args.bin"
+        x.refused(outcome, folder.name if read else "", code=1 if read else (0, 1))
     if touched.exists():
         raise Fail("code was run")
     x.refused(x.tpaw("plan", x.tiny, f"model.path={model}", "model.allow_pickle=true"), code=(0, 2))

@@ -34,11 +34,7 @@ def _(x):
     """a column is missing"""
     refuses(x, [{"promt": "p", "complete": "c"}], "promt", "did you mean prompt")
     refuses(
-        x,
-        pairs(3),
-        "answr",
-        "available",
-        more=("data.columns={prompt: prompt, completion: answr}",),
+        x, pairs(3), "answr", "available", more=("data.columns={prompt: prompt, target: answr}",)
     )
 
 
