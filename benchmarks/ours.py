@@ -69,17 +69,19 @@ def by_triple(
 
 
 def score(
-    model: PreTrainedModel,
+    model: PreTrainedModel | ScoringModel,
     sequences: Sequence[TokenSequence],
     *,
     bf16: bool = False,
     tokens_per_row: int = DEFAULT_VARIANT["tokens_per_row"],
 ) -> NDArray[np.float64]:
     """log π(y|x) of each sequence, in order."""
-    return score_sequences(_prepared(model, bf16), sequences, tokens_per_row=tokens_per_row)
+    scorer = model if isinstance(model, ScoringModel) else prepared(model, bf16)
+    return score_sequences(scorer, sequences, tokens_per_row=tokens_per_row)
 
 
-def _prepared(model: PreTrainedModel, bf16: bool) -> ScoringModel:
+def prepared(model: PreTrainedModel, bf16: bool) -> ScoringModel:
+    """The model, ready to score; a run does this once for each model that it loads."""
     layout, _ = prepare_for_logprobs(model, model.config.max_position_embeddings)
     return ScoringModel(model, layout, Precision(next(model.parameters()).device.type, bf16))
 
@@ -102,7 +104,7 @@ def score_into(
         store,
         stage,
         {sequence_key(sequence): sequence for sequence in sequences},
-        lambda: _prepared(model, bf16),
+        lambda: prepared(model, bf16),
         config=ScoreConfig(**DEFAULT_VARIANT),
         on_done=counted.append,
     )

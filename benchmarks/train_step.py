@@ -6,9 +6,9 @@ steps of both on one batch are compared first; where they differ, nothing is tim
 
 Timed are the reference log-probs of all 2N sequences, from ids in memory to log-probs in the
 dataset, and N triples of training, from the first batch's collation to the last update. Not timed:
-making the model and the trainer, tokenising, TRL's hash of the weights. Ours is swept over its ways
-of cutting work, and TRL over 1, 2, 4 and 8 pairs in a micro-batch; "TRL, best of each" takes its
-best setting for scoring and its best for training.
+making the model and the trainer, trying the model before it is used, tokenising, TRL's hash of the
+weights. Ours is swept over its ways of cutting work, and TRL over 1, 2, 4 and 8 pairs in a
+micro-batch; "TRL, best of each" takes its best setting for scoring and its best for training.
 
 Memory is measured in processes of their own (memory.py). To see what the vocabulary does to it,
 and time nothing:
@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 from workload import LogpsPair, Shape, Triple, make_model, make_triples, shape_named, useful_tokens
 
 from tpaw.data.token_ids import TokenSequence
+from tpaw.scoring.score import ScoringModel
 
 AS_PEOPLE_RUN_IT = 8
 SWEPT = (1, 2, 4, AS_PEOPLE_RUN_IT)
@@ -61,7 +62,10 @@ class Case:
 
 
 def score_ours(
-    model: PreTrainedModel, triples: Sequence[Triple], bf16: bool, variant: Mapping[str, int]
+    model: PreTrainedModel | ScoringModel,
+    triples: Sequence[Triple],
+    bf16: bool,
+    variant: Mapping[str, int],
 ) -> LogpsPair:
     """The log-probs of both responses under the one player."""
     sequences = [
@@ -76,9 +80,10 @@ def run_ours(
 ) -> Timing:
     """Score and train a copy of the model."""
     model = copy.deepcopy(base)
+    scorer = ours.prepared(model, settings.bf16)
     synchronize(model.device)
     began = time.perf_counter()
-    logps = score_ours(model, work, settings.bf16, variant)
+    logps = score_ours(scorer, work, settings.bf16, variant)
     seconds = time.perf_counter() - began
     return Timing(seconds, ours.train(model, work, logps, settings, **variant).seconds)
 

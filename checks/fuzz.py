@@ -469,7 +469,7 @@ def judged(code, text):
         return "hang"
     if "Traceback (most recent call last)" in text:
         return "traceback"
-    if not 0 <= code <= 3:
+    if not 0 <= code <= 4:
         return f"exit {code}"
     if re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", text):
         return "escape"

@@ -32,6 +32,7 @@ from tpaw.report.summary import summarise
 from tpaw.selfplay import self_play
 from tpaw.storage.artifacts import describe_file, read_json, write_manifest
 from tpaw.storage.run_directory import RunDirectory, restart_iteration
+from tpaw.storage.seals import seal_facts
 from tpaw.training.callbacks import Recorder
 from tpaw.training.trainer import TeamTrainer
 
@@ -186,7 +187,8 @@ def test_a_metric_that_is_not_finite_is_read(finished, tmp_path):
     copy.training_log(2).write_text("".join(json.dumps(line) + "\n" for line in lines))
     manifest = copy.checkpoint(2) / "manifest.json"
     entry = describe_file(copy.training_log(2).parent, copy.training_log(2))
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"training_log": entry}))
+    changed = seal_facts(json.loads(manifest.read_text()) | {"training_log": entry})
+    manifest.write_text(json.dumps(changed))
     summary = summarise(copy, config)
     assert math.isnan(summary["players"][2]["training"]["rewards/target"])
 

@@ -173,6 +173,21 @@ def test_a_manifest_that_names_a_file_outside_of_its_folder_is_refused(tmp_path,
         ShardedArtifact(folder)
 
 
+@pytest.mark.parametrize("manifest", ["manifest.json", "manifest.partial.json"])
+def test_a_manifest_whose_values_were_changed_is_named(tmp_path, manifest):
+    shards = ShardedArtifact(tmp_path / "a")
+    shards.publish("0.txt", lambda path: path.write_text("x"), rows=12)
+    if manifest == "manifest.json":
+        shards.complete({"seconds": 3.5})
+    path = tmp_path / "a" / manifest
+    content = json.loads(path.read_text())
+    assert ShardedArtifact(tmp_path / "a").entries[0]["rows"] == 12
+    content["files"][0]["rows"] = {"12": 13}
+    path.write_text(json.dumps(content))
+    with refused(path, error=ArtifactError):
+        ShardedArtifact(tmp_path / "a")
+
+
 def test_a_value_that_a_manifest_lacks_is_named(tmp_path):
     manifest = read_manifest(publish(tmp_path / "x"))
     with refused(tmp_path / "x" / MANIFEST, "'seconds'", error=ArtifactError):

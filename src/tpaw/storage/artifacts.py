@@ -24,6 +24,7 @@ from typing import Any
 from tpaw.errors import ArtifactError, InputError, RunLockedError, StorageError
 from tpaw.runtime.progress import OnDone, ignore
 from tpaw.storage.lock import check_held
+from tpaw.storage.seals import SEAL, are_intact, seal_facts
 
 MANIFEST = "manifest.json"
 PARTIAL_MANIFEST = "manifest.partial.json"
@@ -165,7 +166,7 @@ def write_manifest(folder: Path, meta: Mapping[str, Any]) -> None:
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         flush(path)
         entries.append(describe_file(folder, path))
-    write_json(folder / MANIFEST, {"files": entries, **meta})
+    write_json(folder / MANIFEST, seal_facts({"files": entries, **meta}))
 
 
 def describe_file(folder: Path, path: Path) -> dict[str, Any]:
@@ -217,6 +218,13 @@ def read_files(manifest_path: Path) -> list[Facts]:
 
 def _read_manifest(manifest_path: Path) -> Facts:
     manifest = read_facts(manifest_path)
+    # Manifests of format 1 have no seal.
+    if are_intact(manifest) is False:
+        raise ArtifactError(
+            f"{manifest_path}: damaged: its content differs from what was written; restore it "
+            "from a backup"
+        )
+    manifest.pop(SEAL, None)
     try:
         entries = [Facts(manifest_path, entry) for entry in manifest.get("files", ())]
         known = "files" in manifest and all(
@@ -378,11 +386,11 @@ class ShardedArtifact:
         check_held(self.folder)
         if not self._path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self._path, self._manifest)
+            self._write_manifest()
         write_file(self.folder / name, write)
         entry = describe_file(self.folder, self.folder / name) | facts
         self._manifest["files"].append(Facts(self._path, entry))
-        write_json(self._path, self._manifest)
+        self._write_manifest()
 
     def complete(self, meta: Mapping[str, Any]) -> None:
         """Mark the artifact as complete.
@@ -391,11 +399,14 @@ class ShardedArtifact:
             meta: values to store in the manifest.
         """
         self._manifest |= meta
-        write_json(self._path, self._manifest)
+        self._write_manifest()
         os.replace(self._path, self.folder / MANIFEST)
         flush(self.folder)
         self._path = self.folder / MANIFEST
         self.is_complete = True
+
+    def _write_manifest(self) -> None:
+        write_json(self._path, seal_facts(self._manifest))
 
 
 def remove_temporaries(folder: Path) -> None:

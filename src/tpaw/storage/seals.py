@@ -1,4 +1,4 @@
-"""Seals: a checksum inside a file, for single files that no manifest lists.
+"""Seals: a checksum inside a file, for manifests and for single files that no manifest lists.
 
 A sealed file is written whole, so its content and its checksum never disagree after a crash.
 """
@@ -10,19 +10,20 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-_KEY = "sha256"
+SEAL = "sha256"
+"""The key of the checksum in a JSON mapping."""
 _LINE = "# sha256 of the lines above: "
 
 
 def seal_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Add the checksum of a JSON mapping as its last key."""
-    plain = {key: value for key, value in facts.items() if key != _KEY}
-    return plain | {_KEY: _hash_of(plain)}
+    plain = {key: value for key, value in facts.items() if key != SEAL}
+    return plain | {SEAL: _hash_of(plain)}
 
 
 def are_intact(facts: Mapping[str, Any]) -> bool | None:
     """Whether a sealed mapping is as it was written; None if it has no seal."""
-    if _KEY not in facts:
+    if SEAL not in facts:
         return None
     return bool(facts == seal_facts(facts))
 
