@@ -6,7 +6,7 @@ BIN := .venv/bin
 PARALLEL := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 READY := .venv/.installed
 
-.PHONY: architectures demo test quick messages fuzz lowest check format lint types starter clean
+.PHONY: architectures demo faults test quick messages fuzz lowest check format lint types starter clean
 
 demo: $(READY)  ## The starter: four iterations of self-play, ending with the table.
 	$(BIN)/tpaw run starter --output runs/starter
@@ -24,6 +24,9 @@ messages: $(READY)  ## Write tests/messages.yaml anew, what people are told; rev
 
 fuzz: $(READY)  ## 2,000 mutated files through the command line; the inputs that fail are kept in fuzz/.
 	$(BIN)/python checks/fuzz.py --count 2000 -o fuzz
+
+faults: $(READY)  ## Kill runs, fill disks, damage files and give bad input, by the command line.
+	$(BIN)/python checks/faults
 
 architectures: $(READY)  ## Check every architecture of docs/reference/models.md; about ten minutes.
 	$(BIN)/python checks/architectures.py

@@ -477,3 +477,35 @@ def test_an_edited_configuration_of_a_run_is_not_taken_for_its_own(
     code, _, err = tpaw_(command, copy)
     assert code == 1
     complains(err, copy / "config.yaml", "--set")
+
+
+@pytest.mark.parametrize("content", ["", "{}", "\0", None])
+def test_a_damaged_configuration_of_a_run_is_named(tpaw_, finished, tmp_path, content):
+    run, _ = finished
+    copy = shutil.copytree(run.root, tmp_path / "r")
+    (copy / "config.yaml").unlink()
+    if content is not None:
+        (copy / "config.yaml").write_text(content)
+    for command in ("run", "plan", "status"):
+        code, _, err = tpaw_(command, copy)
+        assert code == 1
+        complains(err, copy / "config.yaml", "restore it")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("unable to mmap 16 bytes from file <x>: Cannot allocate memory (12)"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_memory_that_runs_out_while_a_model_is_loaded_is_one_line(
+    tpaw_, config, monkeypatch, error
+):
+    monkeypatch.setattr(tpaw.selfplay, "self_play", fails_with(error))
+    code, _, err = tpaw_("run", config)
+    assert code == 1
+    assert "Traceback" not in err
+    complains(err, "memory has run out", str(error) or "MemoryError")

@@ -363,6 +363,11 @@ def test_pickled_weights_need_permission(settings, tmp_path):
     check_model(allowed, is_trained=True)
     model = load_model(player, allowed, dtype=torch.float32, device=CPU)
     assert torch.equal(model.lm_head.weight, make_model("llama").lm_head.weight)
+    code = b"cposix\nsystem\n(S'touch %s'\ntR." % bytes(tmp_path / "touched")
+    (folder / "pytorch_model.bin").write_bytes(code)
+    with refused(folder, "not run"):
+        load_model(player, allowed, dtype=torch.float32, device=CPU)
+    assert not (tmp_path / "touched").exists()
 
 
 @pytest.mark.parametrize("header", ["[]", '{"x": []}', '{"x": {"data_offsets": 3}}'])

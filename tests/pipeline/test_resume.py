@@ -30,7 +30,7 @@ from tpaw.errors import (
 from tpaw.models.references import find_checkpoint
 from tpaw.report.summary import summarise
 from tpaw.selfplay import self_play
-from tpaw.storage.artifacts import describe_file, read_json
+from tpaw.storage.artifacts import describe_file, read_json, write_manifest
 from tpaw.storage.run_directory import RunDirectory, restart_iteration
 from tpaw.storage.seals import seal_facts
 from tpaw.training.callbacks import Recorder
@@ -119,6 +119,12 @@ def test_a_saved_step_that_is_damaged_is_refused_too(settings, tmp_path):
     state.write_bytes(content)
     with refused("checkpoint-1/optimizer.pt", error=ArtifactError):
         self_play(config, tmp_path / "r", stop)
+    # With a checksum that fits, as somebody else can write it: torch does not run it.
+    state.write_bytes(b"cposix\nsystem\n(S'touch %s'\ntR." % bytes(tmp_path / "touched"))
+    write_manifest(saved, {"seconds": 1.0})
+    with refused("checkpoint-1", "--restart-iteration 1", error=ArtifactError):
+        self_play(config, tmp_path / "r", stop)
+    assert not (tmp_path / "touched").exists()
 
 
 def test_a_lost_manifest_is_named_and_nothing_is_redone_over_it(finished, tmp_path):
@@ -198,9 +204,11 @@ def test_a_lost_record_of_the_initial_player_is_not_made_anew(finished, tmp_path
     assert not copy.initial_player_file.exists()
     edited = content.replace('"revision": null', '"revision": "main"')
     assert edited != content
-    copy.initial_player_file.write_text(edited)
-    with refused(copy.initial_player_file, error=ArtifactError):
-        self_play(config, copy.root)
+    for damaged in (edited, "{}", "[]"):
+        copy.initial_player_file.write_text(damaged)
+        with refused(copy.initial_player_file, error=ArtifactError):
+            self_play(config, copy.root)
+        assert copy.initial_player_file.read_text() == damaged
 
 
 def test_a_folder_that_goes_away_is_said_and_nothing_takes_its_place(

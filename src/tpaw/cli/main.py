@@ -13,7 +13,8 @@ import tpaw
 from tpaw.cli.evaluate import app as evaluate_app
 from tpaw.cli.run import app as run_app
 from tpaw.cli.study import app as study_app
-from tpaw.errors import StorageError, TpawError, for_terminal
+from tpaw.errors import MemoryShortageError, StorageError, TpawError, for_terminal
+from tpaw.runtime.memory import first_line, is_out_of_memory
 from tpaw.storage.failures import storage_failure
 
 app = typer.Typer(
@@ -70,6 +71,11 @@ def _expected(error: Exception) -> TpawError | None:
         return error
     if (failure := storage_failure(error, os.curdir)) is not None:
         return StorageError(f"{failure}. Correct the cause, then run the same command again.")
+    if is_out_of_memory(error):  # where no setting decides how much is needed
+        return MemoryShortageError(
+            f"memory has run out ({first_line(error)}); free some memory or use a machine with "
+            "more, then run the same command again. Published files are kept."
+        )
     if isinstance(error, OSError):  # libraries that reach for a network or a file
         return TpawError(str(error))
     return None

@@ -167,14 +167,15 @@ def _load(sources: list[str], overrides: list[str], trust: bool) -> RunConfig:
         str(run.config_file) if run.has_begun() else source
         for source, run in zip(sources, runs, strict=True)
     ]
+    # Run directories, also where their config.yaml is named.
+    used = [run for run in (RunDirectory(Path(file).parent) for file in files) if run.has_begun()]
+    for run in used:
+        run.load_config()  # refuses a configuration that is damaged or was edited
     config = RunConfig.load(*files, overrides=overrides)
     for suite in config.evaluate.suites:
         load_suite(suite, trust=trust, setting="evaluate.suites")
-    for file in files:
-        run = RunDirectory(Path(file).parent)
-        if run.has_begun():  # a run directory, or its config.yaml
-            run.load_config()  # refuses a configuration that was edited
-            refuse_untrusted_code(config.model, run, trust=trust)
+    for run in used:
+        refuse_untrusted_code(config.model, run, trust=trust)
     return config
 
 

@@ -44,17 +44,17 @@ def initial_player(config: ModelConfig, record: Path, *, may_record: bool = True
             f"{record}: damaged or edited: its checksum does not fit; restore it from a backup"
         )
     path = resolve_path(config.path)
-    if recorded and recorded["revision"] is None and not Path(path).is_dir():
+    if recorded is not None and recorded["revision"] is None and not Path(path).is_dir():
         # Later iterations do not need θ_0. `load_model` reports an iteration that does.
         return Player(0, path, recorded["fingerprint"])
     # A branch may have moved since the run began, so resume with the recorded commit.
     commit = config.revision
-    if recorded and recorded["path"] == config.path:
+    if recorded is not None and recorded["path"] == config.path:
         commit = recorded["revision"]
     folder, revision = locate(config, commit)
     weights = weights_hash(folder)
     player = Player(0, str(folder), fingerprint(folder, weights))
-    if recorded:
+    if recorded is not None:
         # Earlier versions recorded the hash of the weights alone.
         if recorded["fingerprint"] not in (player.fingerprint, weights):
             raise InputError(

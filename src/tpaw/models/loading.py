@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING
@@ -33,7 +34,8 @@ def load_model(
         device: device of the weights.
 
     Raises:
-        InputError: the player's folder does not exist.
+        InputError: the player's folder does not exist, or its pickled weights contain more than
+            tensors.
         ArtifactError: some of the model's weights are missing from the folder.
     """
     from transformers import AutoModelForCausalLM
@@ -43,14 +45,20 @@ def load_model(
             f"{player.path}: the folder does not exist, but θ_{player.index} is needed; restore "
             "it, or for θ_0 set model.path"
         )
-    model, report = AutoModelForCausalLM.from_pretrained(
-        player.path,
-        dtype=dtype,
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-        use_safetensors=None if config.allow_pickle else True,
-        output_loading_info=True,
-    )
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            player.path,
+            dtype=dtype,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=None if config.allow_pickle else True,
+            output_loading_info=True,
+        )
+    except pickle.UnpicklingError:  # torch runs no code from it
+        raise InputError(
+            f"{player.path}: its pickled weights are damaged, or contain code, which was not run; "
+            "use another model"
+        ) from None
     # transformers initializes missing weights at random and only warns about it.
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])

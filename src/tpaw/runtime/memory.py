@@ -36,11 +36,15 @@ def memory_limited_by(setting: str, value: int) -> Iterator[None]:
     except (MemoryError, RuntimeError, OSError) as error:
         if not is_out_of_memory(error):
             raise
-        first_line = str(error).partition("\n")[0] or type(error).__name__
         raise MemoryShortageError(
-            f"{setting}: {value}: memory has run out ({printable(first_line)}); lower {setting} "
+            f"{setting}: {value}: memory has run out ({first_line(error)}); lower {setting} "
             "and run the same command again. Finished work is kept."
         ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type if it has none."""
+    return printable(str(error).partition("\n")[0] or type(error).__name__)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from tpaw.config.schema import ObjectiveConfig, RunConfig, at_iteration
 from tpaw.data.inputs import Inputs
-from tpaw.errors import DivergenceError
+from tpaw.errors import ArtifactError, DivergenceError
 from tpaw.objectives.base import Objective
 from tpaw.objectives.tpaw import TeamObjective
 from tpaw.runtime.interrupt import StopSignal
@@ -103,6 +104,7 @@ def train_iteration(
 
     Raises:
         Interrupted: a stop was asked for; the step is saved.
+        ArtifactError: the saved step contains pickled code.
         DivergenceError: the policy's log-probs or weights are NaN or infinite.
     """
     resume_from = iteration.last_saved_step()
@@ -147,6 +149,12 @@ def _with_advice(iteration: Iteration) -> Iterator[None]:
         raise DivergenceError(
             f"Training of θ_{iteration.number} diverged: {error}. Lower train.learning_rate and "
             f"run `tpaw run {iteration.run_root} --restart-iteration {iteration.number}`."
+        ) from None
+    except pickle.UnpicklingError:  # torch runs no code from it
+        raise ArtifactError(
+            f"{iteration.last_saved_step()}: a file of this saved step contains what tpaw never "
+            "writes, and it may be harmful; it was not run. If you trust the rest of the run, run "
+            f"`tpaw run {iteration.run_root} --restart-iteration {iteration.number}`."
         ) from None
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from builders import sums, write_jsonl
+from builders import make_model, sums, write_jsonl
 from judge_server import longer
 from messages import complains, refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -181,6 +181,14 @@ def test_conversations_are_told_whole(model_folder, tmp_path):
     data = write_jsonl(tmp_path / "chat.jsonl", [{"messages": chat}, {"messages": alone}])
     found = outputs(answer(model_folder, data, tmp_path / "o"))
     assert [row["instruction"] for row in found] == ["system: Be brief.\n\nuser: Who?", "Alone?"]
+
+
+def test_a_tokenizer_of_another_model_is_refused(model_folder, heldout_file, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "mixed")
+    make_model(vocab_size=20).save_pretrained(folder)
+    with refused("model.path", folder, "the model has 20 tokens"):
+        answer(folder, heldout_file, tmp_path / "o", greedy=True)
+    assert not (tmp_path / "o").exists()
 
 
 def test_rows_that_are_skipped_shift_nothing(model_folder, tmp_path):

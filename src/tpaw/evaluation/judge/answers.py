@@ -19,7 +19,7 @@ from tpaw.evaluation.judge.outputs import OUTPUTS
 from tpaw.generation.generator import SamplingParams
 from tpaw.generation.hf import hf_opener
 from tpaw.generation.responses import Response, generate_responses, read_responses
-from tpaw.models.checks import check_model
+from tpaw.models.checks import check_model, check_vocabulary
 from tpaw.models.loading import load_model, pick_device
 from tpaw.models.references import Checkpoint, find_checkpoint
 from tpaw.models.tokenizers import load_tokenizer, stop_token_ids
@@ -32,7 +32,7 @@ from tpaw.storage.artifacts import is_published, own_folder, read_manifest, writ
 from tpaw.storage.run_directory import environment
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 KEY = "evaluate.data"
 
@@ -69,10 +69,11 @@ def answer_rows(
     """
     watch = Watch(stop)
     checkpoint = find_checkpoint(reference, trust=trust)
-    config, source = _configured(checkpoint, data, overrides)
+    config, source, found = _configured(checkpoint, data, overrides)
     tokenizer, stop_ids = _tokenizer(checkpoint, config)
     with watch.progress("read and tokenize", None, "records") as on_done:
         prepared = prepare_examples(source, KEY, tokenizer, stop_ids, config.max_length, on_done)
+    check_vocabulary(config.model, found, max(int(e.prompt_ids.max()) for e in prepared.examples))
     note(f"{len(prepared.examples):,} prompts; skipped: {prepared.skipped or 'none'}")
     params = SamplingParams.of(config.generate, config.max_length, stop_ids)
     if greedy:
@@ -91,8 +92,11 @@ def answer_rows(
 
 def _configured(
     checkpoint: Checkpoint, data: str | None, overrides: Sequence[str]
-) -> tuple[RunConfig, DataConfig]:
-    """Return the configuration, with the checkpoint as its model, and the data with the prompts."""
+) -> tuple[RunConfig, DataConfig, PreTrainedConfig]:
+    """Return the configuration, with the checkpoint as its model, the prompts' data, and the model.
+
+    The model is given by its config.json.
+    """
     given: dict[str, Any] = {}
     sources: list[str] = []
     if checkpoint.run is None:
@@ -117,9 +121,9 @@ def _configured(
     model = config.model.model_copy(update={"path": checkpoint.player.path, "revision": None})
     config = config.model_copy(update={"model": model})
     pick_device(config.device)
-    check_model(config.model, config.max_length)
+    found = check_model(config.model, config.max_length)
     assert config.evaluate.data is not None
-    return config, config.evaluate.data
+    return config, config.evaluate.data, found
 
 
 def _tokenizer(
