@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 from bench import STARTER, Fail, everywhere, row, small_suite, write_sealed
@@ -357,8 +358,11 @@ def _(x):
             }
         )
     )
-    outcome = x.tpaw("study", study, "-o", out)
-    x.refused(outcome, code=(0, 1, 2))
+    child = x.start("study", study, "-o", out)
+    child.until(lambda: len(list(out.glob("runs/*/*/iterations"))) == 1)
+    child.send(signal.SIGTERM)
+    x.refused(x.sound(child.wait()), code=143)
+    x.said.append(str(sorted(p.name for p in out.glob("runs/*"))))
     odd = [p.name for p in x.folder.iterdir() if "esc" in p.name or p.name == "abs"]
     odd += [str(p) for p in (x.folder.parent / "esc", x.folder.parent.parent / "esc") if p.exists()]
     if odd:
