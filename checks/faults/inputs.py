@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 
@@ -19,6 +20,7 @@ from bench import (
     refuses,
     row,
     starter_rows,
+    write_sealed,
 )
 
 
@@ -187,9 +189,23 @@ def _(x):
 
 @row("B21")
 def _(x):
-    """log-probs in another order (tests/pipeline/test_bad_input.py); here a plain resume"""
+    """stored log-probs in another order"""
+    import pyarrow.parquet as pq
+
     run = x.copy("stopped")
-    x.resumed(run)
+    for manifest in run.glob("logprobs/*/manifest.json"):
+        tree = json.loads(manifest.read_text())
+        for entry in tree["files"]:
+            path = manifest.parent / entry["path"]
+            table = pq.read_table(path)
+            pq.write_table(table.take(list(range(len(table)))[::-1]), path)
+            content = path.read_bytes()
+            entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        write_sealed(manifest, tree)
+    x.works(x.tpaw("run", run))
+    model = "iterations/2/checkpoint/model.safetensors"
+    if (run / model).read_bytes() != (x.base / "done" / model).read_bytes():
+        raise Fail("the order decides the result")
 
 
 @row("B22")

@@ -27,6 +27,7 @@ from bench import (
     row,
     small_suite,
     starter_rows,
+    write_sealed,
 )
 
 
@@ -337,14 +338,12 @@ def _(x):
 @row("F15")
 def _(x):
     """other package versions"""
-    from tpaw.storage.seals import seal_facts
-
     run = x.copy("stopped")
     facts = json.loads((run / "run.json").read_text())
     facts["versions"]["torch"] = "1.0"
     (run / "run.json").write_text(json.dumps(facts))
     x.refused(x.tpaw("run", run), "run.json", code=1)
-    (run / "run.json").write_text(json.dumps(seal_facts(facts)))
+    write_sealed(run / "run.json", facts)
     outcome = x.works(x.tpaw("run", run), "versions changed", "torch 1.0")
     x.said[-1] = "0: " + next(line for line in outcome.err.splitlines() if "versions" in line)
     if "1.0" not in str(json.loads((run / "run.json").read_text())["versions"]["torch"]):
