@@ -153,7 +153,7 @@ def _(x):
 
 @row("B16")
 def _(x):
-    """truncated, empty and identical answers; special tokens in answers"""
+    """answers that are cut are said; stop tokens that occur in targets"""
     model = x.model()
     edit_json(model / "generation_config.json", {"eos_token_id": list(range(4, 544))})
     outcome = x.tpaw("run", x.tiny, "-o", x.folder / "r", f"model.path={model}")
