@@ -56,6 +56,27 @@ def suite_table(results: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def suites_of_run(summary: dict[str, Any]) -> list[Table]:
+    """Build a table for each suite of a run: one line for each checkpoint, as in `suite_table`.
+
+    Args:
+        summary: the content of summary.json.
+    """
+    tables = []
+    for name in dict.fromkeys(n for entry in summary["players"] for n in entry.get("suites", ())):
+        of_suite = [(e["iteration"], e["suites"][name]) for e in summary["players"]
+                    if name in e.get("suites", ())]  # fmt: skip
+        caption = f"Scores of {name} in percent. ± is a standard error."
+        table = Table(caption=caption, caption_style="", caption_justify="left")
+        for heading in ("iteration", *of_suite[0][1]["benchmarks"], "score"):
+            table.add_column(heading, justify="right")
+        for i, found in of_suite:
+            parts = (*found["benchmarks"].values(), found)
+            table.add_row(f"θ_{i}", *map(_score_cell, parts))
+        tables.append(table)
+    return tables
+
+
 def plan_table(plans: Sequence[IterationPlan]) -> Table:
     """Build a table with one line for each iteration: its players and its cost."""
     caption = "θ_0 is the SFT model. Players are listed newest first."

@@ -32,6 +32,7 @@ from tpaw.evaluation.benchmarks.run import evaluate_suite
 from tpaw.evaluation.benchmarks.suite import load_suite
 from tpaw.evaluation.exact_match import is_correct
 from tpaw.evaluation.items import read_items
+from tpaw.report.tables import suites_of_run
 from tpaw.selfplay import self_play
 from tpaw.storage.artifacts import is_published, read_json, verify
 from tpaw.storage.run_directory import RunDirectory
@@ -122,6 +123,11 @@ def test_a_run_evaluates_its_checkpoints_on_the_suites_of_its_configuration(
         scores = read_json(run.summary_file)["players"][i]["suites"]["local"]
         assert scores["score"] == one.results["score"]
         assert list(scores["benchmarks"]) == ["Sums", "Parity"]
+
+    [table] = suites_of_run(read_json(run.summary_file))
+    assert [column.header for column in table.columns] == ["iteration", "Sums", "Parity", "score"]
+    assert list(table.columns[0].cells) == ["θ_0", "θ_1"]
+    assert list(table.columns[3].cells)[1].startswith(f"{expected[1].results['score']:.1f}")
 
     # A study finds the scores, and a run without them is not done.
     condition = Condition("tpaw", "tpaw", {}, ())
