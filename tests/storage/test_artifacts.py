@@ -23,6 +23,7 @@ from tpaw.storage.artifacts import (
     read_files,
     read_json,
     read_manifest,
+    remove_artifacts,
     remove_temporaries,
     verify,
     write_file,
@@ -186,6 +187,25 @@ def test_a_manifest_whose_values_were_changed_is_named(tmp_path, manifest):
     path.write_text(json.dumps(content))
     with refused(path, error=ArtifactError):
         ShardedArtifact(tmp_path / "a")
+
+
+def test_a_kill_while_artifacts_are_removed_leaves_no_manifest_of_lost_files(tmp_path, monkeypatch):
+    steps = tmp_path / "training"
+    folders = [publish(steps / "checkpoint-1"), publish(steps / "checkpoint-2")]
+
+    def killed(folder, **kwargs):
+        next(path for path in folders[0].iterdir() if path.is_file()).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tpaw.storage.artifacts.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remove_artifacts(steps)
+    assert list(folders[1].iterdir())
+    assert not any(is_published(folder) for folder in folders)
+    remove_artifacts(steps)
+    assert not steps.exists()
+    remove_artifacts(steps)  # nothing there
 
 
 def test_a_value_that_a_manifest_lacks_is_named(tmp_path):

@@ -7,7 +7,6 @@ the seed alone, never on how often the run was interrupted.
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,7 +36,7 @@ from tpaw.runtime.progress import note, progress
 from tpaw.runtime.watch import Watch
 from tpaw.scoring.score import fill_store
 from tpaw.scoring.store import LogprobStore
-from tpaw.storage.artifacts import is_published, publishing, read_manifest
+from tpaw.storage.artifacts import is_published, publishing, read_manifest, remove_artifacts
 from tpaw.storage.run_directory import RunDirectory, open_run, verify_run
 from tpaw.team import Player, Team
 from tpaw.training.iteration import (
@@ -265,7 +264,7 @@ class Stages:
                 meta["fingerprint"] = fingerprint(temporary)
             del model  # otherwise its memory would not be freed
             self.players.release()
-        shutil.rmtree(iteration.training, ignore_errors=True)
+        remove_artifacts(iteration.training)
         return Player(iteration.number, str(folder), read_manifest(folder)["fingerprint"])
 
     def _store(self, player: Player) -> LogprobStore:

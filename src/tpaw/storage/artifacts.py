@@ -409,6 +409,19 @@ class ShardedArtifact:
         write_json(self._path, seal_facts(self._manifest))
 
 
+def remove_artifacts(folder: Path) -> None:
+    """Remove a folder with every artifact in it, such as the saved steps of an iteration.
+
+    The manifests go first. A crash then leaves files that count as nothing, and never a manifest
+    that lists files which are gone.
+    """
+    manifests = [path for name in (MANIFEST, PARTIAL_MANIFEST) for path in folder.rglob(name)]
+    for manifest in manifests:
+        manifest.unlink(missing_ok=True)
+        flush(manifest.parent)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def remove_temporaries(folder: Path) -> None:
     """Remove temporary files and folders that a crash left. Links are left alone.
 

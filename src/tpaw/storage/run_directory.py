@@ -33,6 +33,7 @@ from tpaw.storage.artifacts import (
     read_manifest,
     refuse_links,
     refuse_without_manifest,
+    remove_artifacts,
     remove_temporaries,
     verify,
     verify_file,
@@ -414,7 +415,7 @@ def restart_iteration(root: str | Path, number: int) -> None:
             "restart"
         )
     with _storage_failures(run.root), locked(run.root / "lock"):
-        shutil.rmtree(iteration.training, ignore_errors=True)
+        remove_artifacts(iteration.training)
         iteration.training_log.unlink(missing_ok=True)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.progress import Advance
-from tpaw.storage.artifacts import read_manifest, write_manifest, write_text
+from tpaw.storage.artifacts import read_manifest, remove_artifacts, write_manifest, write_text
 
 
 def seconds_of(saved_step: Path | None) -> float:
@@ -105,7 +104,7 @@ class Recorder(TrainerCallback):
         # Remove older steps only after this one is published. A crash before would lose both.
         for path in self.saved_steps.glob("checkpoint-*"):
             if path != saved:
-                shutil.rmtree(path)
+                remove_artifacts(path)
 
 
 def _json_line(entry: dict[str, Any]) -> str:
