@@ -13,8 +13,15 @@ import tpaw
 from tpaw.cli.evaluate import app as evaluate_app
 from tpaw.cli.run import app as run_app
 from tpaw.cli.study import app as study_app
-from tpaw.errors import MemoryShortageError, StorageError, TpawError, for_terminal
-from tpaw.runtime.memory import first_line, is_out_of_memory
+from tpaw.errors import (
+    MemoryShortageError,
+    StorageError,
+    TpawError,
+    first_line,
+    for_terminal,
+    printable,
+)
+from tpaw.runtime.memory import is_out_of_memory
 from tpaw.storage.failures import storage_failure
 
 app = typer.Typer(
@@ -73,8 +80,8 @@ def _expected(error: Exception) -> TpawError | None:
         return StorageError(f"{failure}. Correct the cause, then run the same command again.")
     if is_out_of_memory(error):  # where no setting decides how much is needed
         return MemoryShortageError(
-            f"memory has run out ({first_line(error)}); free some memory or use a machine with "
-            "more, then run the same command again. Published files are kept."
+            f"memory has run out ({printable(first_line(error))}); free some memory or use a "
+            "machine with more, then run the same command again. Published files are kept."
         )
     if isinstance(error, OSError):  # libraries that reach for a network or a file
         return TpawError(str(error))

@@ -13,7 +13,7 @@ from tpaw.cli.common import Command, Overrides, Trust, console_of_stdout, stoppa
 from tpaw.config.files import recipe_summaries, to_yaml
 from tpaw.config.schema import RunConfig
 from tpaw.errors import InputError
-from tpaw.evaluation.benchmarks.suite import load_suite
+from tpaw.evaluation.benchmarks.suite import load_suites
 from tpaw.storage.run_directory import RunDirectory, refuse_untrusted_code
 from tpaw.storage.run_directory import restart_iteration as discard_training
 
@@ -170,10 +170,9 @@ def _load(sources: list[str], overrides: list[str], trust: bool) -> RunConfig:
     # Run directories, also where their config.yaml is named.
     used = [run for run in (RunDirectory(Path(file).parent) for file in files) if run.has_begun()]
     for run in used:
-        run.load_config()  # refuses a configuration that is damaged or was edited
+        run.check_config()
     config = RunConfig.load(*files, overrides=overrides)
-    for suite in config.evaluate.suites:
-        load_suite(suite, trust=trust, setting="evaluate.suites")
+    load_suites(config.evaluate.suites, trust=trust)
     for run in used:
         refuse_untrusted_code(config.model, run, trust=trust)
     return config

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from tpaw.cli.common import Command, Trust, console_of_stdout, stoppable
-from tpaw.evaluation.benchmarks.suite import load_suite
+from tpaw.evaluation.benchmarks.suite import load_suites
 from tpaw.storage.run_directory import RunDirectory, refuse_untrusted_code
 from tpaw.study.config import read_study, study_names
 
@@ -45,8 +45,7 @@ def study(
     output = output or Path("studies") / Path(source).stem
     settings, conditions = read_study(source)
     for condition in conditions:
-        for suite in condition.config(settings.seeds[0]).evaluate.suites:
-            load_suite(suite, trust=trust, setting="evaluate.suites")
+        load_suites(condition.config(settings.seeds[0]).evaluate.suites, trust=trust)
     runs = runs_of(conditions, settings.seeds, output)
     with stoppable(f"tpaw study {shlex.quote(source)} -o {shlex.quote(str(output))}") as stop:
         failures = run_study(runs, output, jobs, stop)

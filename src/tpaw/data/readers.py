@@ -17,7 +17,7 @@ from typing import Any
 
 from tpaw.config.messages import nearest
 from tpaw.config.schema import DataConfig
-from tpaw.errors import InputError, printable
+from tpaw.errors import InputError, first_line, printable
 from tpaw.storage.resources import resolve_path
 
 Record = Mapping[str, Any]
@@ -262,8 +262,7 @@ def _dataset(path: str, config: DataConfig, key: str, columns: Collection[str] |
     except Exception as error:  # datasets and the Hub's client raise many types
         if isinstance(error, ValueError):
             _check_configuration(path, config, key)
-        first_line = str(error).partition("\n")[0]
-        problem = f"{type(error).__name__}: {first_line}"
+        problem = f"{type(error).__name__}: {first_line(error)}"
         if is_folder:
             raise InputError(
                 f"{name}: the folder is not a dataset ({problem}); give a folder that save_to_disk "
@@ -283,7 +282,7 @@ def _dataset(path: str, config: DataConfig, key: str, columns: Collection[str] |
     try:
         return Records(loaded.select_columns(wanted).select(range(rows)), known)
     except Exception as error:  # a value that Python cannot hold, or a library that is missing
-        problem = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        problem = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"{name}: a record cannot be read ({problem})") from None
 
 

@@ -17,11 +17,10 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from tpaw.data.token_ids import TokenIds, TokenSequence, token_ids
-from tpaw.errors import InputError, printable
+from tpaw.errors import InputError, first_line, printable
 from tpaw.logprobs.attention import PACKED, PackingError
 from tpaw.logprobs.packing import (
     PACKED_LAYOUT,
@@ -32,6 +31,7 @@ from tpaw.logprobs.packing import (
 )
 from tpaw.logprobs.response import HeadChangedError, LogprobHead, response_logps
 from tpaw.models.checks import why_length_matters
+from tpaw.models.loading import is_sharded
 
 # Relative, and absolute in nats. Two correct ways to compute a log-prob in fp32 differ by about
 # 1e-6 of it, more in deep models with large activations. A wrong one is off by 1e-2 and more in a
@@ -148,9 +148,7 @@ class _Trial:
         if length > max(len(prompt) + len(response) for prompt, response in self.sequences):
             prompt = self._random_ids(length - 3)
             self.sequences.append(TokenSequence(prompt, self._random_ids(3)))
-        self.is_possible = not any(
-            p.is_meta or isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()
-        )
+        self.is_possible = not is_sharded(model)
         self.expected_S = torch.empty(0)
         # In fp32, whatever the weights are: rounding to bf16 would hide a difference.
         self._wide = {
@@ -288,7 +286,7 @@ def _kind_of(model: Any) -> str:
 
 
 def _named(error: Exception) -> str:
-    return printable(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+    return printable(f"{type(error).__name__}: {first_line(error)}")
 
 
 def _why_logits_are_held(trial: _Trial, head: LogprobHead) -> str | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tpaw.config.schema import ModelConfig
-from tpaw.errors import InputError, printable
+from tpaw.errors import InputError, first_line, printable
 from tpaw.models.fingerprint import weight_files
 from tpaw.storage.resources import resolve_path
 
@@ -96,11 +96,11 @@ def read_config(model: ModelConfig) -> PreTrainedConfig:
         if path.is_dir():
             raise InputError(
                 f"{name}: transformers cannot read its config.json "
-                f"({_first_line(error)}); give the folder of a model"
+                f"({first_line(error)}); give the folder of a model"
             ) from None
         raise InputError(
             f"{name}: neither a local model folder nor a model that the Hub provides "
-            f"({_first_line(error)}); check the path, the Hub id and your access rights"
+            f"({first_line(error)}); check the path, the Hub id and your access rights"
         ) from None
 
 
@@ -112,7 +112,7 @@ def check_weights(model: ModelConfig, folder: Path, *, is_quantised: bool = Fals
 
     Args:
         model: the section `model` of the configuration.
-        folder: the model's folder; that of a Hub model after its download.
+        folder: the model's folder.
         is_quantised: whether config.json says that the weights are quantised.
 
     Raises:
@@ -145,7 +145,7 @@ def check_weights(model: ModelConfig, folder: Path, *, is_quantised: bool = Fals
     except ImportError as error:
         what = "its weights are quantised, and reading them needs a library" if is_quantised else ""
         raise InputError(
-            f"{name}: {what or 'it needs a library'} ({_first_line(error)}); install it, or give "
+            f"{name}: {what or 'it needs a library'} ({first_line(error)}); install it, or give "
             "another model"
         ) from None
     except BUILD_ERRORS as error:
@@ -173,7 +173,7 @@ def cannot_build(model: ModelConfig, error: Exception) -> InputError:
     """The error for a configuration that does not fit transformers' class of the model."""
     return InputError(
         f"model.path: {model.path}: transformers cannot build this model "
-        f"({type(error).__name__}: {_first_line(error)}); check its config.json"
+        f"({type(error).__name__}: {first_line(error)}); check its config.json"
     )
 
 
@@ -275,10 +275,6 @@ def _check_attention(found: PreTrainedConfig, config: ModelConfig) -> None:
 def _method_of(quantization: Any) -> str:
     as_dict = quantization if isinstance(quantization, dict) else vars(quantization)
     return printable(str(as_dict.get("quant_method", "unknown method")))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 
 def _names(value: Any) -> tuple[str, ...]:

@@ -8,9 +8,8 @@ from pathlib import Path
 from tpaw.config.schema import ModelConfig
 from tpaw.errors import ArtifactError, InputError
 from tpaw.models.fingerprint import fingerprint, weights_hash
-from tpaw.storage.artifacts import read_facts, write_json
+from tpaw.storage.artifacts import read_sealed, write_sealed
 from tpaw.storage.resources import resolve_path
-from tpaw.storage.seals import are_intact, seal_facts
 from tpaw.team import Player
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "*.py"]
@@ -33,15 +32,11 @@ def initial_player(config: ModelConfig, record: Path, *, may_record: bool = True
         InputError: the model differs from the recorded one, or the folder has no weights.
         ArtifactError: the record is damaged or edited, or missing although it may not be written.
     """
-    recorded = read_facts(record) if record.exists() else None
+    recorded = read_sealed(record) if record.exists() else None
     if recorded is None and not may_record:
         raise ArtifactError(
             f"{record}: missing, although the run has used θ_0; restore it from a backup, or begin "
             "a run in another folder"
-        )
-    if recorded is not None and are_intact(recorded) is False:
-        raise ArtifactError(
-            f"{record}: damaged or edited: its checksum does not fit; restore it from a backup"
         )
     path = resolve_path(config.path)
     if recorded is not None and recorded["revision"] is None and not Path(path).is_dir():
@@ -68,7 +63,7 @@ def initial_player(config: ModelConfig, record: Path, *, may_record: bool = True
     else:
         record.parent.mkdir(exist_ok=True)
         facts = {"index": 0, "path": config.path, "revision": revision}
-        write_json(record, seal_facts(facts | {"fingerprint": player.fingerprint}))
+        write_sealed(record, facts | {"fingerprint": player.fingerprint})
     return player
 
 

@@ -119,10 +119,8 @@ def _unchanged(module: torch.nn.Module, mode: bool = True) -> torch.nn.Module:
 def _training_mode_differs(model: torch.nn.Module) -> bool:
     """Compare the logits of a few tokens in both modes. The model is left in the mode it was in."""
     import torch
-    from torch.distributed.tensor import DTensor
 
-    # A sharded model cannot run before it is wrapped.
-    if any(p.is_meta or isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()):
+    if is_sharded(model):
         return False
     was_training, device = model.training, next(model.parameters()).device
     ids = torch.ones((1, TRIAL_TOKENS), dtype=torch.int64, device=device)
@@ -135,6 +133,15 @@ def _training_mode_differs(model: torch.nn.Module) -> bool:
     model.train(was_training)
     largest = (trained - evaluated).abs().max()
     return bool(largest > TRAINING_MODE_TOLERANCE * evaluated.abs().max())
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether some weights are elsewhere. Such a model runs only once it is wrapped."""
+    from torch.distributed.tensor import DTensor
+
+    return any(
+        p.is_meta or isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()
+    )
 
 
 def pick_device(setting: str) -> torch.device:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tpaw.config.schema import ModelConfig
-from tpaw.errors import InputError
+from tpaw.errors import InputError, first_line
 from tpaw.models.template_trial import try_template
 from tpaw.storage.resources import resolve_path
 
@@ -35,10 +35,9 @@ def load_tokenizer(config: ModelConfig, folder: str | None = None) -> PreTrained
         )
         ids = tokenizer("a", add_special_tokens=False).input_ids
     except Exception as error:  # a damaged file makes transformers raise any type
-        first_line = str(error).partition("\n")[0]
         raise InputError(
-            f"model.path: {config.path}: no usable tokenizer ({first_line}); add the tokenizer's "
-            "files to the model"
+            f"model.path: {config.path}: no usable tokenizer ({first_line(error)}); add the "
+            "tokenizer's files to the model"
         ) from None
     # For a folder without a tokenizer, transformers returns an empty one.
     if not ids:

@@ -12,7 +12,7 @@ from tpaw.generation.generator import OpenGenerator
 from tpaw.generation.hf import hf_opener
 from tpaw.logprobs.prepare import prepare_for_logprobs
 from tpaw.models.loading import load_model, pick_device
-from tpaw.runtime.progress import note
+from tpaw.runtime.progress import note_once
 from tpaw.scoring.score import Precision, ScoringModel
 from tpaw.team import Player
 from tpaw.training.split_weights import round_weights
@@ -35,7 +35,6 @@ class LoadedPlayers:
         self.precision = Precision(self.device.type, config.precision == "bf16")
         self._kept: tuple[str, torch.dtype, PreTrainedModel] | None = None
         self._scorer: ScoringModel | None = None  # of the model that is kept
-        self._notes: set[str] = set()
 
     @property
     def open_generator(self) -> OpenGenerator:
@@ -48,7 +47,7 @@ class LoadedPlayers:
         if self._scorer is None:
             layout, notes = prepare_for_logprobs(model, self.config.max_length)
             for text in notes:
-                self._say_once(text)
+                note_once(text)
             self._scorer = ScoringModel(model, layout, self.precision)
         return self._scorer
 
@@ -71,8 +70,3 @@ class LoadedPlayers:
                 round_weights(model)  # scored with the weights that it trains with
             self._kept = player.fingerprint, dtype, model
         return self._kept[2]
-
-    def _say_once(self, text: str) -> None:
-        if text not in self._notes:
-            self._notes.add(text)
-            note(text)

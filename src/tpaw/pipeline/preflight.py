@@ -41,12 +41,12 @@ def read_and_check(config: RunConfig, output: str | Path, watch: Watch) -> Input
     """
     _refuse_several_processes()
     check_output(output, config)
+    check_suites(config.evaluate.suites)
     if is_published(RunDirectory(output).inputs):
         check_training(config)  # some of its settings may have changed
         return None
     with watch.progress("read and tokenize", None, "records") as on_done:
         inputs = read_inputs(config, on_done)
-    check_suites(config.evaluate.suites)
     plan_run(config, len(inputs.examples))  # it refuses an iteration without effect
     try_architecture(config)
     return inputs

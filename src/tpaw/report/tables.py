@@ -64,15 +64,15 @@ def suites_of_run(summary: dict[str, Any]) -> list[Table]:
     """
     tables = []
     for name in dict.fromkeys(n for entry in summary["players"] for n in entry.get("suites", ())):
-        of_suite = [(e["iteration"], e["suites"][name]) for e in summary["players"]
-                    if name in e.get("suites", ())]  # fmt: skip
+        entries = [entry for entry in summary["players"] if name in entry.get("suites", ())]
         caption = f"Scores of {name} in percent. ± is a standard error."
         table = Table(caption=caption, caption_style="", caption_justify="left")
-        for heading in ("iteration", *of_suite[0][1]["benchmarks"], "score"):
+        for heading in ("iteration", *entries[0]["suites"][name]["benchmarks"], "score"):
             table.add_column(heading, justify="right")
-        for i, found in of_suite:
-            parts = (*found["benchmarks"].values(), found)
-            table.add_row(f"θ_{i}", *map(_score_cell, parts))
+        for entry in entries:
+            found = entry["suites"][name]
+            cells = [_score_cell(part) for part in (*found["benchmarks"].values(), found)]
+            table.add_row(f"θ_{entry['iteration']}", *cells)
         tables.append(table)
     return tables
 

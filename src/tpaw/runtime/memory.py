@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from tpaw.errors import MemoryShortageError, printable
+from tpaw.errors import MemoryShortageError, first_line, printable
 
 # How torch, CUDA libraries, C++ and the operating system report it, where it is no exception of
 # its own.
@@ -37,14 +37,9 @@ def memory_limited_by(setting: str, value: int) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise MemoryShortageError(
-            f"{setting}: {value}: memory has run out ({first_line(error)}); lower {setting} "
-            "and run the same command again. Finished work is kept."
+            f"{setting}: {value}: memory has run out ({printable(first_line(error))}); lower "
+            f"{setting} and run the same command again. Finished work is kept."
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type if it has none."""
-    return printable(str(error).partition("\n")[0] or type(error).__name__)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -114,6 +114,25 @@ def read_facts(path: Path) -> Facts:
     return Facts(path, content)
 
 
+def write_sealed(path: Path, facts: Mapping[str, Any]) -> None:
+    """Write a JSON mapping with its checksum inside, for `read_sealed`."""
+    write_json(path, seal_facts(facts))
+
+
+def read_sealed(path: Path) -> Facts:
+    """Read a JSON mapping and check it against its checksum, if it has one: format 1 has none.
+
+    Raises:
+        ArtifactError: the file cannot be read, holds no mapping, or was changed.
+    """
+    facts = read_facts(path)
+    if are_intact(facts) is False:
+        raise ArtifactError(
+            f"{path}: damaged or edited: its checksum does not fit; restore it from a backup"
+        )
+    return facts
+
+
 @contextlib.contextmanager
 def publishing(folder: Path, meta: dict[str, Any]) -> Iterator[Path]:
     """Publish a folder as an artifact when the context ends without an error.
@@ -166,7 +185,7 @@ def write_manifest(folder: Path, meta: Mapping[str, Any]) -> None:
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         flush(path)
         entries.append(describe_file(folder, path))
-    write_json(folder / MANIFEST, seal_facts({"files": entries, **meta}))
+    write_sealed(folder / MANIFEST, {"files": entries, **meta})
 
 
 def describe_file(folder: Path, path: Path) -> dict[str, Any]:
@@ -217,13 +236,7 @@ def read_files(manifest_path: Path) -> list[Facts]:
 
 
 def _read_manifest(manifest_path: Path) -> Facts:
-    manifest = read_facts(manifest_path)
-    # Manifests of format 1 have no seal.
-    if are_intact(manifest) is False:
-        raise ArtifactError(
-            f"{manifest_path}: damaged: its content differs from what was written; restore it "
-            "from a backup"
-        )
+    manifest = read_sealed(manifest_path)
     manifest.pop(SEAL, None)
     try:
         entries = [Facts(manifest_path, entry) for entry in manifest.get("files", ())]
@@ -386,11 +399,11 @@ class ShardedArtifact:
         check_held(self.folder)
         if not self._path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._write_manifest()
+            write_sealed(self._path, self._manifest)
         write_file(self.folder / name, write)
         entry = describe_file(self.folder, self.folder / name) | facts
         self._manifest["files"].append(Facts(self._path, entry))
-        self._write_manifest()
+        write_sealed(self._path, self._manifest)
 
     def complete(self, meta: Mapping[str, Any]) -> None:
         """Mark the artifact as complete.
@@ -399,14 +412,11 @@ class ShardedArtifact:
             meta: values to store in the manifest.
         """
         self._manifest |= meta
-        self._write_manifest()
+        write_sealed(self._path, self._manifest)
         os.replace(self._path, self.folder / MANIFEST)
         flush(self.folder)
         self._path = self.folder / MANIFEST
         self.is_complete = True
-
-    def _write_manifest(self) -> None:
-        write_json(self._path, seal_facts(self._manifest))
 
 
 def remove_artifacts(folder: Path) -> None:
@@ -422,12 +432,17 @@ def remove_artifacts(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_temporaries(folder: Path) -> None:
+def remove_temporaries(folder: Path, *, below: bool = True) -> None:
     """Remove temporary files and folders that a crash left. Links are left alone.
 
     Hold the lock of the run, because another process may be writing such a file.
+
+    Args:
+        folder: the folder to clean.
+        below: whether to search the folders inside it too.
     """
-    for path in sorted(folder.rglob(TEMPORARY_PREFIX + "*")):
+    search = folder.rglob if below else folder.glob
+    for path in sorted(search(TEMPORARY_PREFIX + "*")):
         if path.is_symlink():
             continue
         if path.is_dir():

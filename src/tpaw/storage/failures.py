@@ -41,7 +41,7 @@ def storage_failure(error: BaseException, folder: str | Path) -> str | None:
             continue
         where = path or str(folder)
         space = (
-            f" ({readable_size(shutil.disk_usage(_nearest(Path(where))).free)} free now)"
+            f" ({readable_size(shutil.disk_usage(nearest_folder(Path(where))).free)} free now)"
             if number == errno.ENOSPC
             else ""
         )
@@ -60,7 +60,7 @@ def require_space(folder: Path, needed: float, work: str) -> None:
     Raises:
         StorageError: naming needed and free space.
     """
-    free = shutil.disk_usage(_nearest(folder)).free
+    free = shutil.disk_usage(nearest_folder(folder)).free
     if needed > free:
         raise StorageError(
             f"{folder}: {work} needs up to {readable_size(needed)} of disk space, and "
@@ -100,5 +100,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _nearest(path: Path) -> Path:
+def nearest_folder(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
     return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())

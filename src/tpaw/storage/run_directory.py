@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import platform
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -28,21 +27,21 @@ from tpaw.storage.artifacts import (
     TEMPORARY_PREFIX,
     Facts,
     is_published,
-    read_facts,
     read_files,
     read_manifest,
+    read_sealed,
     refuse_links,
     refuse_without_manifest,
     remove_artifacts,
     remove_temporaries,
     verify,
     verify_file,
-    write_json,
+    write_sealed,
     write_text,
 )
-from tpaw.storage.failures import storage_failure
+from tpaw.storage.failures import nearest_folder, storage_failure
 from tpaw.storage.lock import locked, now
-from tpaw.storage.seals import are_intact, is_intact, seal_facts, seal_text
+from tpaw.storage.seals import SEAL, is_intact, seal_text
 
 FORMAT = 2
 # In format 1, config.yaml, run.json, players/0.json and training.jsonl have no checksums.
@@ -208,16 +207,16 @@ class RunDirectory:
             InputError: another version of TPAW wrote the run.
             ArtifactError: run.json is damaged.
         """
-        facts = read_facts(self.run_file)
+        facts = read_sealed(self.run_file)
         if (found := facts["format"]) not in (FORMAT, WITHOUT_CHECKSUMS):
             raise InputError(
                 f"{self.root}: has format {found}; this version reads {WITHOUT_CHECKSUMS} and "
                 f"{FORMAT}; use the version of tpaw that began the run"
             )
-        if not are_intact(facts) and (found == FORMAT or are_intact(facts) is False):
+        if found == FORMAT and SEAL not in facts:
             raise ArtifactError(
-                f"{self.run_file}: damaged or edited: its checksum does not fit; restore it from "
-                "a backup"
+                f"{self.run_file}: damaged or edited: its checksum is missing; restore it from a "
+                "backup"
             )
         return facts
 
@@ -225,8 +224,18 @@ class RunDirectory:
         """Read the configuration with which the run began or was last resumed.
 
         Raises:
+            ArtifactError: see `check_config`.
+            InputError: see `check_config`; also if config.yaml is invalid.
+        """
+        self.check_config()
+        return RunConfig.load(str(self.config_file))
+
+    def check_config(self) -> None:
+        """Check config.yaml against its checksum. It is not parsed.
+
+        Raises:
             ArtifactError: run.json or config.yaml is missing, damaged or edited.
-            InputError: config.yaml is invalid, or another version of TPAW wrote the run.
+            InputError: another version of TPAW wrote the run.
         """
         has_checksums = self.facts()["format"] != WITHOUT_CHECKSUMS
         if not self.config_file.is_file():
@@ -240,7 +249,6 @@ class RunDirectory:
                 f"{self.config_file}: damaged, or edited after the run began; restore it, or begin "
                 "a run in another folder. To change a setting that may change, use --set."
             )
-        return RunConfig.load(str(self.config_file))
 
     def read_training_log(self, i: int) -> list[dict[str, Any]]:
         """Read training.jsonl of a finished iteration, after checking it against θ_i's manifest.
@@ -327,7 +335,7 @@ def check_output(root: str | Path, config: RunConfig) -> RunConfig | None:
     run = RunDirectory(root)
     if run.root.exists() and not run.root.is_dir():
         raise InputError(f"--output {root}: is a file; give a folder")
-    nearest = _nearest_folder(run.root)
+    nearest = nearest_folder(run.root)
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise InputError(f"--output {root}: {nearest} is not writable; choose another --output")
     if not run.has_begun():
@@ -378,8 +386,7 @@ def open_run(root: str | Path, config: RunConfig) -> Iterator[RunDirectory]:
             if kept != config or is_old_format:
                 write_text(run.config_file, seal_text(to_yaml(config, comments=True)))
             if is_old_format and run.initial_player_file.is_file():
-                player = read_facts(run.initial_player_file)
-                write_json(run.initial_player_file, seal_facts(player))
+                write_sealed(run.initial_player_file, read_sealed(run.initial_player_file))
             _record_session(run, old)
             yield run
 
@@ -453,7 +460,7 @@ def _record_session(run: RunDirectory, old: Facts | None) -> None:
     """Record the package versions when the run begins, and again whenever they changed."""
     found = environment()
     if old is None:
-        write_json(run.run_file, seal_facts({"format": FORMAT, "began": now(), **found}))
+        write_sealed(run.run_file, {"format": FORMAT, "began": now(), **found})
         return
     resumed = list(old.get("resumed", []))
     before = _flat(resumed[-1] if resumed else old)
@@ -473,7 +480,7 @@ def _record_session(run: RunDirectory, old: Facts | None) -> None:
         resumed.append({"at": now(), **found})
     if changes or old["format"] == WITHOUT_CHECKSUMS:
         facts = dict(old) | {"format": FORMAT} | ({"resumed": resumed} if resumed else {})
-        write_json(run.run_file, seal_facts(facts))
+        write_sealed(run.run_file, facts)
 
 
 def _flat(session: Mapping[str, Any]) -> dict[str, str]:
@@ -506,14 +513,7 @@ def _remove_temporaries(run: RunDirectory) -> None:
     """Remove what a crash left, in the places of ours alone."""
     for name in NAMES:
         remove_temporaries(run.root / name)
-    for path in run.root.glob(TEMPORARY_PREFIX + "*"):
-        if path.is_symlink():
-            continue
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _nearest_folder(path: Path) -> Path:
-    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    remove_temporaries(run.root, below=False)
 
 
 def _foreign(root: Path) -> list[str]:

@@ -25,7 +25,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from tpaw.config.messages import explain_unknown
 from tpaw.data.token_ids import token_ids
-from tpaw.errors import InputError
+from tpaw.errors import InputError, first_line
 from tpaw.evaluation.benchmarks.results import item_outcomes, reported_metrics, task_facts
 from tpaw.evaluation.benchmarks.suite import Suite, SuiteTask
 from tpaw.evaluation.items import Item
@@ -128,9 +128,8 @@ def load_tasks(suite: Suite, on_done: OnDone = ignore) -> list[LoadedTask]:
                 found = manager.load([column.task])["tasks"]
         # The hub, the datasets library or code of the task may raise any exception.
         except Exception as error:
-            first_line = str(error).partition("\n")[0]
             failures.append(
-                f"  {column.name} ({column.task}): {type(error).__name__}: {first_line}"
+                f"  {column.name} ({column.task}): {type(error).__name__}: {first_line(error)}"
             )
             continue
         loaded += [LoadedTask(name, column, task) for name, task in found.items()]

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tpaw.config.schema import GenerateConfig, ScoreConfig
 from tpaw.errors import InputError
-from tpaw.evaluation.benchmarks.suite import Suite, benchmark_scores, load_suite, suite_score
+from tpaw.evaluation.benchmarks.suite import (
+    Suite,
+    benchmark_scores,
+    load_suite,
+    load_suites,
+    suite_score,
+)
 from tpaw.evaluation.items import Item, items_file, write_items
 from tpaw.models.checks import check_model, check_vocabulary
 from tpaw.models.loading import load_model, pick_device
@@ -135,9 +141,7 @@ def check_suites(names: Sequence[str]) -> None:
     Raises:
         InputError: a suite is unknown or not valid, or lm_eval is not installed.
     """
-    for name in names:
-        load_suite(name, trust=True, setting="evaluate.suites")
-    if names:
+    if load_suites(names, trust=True):
         from tpaw.evaluation.benchmarks.harness import harness_version
 
         harness_version()
@@ -162,7 +166,7 @@ class SuitesOfRun:
         """
         self.run = run
         self.stop = stop
-        self._suites = [load_suite(name, trust=True) for name in names]
+        self._suites = load_suites(names, trust=True)
         self._tasks: dict[str, list[LoadedTask]] = {}
 
     def missing(self, i: int) -> list[Suite]:

@@ -129,6 +129,11 @@ def suite_names() -> list[str]:
     return sorted(file.stem for file in found if file.suffix == ".yaml")
 
 
+def load_suites(names: Sequence[str], *, trust: bool = False) -> list[Suite]:
+    """Load the suites of a run's configuration (`evaluate.suites`); see `load_suite`."""
+    return [load_suite(name, trust=trust, setting="evaluate.suites") for name in names]
+
+
 def load_suite(name: str, *, trust: bool = False, setting: str = "--suite") -> Suite:
     """Load a suite of the package, or a suite from a YAML file.
 
