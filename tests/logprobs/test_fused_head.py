@@ -50,6 +50,18 @@ def test_chunked_log_probs_and_their_gradients(
         assert torch.allclose(found.double(), wanted, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.25, None), (1.0, 3.0), (2.0, 5.0)])
+def test_a_logit_map_and_its_slope(scale, cap):
+    outputs = torch.linspace(-20, 20, 81, dtype=torch.float64, requires_grad=True)
+    expected = scale * outputs if cap is None else cap * torch.tanh(scale * outputs / cap)
+    [slope] = torch.autograd.grad(expected.sum(), outputs)
+    logit_map = LogitMap(scale, cap)
+    for logits in (logit_map.of(outputs.detach()), logit_map.of_(outputs.detach().clone())):
+        assert torch.allclose(logits, expected, rtol=1e-12)
+        found = torch.as_tensor(logit_map.slope(logits), dtype=torch.float64).expand_as(slope)
+        assert torch.allclose(found, slope, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("logit_map", [(1.0, None), (2.0, 5.0)])
 def test_a_second_backward_gives_the_same_gradient_again(logit_map):
     hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4)

@@ -445,3 +445,19 @@ def test_a_device_that_is_not_there(monkeypatch):
     assert pick_device("auto").type == "cpu"
     with refused("device", "cuda"):
         pick_device("cuda")
+
+
+def test_a_loaded_model_has_no_dropout_in_training_mode(tmp_path):
+    """SFT trains what is loaded; no trainer of ours switches its dropout off."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(DROPPING["gpt2"])
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(20)[None]
+    loaded = load_model(
+        Player(0, str(tmp_path), "f"),
+        ModelConfig(path=str(tmp_path)),
+        dtype=torch.float32,
+        device=CPU,
+    )
+    assert not loaded.training
+    assert torch.equal(loaded.train()(ids).logits, model.eval()(ids).logits)

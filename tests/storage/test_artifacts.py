@@ -208,6 +208,34 @@ def test_a_kill_while_artifacts_are_removed_leaves_no_manifest_of_lost_files(tmp
     remove_artifacts(steps)  # nothing there
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_kill_while_a_sharded_artifact_is_completed_leaves_the_old_or_the_new_manifest(
+    tmp_path, monkeypatch, number, when
+):
+    shards = ShardedArtifact(tmp_path / "a")
+    shards.publish("0.txt", lambda path: path.write_text("x"))
+    replace, renames = os.replace, []
+
+    def killed(source, target):
+        renames.append(target)
+        if len(renames) < number or when == "after":
+            replace(source, target)
+        if len(renames) == number:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            shards.complete({"total": 6})
+    again = ShardedArtifact(tmp_path / "a")
+    assert again.names == {"0.txt"}
+    assert again.is_complete == is_published(tmp_path / "a") == ((number, when) == (2, "after"))
+    if not again.is_complete:
+        again.complete({"total": 6})
+    assert read_manifest(tmp_path / "a")["total"] == 6
+
+
 def test_a_value_that_a_manifest_lacks_is_named(tmp_path):
     manifest = read_manifest(publish(tmp_path / "x"))
     with refused(tmp_path / "x" / MANIFEST, "'seconds'", error=ArtifactError):

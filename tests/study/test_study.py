@@ -276,6 +276,24 @@ def test_without_held_out_records_the_first_suite_is_compared(write, tmp_path):
     assert "| b | 2 | 41.500 ± 0.000 [41.500, 41.500] |" in text
 
 
+def test_a_run_is_done_once_every_checkpoint_has_every_suite(write, tmp_path):
+    names = ["gsm8k", "starter"]
+    _, conditions = read_study(write(set={"iterations": 1, "evaluate": {"suites": names}}))
+    [run] = runs_of(conditions, [0], tmp_path)
+    directory = RunDirectory(run.folder)
+    folders = [directory.suite(i, name) for i in (0, 1) for name in names]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        write_manifest(folder, {})
+    write_json(directory.summary_file, {"iterations_done": 1})
+    assert run.is_done()
+    for folder in folders:
+        away = folder.rename(tmp_path / "away")
+        assert not run.is_done()
+        away.rename(folder)
+    assert run.is_done()
+
+
 def test_a_curve_has_no_point_that_is_the_mean_of_fewer_steps(write, tmp_path):
     _, conditions = read_study(write(set={"train": {"log_every": 4}}, seeds=[0]))
     [run] = runs_of(conditions, [0], tmp_path)

@@ -10,7 +10,13 @@ from transformers import TrainingArguments
 
 import tpaw.training.arguments
 from tpaw.config.schema import RunConfig
-from tpaw.training.arguments import CANNOT_BE_SET, RESERVED, USE_INSTEAD, check_training
+from tpaw.training.arguments import (
+    CANNOT_BE_SET,
+    RESERVED,
+    USE_INSTEAD,
+    check_training,
+    training_arguments,
+)
 
 
 @pytest.mark.parametrize("name", sorted(RESERVED))
@@ -56,6 +62,47 @@ def test_what_transformers_takes_is_taken(method):
     sources = ["starter", *(["sft"] if method == "sft" else [])]
     settings = {"train": {"training_arguments": given, "optimizer": "rmsprop"}}
     check_training(RunConfig.load(*sources, settings))
+
+
+def test_each_setting_of_training_is_the_argument_of_its_iteration(tmp_path):
+    settings = {
+        "iterations": 2,
+        "precision": "bf16",
+        "device": "cpu",
+        "train": {
+            "epochs": [5, 3],
+            "learning_rate": [1e-6, 2e-7],
+            "optimizer": "adafactor",
+            "schedule": "cosine",
+            "warmup": 0.25,
+            "activation_checkpointing": True,
+            "batch_size": 7,
+            "log_every": 11,
+            "save_every": 13,
+            "report_to": ["tensorboard"],
+            "training_arguments": {"max_grad_norm": 0.5},
+        },
+    }
+    config = RunConfig.load("starter", settings, {"objective": {"lambda": 0.1}})
+    first, second = (training_arguments(config, t, tmp_path) for t in (0, 1))
+    expected = {
+        "num_train_epochs": 3,
+        "learning_rate": 2e-7,
+        "optim": "adafactor",
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.25,
+        "activation_checkpointing": True,
+        "bf16": True,
+        "per_device_train_batch_size": 7,
+        "logging_steps": 11,
+        "logging_first_step": True,
+        "save_steps": 13,
+        "report_to": ["tensorboard"],
+        "max_grad_norm": 0.5,
+    }
+    assert {name: getattr(second, name) for name in expected} == expected
+    assert (first.num_train_epochs, first.learning_rate) == (5, 1e-6)
+    assert first.seed != second.seed
 
 
 def test_arguments_are_built_once_for_each_pair_of_values(monkeypatch):

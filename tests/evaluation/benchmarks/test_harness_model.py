@@ -22,7 +22,7 @@ from lm_eval.config.task import TaskConfig
 from lm_eval.models.huggingface import HFLM
 
 import tpaw.evaluation.benchmarks.harness
-from tpaw.errors import NonFiniteError
+from tpaw.errors import MemoryShortageError, NonFiniteError
 from tpaw.evaluation.benchmarks.harness import HarnessModel
 from tpaw.generation.continuous_batching import ASK_EVERY
 
@@ -248,4 +248,17 @@ def test_a_broken_model_has_no_score():
         for i, row in enumerate(sums(3))
     ]
     with refused("runs/x/iterations/1/checkpoint", "model.norm.weight", error=NonFiniteError):
+        ours.loglikelihood(choices)
+
+
+def test_memory_that_runs_out_for_log_likelihoods_names_the_budget_of_a_row():
+    model = make_model(seed=3)
+    ours = make_ours(model)
+
+    def starved(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    model.forward = starved
+    choices = [Instance("loglikelihood", {}, ("1 + 1 =", " 2"), 0, metadata=("t", 0, 1))]
+    with refused("score.tokens_per_row", 300, error=MemoryShortageError):
         ours.loglikelihood(choices)
