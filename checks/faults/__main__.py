@@ -1,13 +1,13 @@
-"""Break runs and give bad input by the command line, and look at what is said and what is kept.
+"""Interrupt runs and give bad input through the command line; check messages and kept files.
 
     python checks/faults                      every row; exits with 1 if one fails
     python checks/faults --only F6 --only S   one row, and all rows of a kind
 
 A row is one kind of fault (F), bad input (B) or hostile input (S). Commands run in forked processes
-that have the libraries imported. A row fails on a traceback, a hang, a raw control character, an
-unexpected exit code, a message without the cause, or a resumed run whose weights, responses or
-log-probs differ from those of an uninterrupted run. Rows that fill or lock a disk need root; they
-are skipped without it. Nothing outside of the folder of the run is touched.
+in which the libraries are already imported. A row fails on a traceback, a hang, a raw control
+character, an unexpected exit code, a message without the cause, or a resumed run whose weights,
+responses or log-probs differ from those of an uninterrupted run. Rows that fill or lock a disk need
+root; they are skipped without it. Nothing outside of the folder of the run is touched.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def verdict(x, name):
 
 
 def tried(names, base, jobs, **options):
-    """Try each row in a folder and a process of its own, some at a time.
+    """Try each row in a folder and a process of its own, so that one cannot end the others.
 
     Args:
         options: of each `Bench`.

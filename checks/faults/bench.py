@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -62,12 +63,16 @@ def row(name):
     return enter
 
 
+@dataclasses.dataclass
 class Outcome:
-    """How a command ended, and what it said."""
+    """How a command ended, what it printed, its seconds and the most memory that it had."""
 
-    def __init__(self, arguments, code, out, err, seconds, mb):
-        self.arguments, self.code, self.out, self.err = arguments, code, out, err
-        self.seconds, self.mb = seconds, mb
+    arguments: list[str]
+    code: int
+    out: str
+    err: str
+    seconds: float
+    mb: int
 
     @property
     def text(self):
@@ -75,11 +80,10 @@ class Outcome:
 
     @property
     def line(self):
-        """The message, else the last line."""
+        """The error message in one line; without one, the last line."""
         lines = [line for line in self.err.splitlines() if line.strip()]
-        said = [line for line in lines if line.startswith("tpaw: ")]
-        after = "\n".join(lines[lines.index(said[0]) :]) if said else ""
-        return (after or (lines or self.out.splitlines() or [""])[-1]).replace("\n", " / ")
+        begin = next((i for i, line in enumerate(lines) if line.startswith("tpaw: ")), -1)
+        return " / ".join(lines[begin:] or self.out.splitlines()[-1:])
 
 
 class Child:
@@ -122,7 +126,7 @@ class Child:
         return self.outcome is not None
 
     def wait(self, limit=LIMIT):
-        self.until(lambda: False, limit)
+        self.until(lambda: False, limit, pause=0.002)
         return self.outcome
 
     def send(self, number):
@@ -133,8 +137,8 @@ class Child:
         self.send(signal.SIGKILL)
         return self.wait()
 
-    def until(self, predicate, limit=LIMIT):
-        """Wait until something is so, or until the command ends."""
+    def until(self, predicate, limit=LIMIT, pause=0.0005):
+        """Wait until the predicate is true or the command has ended."""
         while not self.ended():
             with contextlib.suppress(OSError):
                 if predicate():
@@ -142,10 +146,10 @@ class Child:
             if time.monotonic() - self.began > limit:
                 os.kill(self.pid, signal.SIGKILL)
                 raise Fail(f"hang: {' '.join(self.arguments)[:200]}: no end after {limit:.0f} s")
-            time.sleep(0.0005)
+            time.sleep(pause)
 
     def lasts(self, seconds):
-        """Wait so many seconds, or until the command ends."""
+        """Wait for some seconds, or until the command has ended."""
         end = time.monotonic() + seconds
         self.until(lambda: time.monotonic() > end)
 
@@ -168,23 +172,24 @@ class Bench:
         self.said = []
         self._numbers = itertools.count()
 
-    def start(self, *arguments, cwd=None, **options):
+    def start(self, *arguments, **options):
+        """Start a command; `key=value` becomes `--set key=value`, and `options` are of `Child`."""
         given = []
         for argument in map(str, arguments):
             is_setting = SETTING.match(argument) and given[-1] != "--set"
             given += ["--set", argument] if is_setting else [argument]
         said = self.new("said")
         files = [said.with_suffix(".out"), said.with_suffix(".err")]
-        return Child(given, files, cwd or self.folder, **options)
+        return Child(given, files, self.folder, **options)
 
     def begin(self, run, marker, config=None):
-        """Start a run, and wait until something is so in its folder."""
+        """Start a run, and wait until the marker is true of its folder."""
         child = self.start("run", config or self.tiny, "-o", run)
         child.until(lambda: marker(run))
         return child
 
     def tpaw(self, *arguments, limit=LIMIT, **options):
-        """Run a command to its end. However it ends, it must end well."""
+        """Run a command to its end, and check it with `sound`."""
         return self.sound(self.start(*arguments, **options).wait(limit))
 
     def run(self, folder, *settings, **options):
@@ -202,17 +207,17 @@ class Bench:
         return self.plan(*given, **options)
 
     def sound(self, outcome):
-        """It printed no traceback and no control character, and said why if it failed."""
+        """Require no traceback, no control character, and a message if the command failed."""
         if wrong := fault(outcome.code, outcome.text):
-            last = [
-                line for line in outcome.text.splitlines() if line and line[:10] != "tpaw: this"
-            ]
             where = f"{' '.join(outcome.arguments)[:160]}: exit {outcome.code}"
-            raise Fail(f"{wrong}: {where}: {(last or [''])[-1][:300]!r}")
+            raise Fail(f"{wrong}: {where}: {outcome.text[-1000:]!r}")
         return outcome
 
     def refused(self, outcome, *parts, code=2):
-        """It ended with this code and said these parts, in any case of letters."""
+        """Require this exit code, or one of these, and these parts in what was printed.
+
+        Upper and lower case are the same.
+        """
         said = f"{outcome.code}: {outcome.line}"
         self.said.append(said)
         codes = code if isinstance(code, tuple) else (code,)
@@ -233,7 +238,7 @@ class Bench:
         self.said[-1] = f"{outcome.code}: {(lines or [''])[0]}"
 
     def new(self, name):
-        """A path in the folder at which nothing is."""
+        """A path in the folder that does not exist yet."""
         return self.folder / f"{name}-{next(self._numbers)}"
 
     def copy(self, name):
@@ -281,7 +286,7 @@ class Bench:
         return self.completed(run, self.tpaw("run", run, *settings))
 
     def rerun(self, run):
-        """Give the first command again, which also works if it made no folder, and compare."""
+        """Do the same with the command that started the run. It works without the folder too."""
         return self.completed(run, self.run(run))
 
     def completed(self, run, outcome):
@@ -319,7 +324,7 @@ def edit_json(path, changes):
 
 
 def write_sealed(path, facts):
-    """Write a file as somebody else would who knows how: its checksum fits."""
+    """Write a forged file whose checksum is correct."""
     from tpaw.storage.seals import seal_facts
 
     path.write_text(json.dumps(seal_facts(facts)))
@@ -327,11 +332,8 @@ def write_sealed(path, facts):
 
 def listed(path, content):
     """The entry of a file in a manifest."""
-    return {
-        "path": path,
-        "bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
-    }
+    sha256 = hashlib.sha256(content).hexdigest()
+    return {"path": path, "bytes": len(content), "sha256": sha256}
 
 
 def edit_text(path, old, new):
@@ -394,18 +396,19 @@ def immutable(folder):
 
 
 def no_space_check():
-    """Let a run fill the disk."""
+    """Remove the check of the free space, so that a run fills the disk."""
     import tpaw.pipeline.space
 
     tpaw.pipeline.space.require_space = lambda *a, **k: None
 
 
 def has(pattern, least=1):
+    """A marker: at least so many paths of a run match."""
     return lambda run: len(list(run.glob(pattern))) >= least
 
 
 def small_suite(x, template="{{question}}", name="small"):
-    """A suite of one task, which is the starter's with six records and another prompt."""
+    """A suite of one task: the starter's, with six records and this prompt."""
     from builders import write_jsonl
 
     folder = x.folder / "suite"
@@ -432,16 +435,17 @@ def small_suite(x, template="{{question}}", name="small"):
 
 
 def refuses(x, content, *parts, name="rows.jsonl", more=()):
-    """A plan on this file is refused, with these parts."""
+    """Require that a plan on this data file is refused with these parts in the message."""
     x.refused(x.plan_data(x.records(content, name), *more), *parts)
 
 
 def accepts(x, content, *parts):
+    """Require that a plan on this data file works and prints these parts."""
     return x.works(x.plan_data(x.records(content)), *parts)
 
 
 def model_refused(x, model, *parts, command="plan", code=2):
-    """A command on this model is refused, and no results appear."""
+    """Require that a command on this model is refused and writes no results."""
     folder = x.new("out")
     if command == "plan":
         outcome = x.plan(f"model.path={model}")

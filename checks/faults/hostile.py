@@ -21,17 +21,18 @@ from bench import (
     write_sealed,
 )
 
+# A pickle that makes a file when it is loaded.
 EVIL = b"cposix\nsystem\n(S'touch %s'\ntR."
 
 
 def not_run(x, how=""):
-    """The hostile code, which makes a file `touched`, was not run."""
+    """Require that the hostile code, which makes a file `touched`, was not run."""
     if (x.folder / "touched").exists():
         raise Fail(f"code was run{how}")
 
 
 def nowhere(x, secret):
-    """No file of the row holds the secret."""
+    """Require that no file of the row holds the secret."""
     found = [p for p in x.folder.rglob("*") if p.is_file() and secret in p.read_bytes()]
     if found:
         raise Fail(f"stored: {found[:3]}")
@@ -75,11 +76,11 @@ def evil_model(x):
 
 @row("S2")
 def _(x):
-    """code that comes with a model, by one's own settings and by a run directory"""
+    """code that comes with a model, by the user's settings and by a run directory"""
     from tpaw.storage.seals import seal_text
 
     model = evil_model(x)
-    everywhere(x, model, "evil")
+    everywhere(x, model, "custom code")
     run = x.copy("done")
     text = (run / "config.yaml").read_text().rpartition("# sha256")[0]
     text = text.replace("trust_remote_code: false", "trust_remote_code: true").replace(
@@ -118,11 +119,8 @@ def _(x):
     (x.folder / "suite/evil.py").write_text(
         f"open({str(touched)!r}, 'w')\ndef f(docs): return docs\n"
     )
-    x.refused(
-        x.tpaw("evaluate", STARTER / "model", "--suite", suite, "-o", x.folder / "e"),
-        "--trust",
-        "code",
-    )
+    evaluate = ("evaluate", STARTER / "model", "--suite", suite, "-o", x.folder / "e")
+    x.refused(x.tpaw(*evaluate), "--trust", "code")
     x.refused(x.plan(f"evaluate.suites={suite}"), "--trust")
     run = x.copy("done")
     x.refused(x.tpaw("run", run, f"evaluate.suites={suite}"), "--trust")
@@ -197,15 +195,14 @@ def _(x):
         x.refused(outcome, part)
         if outcome.mb > 2000:
             raise Fail(f"{outcome.mb} MB")
-        x.refused(
-            x.run(x.folder / "r", f"model.path={model}", f"data.path={chat}"),
-            part,
-        )
+        x.refused(x.run(x.folder / "r", f"model.path={model}", f"data.path={chat}"), part)
 
 
 @row("S7")
 def _(x):
-    """escapes of the terminal, from eleven places"""
+    """terminal escapes in data, settings, arguments, models and run directories"""
+    from tpaw.storage.seals import seal_text
+
     esc = "\x1b]0;x\x07\x9b31m"
     x.refused(x.plan_data(x.records([{esc: 1}])))
     x.refused(x.plan_data(x.records([f'{{"{esc}": 1}}'])))
@@ -223,8 +220,6 @@ def _(x):
     (model / "chat_template.jinja").write_text("{{ raise_exception('" + esc + "') }}")
     chat = x.records([{"messages": ONE_TURN}] * 4)
     x.refused(x.plan_data(chat, f"model.path={model}"))
-    from tpaw.storage.seals import seal_text
-
     run = x.copy("done")
     (run / "config.yaml").write_text(seal_text('"\\e]0;x\\a": 1\n'))
     for command in ("run", "status", "plan"):
@@ -258,7 +253,7 @@ def _(x):
 
 @row("S8")
 def _(x):
-    """secrets of the environment are stored and said nowhere"""
+    """secrets of the environment are neither stored nor printed"""
     from judge_server import JudgeServer, longer
 
     secret = "hf_SECRET0123456789"
@@ -359,9 +354,9 @@ def _(x):
 
     with contextlib.closing(JudgeServer(reply)) as server:
         x.works(x.judge(server.url, ("[[A]]", "[[A]]", "\n[[A]]"), "uvw"))
-    rate = json.dumps(json.loads((x.folder / "j/results.json").read_text()))
-    if '"win_rate": 0.5' not in rate and '"win_rate": 50' not in rate:
-        raise Fail(rate[:600])
+    results = json.loads((x.folder / "j/results.json").read_text())
+    if results["win_rate"] != 0.5:
+        raise Fail(f"win_rate is {results['win_rate']}")
 
 
 @row("S13")

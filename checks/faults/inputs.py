@@ -133,7 +133,7 @@ def _(x):
 
 @row("B16")
 def _(x):
-    """answers that are cut are said; stop tokens that occur in targets"""
+    """answers that are cut are reported; stop tokens that occur in targets"""
     model = x.model()
     edit_json(model / "generation_config.json", {"eos_token_id": list(range(4, 544))})
     outcome = x.run(x.folder / "r", f"model.path={model}")
@@ -250,7 +250,7 @@ def _(x):
 
 @row("B28")
 def _(x):
-    """the disk is too small: said before the work"""
+    """the disk is too small: refused before the run starts"""
     with disk(x.folder / "disk", "1m") as place:
         outcome = x.run(place / "r", "generate.max_new_tokens=200", "data.limit=4000")
         x.refused(outcome, "needs up to", "disk space", code=4)
@@ -320,7 +320,7 @@ def _(x):
 
 @row("B35")
 def _(x):
-    """held-out prompts that are trained on are counted"""
+    """held-out prompts that occur in the training data are counted"""
     path = x.records(starter_rows(48))
     outcome = x.plan_data(path, f"evaluate.data.path={path}")
     x.works(outcome, "held-out prompts in the training data: 12")
@@ -417,7 +417,7 @@ def _(x):
 
 @row("B43")
 def _(x):
-    """columns and keys that stand twice"""
+    """duplicate columns and keys"""
     refuses(x, "prompt,completion,prompt\na,b,c\n", "stands twice", "prompt", name="two.csv")
     refuses(x, '{"prompt": "a", "prompt": "b", "completion": "c"}', "stands twice", "prompt")
 
@@ -449,7 +449,7 @@ def _(x):
 
 @row("B45")
 def _(x):
-    """settings that would never end, or fail late"""
+    """settings that would run forever, or fail late"""
     for text in (
         "iterations=99999999",
         "train.epochs=99999999999999999999",

@@ -32,7 +32,7 @@ from bench import (
 
 
 def killed(x, markers):
-    """Kill a run as each of these is so; it must then resume to the same bytes."""
+    """Kill a run each time that a marker becomes true; it must then resume to the same bytes."""
     run = x.folder / "r"
     for marker in markers:
         outcome = x.sound(x.begin(run, marker).kill())
@@ -41,7 +41,7 @@ def killed(x, markers):
 
 
 def stop(x, seconds, signals, codes, *command):
-    """Send signals to a command after some seconds. It ends with one of the codes, or is done."""
+    """Send signals after some seconds; require one of the exit codes, or 0 if it was faster."""
     child = x.start(*command)
     child.lasts(seconds)
     for number in signals:
@@ -53,7 +53,7 @@ def stop(x, seconds, signals, codes, *command):
 
 
 def stopped_at_random(x, times, *command):
-    """Send SIGTERM to a command so many times; it must then work."""
+    """Send SIGTERM to a command that many times; the next time it must work."""
     rng = random.Random(x.seed)
     for _ in range(times):
         stop(x, rng.uniform(0.2, x.seconds * 0.7), [signal.SIGTERM], [143], *command)
@@ -198,7 +198,7 @@ def flip(path):
 
 
 def some_damage(x, rng, count):
-    """So many kinds of damage, or all."""
+    """That many kinds of damage, or all with `--all`."""
     return list(DAMAGE) if x.damage_all else rng.sample(list(DAMAGE), count)
 
 
@@ -227,7 +227,7 @@ def _(x):
 
 @row("F12")
 def _(x):
-    """damaged manifests, states and logs of a finished run: run and status are clear"""
+    """damaged manifests, states and logs of a finished run: run and status name them"""
     names = [
         "inputs/manifest.json",
         "run.json",
@@ -297,7 +297,7 @@ def _(x):
 
 @row("F14")
 def _(x):
-    """several processes"""
+    """a run is started in several processes"""
     run = x.copy("stopped")
     x.refused(x.tpaw("run", run, env={"WORLD_SIZE": "2", "RANK": "0"}), "WORLD_SIZE")
 
@@ -365,7 +365,7 @@ def _(x):
 
 @row("F17b")
 def _(x):
-    """four processes at once"""
+    """four processes start the same run at once"""
     run = x.folder / "r"
     children = [x.start("run", x.tiny, "-o", run) for _ in range(4)]
     codes = sorted(x.sound(c.wait()).code for c in children)
@@ -419,7 +419,7 @@ def _(x):
 
 @row("F21")
 def _(x):
-    """times of files and the clock go wrong"""
+    """file times and the clock are wrong"""
     rng = random.Random(x.seed)
     run = x.copy("stopped")
     for path in run.rglob("*"):
@@ -438,7 +438,7 @@ def _(x):
 
 @row("F22")
 def _(x):
-    """the folder becomes unwritable, moves away or is removed"""
+    """the run directory becomes unwritable, is moved or is removed"""
     if os.geteuid():
         raise Skip("needs root")
     places = ["iterations/1/responses/*", "logprobs/*/*", "iterations/2/training/checkpoint-*"]
@@ -507,7 +507,7 @@ def _(x):
 
 @row("F25")
 def _(x):
-    """a run moves"""
+    """a run directory is moved"""
     run = x.copy("stopped")
     target = x.folder / "moved ünï/x"
     target.parent.mkdir()
