@@ -16,29 +16,20 @@ import contextlib
 import csv
 import fcntl
 import functools
-import importlib
 import json
 import os
 import random
-import re
 import resource
 import shutil
 import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from fork_server import PRELOADED, QUIET
-
-os.environ |= QUIET | {
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "OMP_NUM_THREADS": "1",
-}
+from commands import YAML_BOMB, fault, forked, limit_memory, preload, run_tpaw
+from fork_server import run_child
 
 CPU_SECONDS = 5
 # A case that sleeps uses no CPU. The limit is wide because other work may share the cores.
@@ -64,10 +55,6 @@ PIECES += [
 ]
 PIECES += [b"9" * 5000, b"1:" * 3000, b"0x" + b"f" * 5000, b"null", b"NaN", b"Infinity", b"1e999"]
 PIECES += [b"\\ud800", b"\\u001b[1m", b"#", b"---\n", b"%YAML 3.0\n", b"? ", b"|\n", b">\n"]
-BOMB = "".join(
-    f"{here}: &{here} [{', '.join([f'*{before}' if before else 'x'] * 9)}]\n"
-    for before, here in zip(["", *"abcdefgh"], "abcdefghi", strict=True)
-)
 
 
 def value(rng, depth=0):
@@ -199,20 +186,16 @@ class Corpus:
         settings = run_settings(self.model, self.rows, self.folder / "heldout.jsonl")
         settings |= {"iterations": 1}
         self.base.write_text(yaml.safe_dump(settings))
-        sys.argv = ["tpaw", "run", str(self.base), "-o", str(self.run)]
-        from tpaw.cli.main import main
-
-        main()
+        run_tpaw("run", self.base, "-o", self.run)
 
 
 def yaml_case(rng, corpus, folder):
     """A configuration file."""
-    path = shutil.copy(corpus.base, folder / "c.yaml")
-    path = Path(path)
+    path = Path(shutil.copy(corpus.base, folder / "c.yaml"))
     action = rng.randrange(10)
     if action == 0:
         key = rng.choice(["extends", "train", "iterations", "data", "seed", "x"])
-        path.write_text(f"{BOMB}{key}: *{rng.choice('abcdefghi')}\n")
+        path.write_text(f"{YAML_BOMB}{key}: *{rng.choice('abcdefghi')}\n")
     elif action == 1:
         for i in range(30):
             names = [f"{i + 1}.yaml"] * rng.choice([1, 2, 3])
@@ -226,7 +209,10 @@ def yaml_case(rng, corpus, folder):
 
 def set_case(rng, corpus, folder):
     """Arguments of --set."""
+    import dataclasses
+
     import yaml
+    from transformers import TrainingArguments
 
     from tpaw.config.schema import RunConfig
 
@@ -245,10 +231,6 @@ def set_case(rng, corpus, folder):
         if rng.random() < 0.2:
             key = scrambled(rng, key.encode()).decode(errors="surrogateescape")
         if rng.random() < 0.3:
-            import dataclasses
-
-            from transformers import TrainingArguments
-
             name = rng.choice([f.name for f in dataclasses.fields(TrainingArguments)])
             key, text = "train.training_arguments", json.dumps({name: value(rng)})
         elif rng.random() < 0.5:
@@ -290,23 +272,18 @@ def data_case(suffix):
 def shaped(shape, row):
     """A record in one of the shapes that TPAW reads."""
     question, answer = row["question"], row["answer"]
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    if shape == 5:
-        return row
-    if shape == 0:
-        return {"messages": turns}
-    if shape == 1:
-        return {
-            "conversations": [
-                {"from": "human", "value": question},
-                {"from": "gpt", "value": answer},
-            ]
-        }
-    if shape == 2:
-        return {"prompt": question, "completion": answer}
-    if shape == 3:
-        return {"instruction": question, "input": "", "output": answer}
-    return {"prompt": question, "chosen": answer, "rejected": "no"}
+    user = {"role": "user", "content": question}
+    assistant = {"role": "assistant", "content": answer}
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    shapes = (
+        {"messages": [user, assistant]},
+        {"conversations": turns},
+        {"prompt": question, "completion": answer},
+        {"instruction": question, "input": "", "output": answer},
+        {"prompt": question, "chosen": answer, "rejected": "no"},
+        row,
+    )
+    return shapes[shape]
 
 
 def write_parquet(rng, path, rows):
@@ -399,10 +376,8 @@ def study_case(rng, corpus, folder):
     path.write_text(yaml.safe_dump(tree))
     file_changed(rng, path)
     (folder / "out").mkdir()
-    lock = (folder / "out" / "lock").open("w")
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    os.set_inheritable(lock.fileno(), True)
-    study_case.locks = [lock]  # it stays locked until the next case
+    lock = os.open(folder / "out" / "lock", os.O_WRONLY | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # until this process ends
     return ["study", str(path), "-o", str(folder / "out")]
 
 
@@ -420,94 +395,65 @@ KINDS = {
 }
 
 
-def child(call, folder):
-    """Run a call in this forked process, with limits; never returns."""
-    code = 70
-    try:
-        os.chdir(folder)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        with open(folder / "out.txt", "ab") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-        sys.stderr = open(  # noqa: SIM115
-            2, "w", encoding="utf-8", errors="backslashreplace", closefd=False
-        )
-        call()
-        code = 0
-    except SystemExit as exit_:
-        code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def run_command(kind, number, seed, corpus, folder):
-    """Write one case and run its command. It is called in a child process."""
+def run_mutated(kind, number, seed, corpus, folder):
+    """Write one case and run its command."""
+    os.chdir(folder)
     rng = random.Random(f"{seed}/{kind}/{number}")
     arguments = KINDS[kind](rng, corpus, folder)
     (folder / "command.txt").write_text(json.dumps(arguments))
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    size = pages * resource.getpagesize() + BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (size, size))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    used = time.process_time()
-    soft = int(used) + 1 + CPU_SECONDS
+    limit_memory(BYTES)
+    soft = int(time.process_time()) + 1 + CPU_SECONDS
     resource.setrlimit(resource.RLIMIT_CPU, (soft, soft + 5))
-    sys.argv = ["tpaw", *arguments]
-    from tpaw.cli.main import main
-
-    main()
+    run_tpaw(*arguments)
 
 
 def judged(code, text):
     """What came of a case."""
     if code in (-signal.SIGXCPU, -signal.SIGKILL):
         return "hang"
-    if "Traceback (most recent call last)" in text:
-        return "traceback"
+    if found := fault(code, text):
+        return found
     if not 0 <= code <= 4:
         return f"exit {code}"
-    if re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", text):
-        return "escape"
-    if code and not re.search(r"^(tpaw: |Usage: )", text, re.M):
-        return "no message"
     return "refused" if code else "accepted"
 
 
-def preload():
-    """Import once what each case would import."""
-    for name in (*PRELOADED, "pyarrow.parquet", "datasets", "builders", "jinja2", "lm_eval.tasks"):
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
+def run_cases(cases, scratch, seed, jobs):
+    """Run each case in a folder and a process of its own.
 
-
-def ended(cases, jobs, start):
-    """Start the cases, `jobs` at a time; gives each case with exit code and CPU seconds.
-
-    Args:
-        start: called in the child process with the case; it never returns.
+    Yields:
+        The case, its folder, what came of it, what it printed, and the CPU seconds. The folder is
+        removed afterwards.
     """
-    waiting, running = list(reversed(cases)), {}
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            case = waiting.pop()
-            pid = os.fork()
-            if pid == 0:
-                start(case)
-            running[pid] = case, time.monotonic()
-        for pid, (case, began) in list(running.items()):
-            done, status, usage = os.wait4(pid, os.WNOHANG)
-            if done:
-                del running[pid]
-                seconds = usage.ru_utime + usage.ru_stime
-                yield case, os.waitstatus_to_exitcode(status), seconds
-            elif time.monotonic() - began > SECONDS:
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.002)
+    corpus = Corpus(scratch / "corpus")
+    corpus.folder.mkdir()
+    said = corpus.folder / "out.txt"
+    [(_, code, _, _)] = forked([corpus], 1, lambda corpus: run_child(corpus.write, said, said))
+    if code:
+        sys.exit(said.read_text())
+
+    def start(case):
+        folder = scratch / "{}-{}".format(*case)
+        folder.mkdir()
+        run = functools.partial(run_mutated, *case, seed, corpus, folder)
+        run_child(run, folder / "out.txt", folder / "out.txt")
+
+    for case, code, _, seconds in forked(cases, jobs, start, SECONDS):
+        folder = scratch / "{}-{}".format(*case)
+        text = (folder / "out.txt").read_bytes().decode("utf-8", "surrogateescape")
+        yield case, folder, judged(code, text), text, seconds
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def print_table(outcomes, kinds):
+    """Print how many cases of each kind ended in which way."""
+    names = ["accepted", "refused", "traceback", "hang", "escape"]
+    names += sorted({outcome for _, outcome in outcomes} - set(names))
+    print(" " * 10 + "".join(f"{name:>12}" for name in names))
+    for kind in kinds:
+        print(f"{kind:10}" + "".join(f"{outcomes[kind, name]:12}" for name in names))
+    total = Counter({name: sum(outcomes[kind, name] for kind in kinds) for name in names})
+    print(f"{'all':10}" + "".join(f"{total[name]:12}" for name in names))
 
 
 def main():
@@ -524,48 +470,25 @@ def main():
     cases = [(kinds[i % len(kinds)], i // len(kinds)) for i in range(options.count)]
     if options.case is not None:
         cases = [(kind, options.case) for kind in kinds]
-    preload()
+    preload("builders")
     outcomes, failures, slowest = Counter(), [], (0.0, "")
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
-        corpus = Corpus(Path(scratch) / "corpus")
-        corpus.folder.mkdir()
-        start = functools.partial(child, corpus.write)
-        [(_, code, _)] = ended([corpus.folder], 1, start)
-        if code:
-            sys.exit((corpus.folder / "out.txt").read_text())
-
-        def folder_of(case):
-            return Path(scratch) / "{}-{}".format(*case)
-
-        def start_case(case):
-            folder = folder_of(case)
-            folder.mkdir()
-            child(functools.partial(run_command, *case, options.seed, corpus, folder), folder)
-
-        for case, code, seconds in ended(cases, options.jobs, start_case):
-            folder, (kind, number) = folder_of(case), case
-            text = (folder / "out.txt").read_bytes().decode("utf-8", "surrogateescape")
-            outcome = judged(code, text)
+        ended = run_cases(cases, Path(scratch), options.seed, options.jobs)
+        for (kind, number), folder, outcome, text, seconds in ended:
             outcomes[kind, outcome] += 1
             slowest = max(slowest, (seconds, f"{kind} {number}"))
             if options.case is not None:
-                print(kind, number, outcome, (folder / "command.txt").read_text(), ascii(text))
-            if outcome not in ("refused", "accepted"):
-                last = ascii(text.strip().rpartition("\n")[2][:160])
-                again = f"--seed {options.seed} --only {kind} --case {number}"
-                failures.append(f"{outcome}: {again}: {last}")
-                if options.output:
-                    kept = options.output / folder.name
-                    shutil.copytree(folder, kept, symlinks=True, dirs_exist_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
-
-    names = ["accepted", "refused", "traceback", "hang", "escape"]
-    names += sorted({outcome for _, outcome in outcomes} - set(names))
-    print(" " * 10 + "".join(f"{name:>12}" for name in names))
-    for kind in kinds:
-        print(f"{kind:10}" + "".join(f"{outcomes[kind, name]:12}" for name in names))
-    total = Counter({name: sum(outcomes[kind, name] for kind in kinds) for name in names})
-    print(f"{'all':10}" + "".join(f"{total[name]:12}" for name in names))
+                command = (folder / "command.txt").read_text()
+                print(kind, number, outcome, command, ascii(text), flush=True)
+            if outcome in ("refused", "accepted"):
+                continue
+            last = ascii(text.strip().rpartition("\n")[2][:160])
+            again = f"--seed {options.seed} --only {kind} --case {number}"
+            failures.append(f"{outcome}: {again}: {last}")
+            if options.output:
+                kept = options.output / folder.name
+                shutil.copytree(folder, kept, symlinks=True, dirs_exist_ok=True)
+    print_table(outcomes, kinds)
     print("most CPU time: {:.1f} s, {}".format(*slowest))
     print("\n".join(sorted(failures)))
     sys.exit(bool(failures))

@@ -9,6 +9,7 @@ children with it, when its standard input is closed.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -112,19 +113,19 @@ def fork_server():
         server.wait()
 
 
-def run_child(request):
-    """Never returns."""
+def run_child(call, out, err):
+    """Call a function in this forked process, and append what it prints to files; never returns."""
     code = 1
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.chdir(request["cwd"])
-        os.environ.clear()
-        os.environ.update(request["env"])
-        for number, file in enumerate(request["files"], start=1):
+        for number, file in enumerate((out, err), start=1):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-        sys.argv = request["argv"]
-        module, _, name = request["call"].partition(":")
-        getattr(importlib.import_module(module), name)()
+        # The encodings of the parent process depend on where it was started.
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        sys.stderr = open(  # noqa: SIM115
+            2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False
+        )
+        call()
         code = 0
     except SystemExit as exit_:
         code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
@@ -135,6 +136,16 @@ def run_child(request):
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
+
+
+def called(request):
+    """What a client of the server asked for."""
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    sys.argv = request["argv"]
+    module, _, name = request["call"].partition(":")
+    getattr(importlib.import_module(module), name)()
 
 
 def serve(path):
@@ -154,7 +165,7 @@ def serve(path):
             if pid == 0:
                 for other in (listener, client, *clients.values()):
                     other.close()
-                run_child(request)
+                run_child(functools.partial(called, request), *request["files"])
             clients[pid] = client
             client.sendall(b"%d\n" % pid)
         while clients:

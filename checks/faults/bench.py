@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
 import json
 import os
-import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-from fork_server import QUIET
-
-os.environ |= QUIET | {
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "OMP_NUM_THREADS": "1",
-}
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from commands import fault, limit_memory, run_tpaw
+from fork_server import run_child
 
 LIMIT = 240.0  # seconds of a command; other work may share the cores
 TINY = {
@@ -41,11 +37,10 @@ TINY = {
         "log_every": 1,
     },
 }
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 TIMES = re.compile(rb'"(train_runtime|train_\w+_per_second|total_flos)": [^,}]+')
-HERE = Path(__file__).parents[2]
 SETTING = re.compile(r"[a-z][a-z_.]*=")
-STARTER = HERE / "src" / "tpaw" / "starter"
+STARTER = Path(__file__).parents[2] / "src" / "tpaw" / "starter"
+ONE_TURN = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
 
 ROWS = {}
 
@@ -68,12 +63,16 @@ def row(name):
     return enter
 
 
+@dataclasses.dataclass
 class Outcome:
-    """How a command ended, and what it said."""
+    """How a command ended, what it printed, its seconds and the most memory that it had."""
 
-    def __init__(self, arguments, code, out, err, seconds, mb):
-        self.arguments, self.code, self.out, self.err = arguments, code, out, err
-        self.seconds, self.mb = seconds, mb
+    arguments: list[str]
+    code: int
+    out: str
+    err: str
+    seconds: float
+    mb: int
 
     @property
     def text(self):
@@ -81,71 +80,45 @@ class Outcome:
 
     @property
     def line(self):
-        """The message, else the last line."""
+        """The error message in one line; without one, the last line."""
         lines = [line for line in self.err.splitlines() if line.strip()]
-        said = [line for line in lines if line.startswith("tpaw: ")]
-        after = "\n".join(lines[lines.index(said[0]) :]) if said else ""
-        return (after or (lines or self.out.splitlines() or [""])[-1]).replace("\n", " / ")
+        begin = next((i for i, line in enumerate(lines) if line.startswith("tpaw: ")), -1)
+        return " / ".join(lines[begin:] or self.out.splitlines()[-1:])
 
 
 class Child:
-    """A command in a forked process."""
+    """A command in a forked process.
 
-    def __init__(self, folder, arguments, cwd, memory, before, env):
-        self.arguments = arguments
-        number = len(list(folder.glob("said-*.out")))
-        self.files = [folder / f"said-{number}.{kind}" for kind in ("out", "err")]
-        self.files[0].touch()
+    Args:
+        files: what it prints to stdout and to stderr.
+        memory: bytes that it may have more than this process.
+        before: called in the new process before the command.
+    """
+
+    def __init__(self, arguments, files, cwd, memory=None, before=None, env=None):
+        def call():
+            os.environ.update(env or {})
+            os.chdir(cwd)
+            if memory is not None:
+                limit_memory(memory)
+            if before is not None:
+                before()
+            run_tpaw(*arguments)
+
+        self.arguments, self.files = arguments, files
+        for file in files:
+            file.touch()
         self.began = time.monotonic()
         self.outcome = None
         self.pid = os.fork()
         if self.pid == 0:
-            self._run(cwd, memory, before, env)
-
-    def _run(self, cwd, memory, before, env):
-        code = 70
-        try:
-            os.setpgid(0, 0)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            for number, file in enumerate(self.files, start=1):
-                os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-            sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-            sys.stderr = open(  # noqa: SIM115
-                2, "w", encoding="utf-8", errors="backslashreplace", closefd=False
-            )
-            os.environ.update(env or {})
-            os.chdir(cwd)
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            if memory is not None:
-                pages = int(Path("/proc/self/statm").read_text().split()[0])
-                size = pages * resource.getpagesize() + memory
-                resource.setrlimit(resource.RLIMIT_AS, (size, size))
-            if before is not None:
-                before()
-            sys.argv = ["tpaw", *self.arguments]
-            from tpaw.cli.main import main
-
-            main()
-            code = 0
-        except SystemExit as exit_:
-            code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            with contextlib.suppress(Exception):
-                sys.stdout.flush()
-                sys.stderr.flush()
-            os._exit(code)
+            run_child(call, *files)
 
     def ended(self):
         if self.outcome is None:
             done, status, usage = os.wait4(self.pid, os.WNOHANG)
             if done:
-                out, err = (
-                    f.read_text(encoding="utf-8", errors="surrogateescape") if f.exists() else ""
-                    for f in self.files
-                )
+                out, err = (f.read_text("utf-8", "surrogateescape") for f in self.files)
                 code = os.waitstatus_to_exitcode(status)
                 seconds = time.monotonic() - self.began
                 mb = usage.ru_maxrss // 1024
@@ -153,30 +126,32 @@ class Child:
         return self.outcome is not None
 
     def wait(self, limit=LIMIT):
-        while not self.ended():
-            if time.monotonic() - self.began > limit:
-                os.kill(self.pid, signal.SIGKILL)
-                while not self.ended():
-                    time.sleep(0.002)
-                raise Fail(f"hang: {' '.join(self.arguments)[:200]}: no end after {limit:.0f} s")
-            time.sleep(0.002)
+        self.until(lambda: False, limit, pause=0.002)
         return self.outcome
 
     def send(self, number):
         if not self.ended():
             os.kill(self.pid, number)
 
-    def until(self, predicate, limit=LIMIT):
-        """Wait until something is so; False if the command ended before."""
+    def kill(self):
+        self.send(signal.SIGKILL)
+        return self.wait()
+
+    def until(self, predicate, limit=LIMIT, pause=0.0005):
+        """Wait until the predicate is true or the command has ended."""
         while not self.ended():
             with contextlib.suppress(OSError):
                 if predicate():
-                    return True
+                    return
             if time.monotonic() - self.began > limit:
-                self.send(signal.SIGKILL)
-                raise Fail(f"hang: {' '.join(self.arguments)[:200]}")
-            time.sleep(0.0005)
-        return False
+                os.kill(self.pid, signal.SIGKILL)
+                raise Fail(f"hang: {' '.join(self.arguments)[:200]}: no end after {limit:.0f} s")
+            time.sleep(pause)
+
+    def lasts(self, seconds):
+        """Wait for some seconds, or until the command has ended."""
+        end = time.monotonic() + seconds
+        self.until(lambda: time.monotonic() > end)
 
 
 class Bench:
@@ -185,45 +160,64 @@ class Bench:
     Attributes:
         folder: an empty folder.
         base: folder with `tiny.yaml` and the runs `done`, `begun` and `stopped`.
+        seconds: how long a whole run takes.
+        damage_all: damage every file in every way.
         said: messages, with exit codes, for the table.
     """
 
-    def __init__(self, folder, base):
+    def __init__(self, folder, base, *, seconds=0.0, seed=0, damage_all=False):
         self.folder, self.base = folder, base
+        self.seconds, self.seed, self.damage_all = seconds, seed, damage_all
         self.tiny = base / "tiny.yaml"
         self.said = []
-        self.count = 0
+        self._numbers = itertools.count()
 
-    def start(self, *arguments, cwd=None, memory=None, before=None, env=None):
+    def start(self, *arguments, **options):
+        """Start a command; `key=value` becomes `--set key=value`, and `options` are of `Child`."""
         given = []
         for argument in map(str, arguments):
             is_setting = SETTING.match(argument) and given[-1] != "--set"
             given += ["--set", argument] if is_setting else [argument]
-        return Child(self.folder, given, cwd or self.folder, memory, before, env)
+        said = self.new("said")
+        files = [said.with_suffix(".out"), said.with_suffix(".err")]
+        return Child(given, files, self.folder, **options)
+
+    def begin(self, run, marker, config=None):
+        """Start a run, and wait until the marker is true of its folder."""
+        child = self.start("run", config or self.tiny, "-o", run)
+        child.until(lambda: marker(run))
+        return child
 
     def tpaw(self, *arguments, limit=LIMIT, **options):
-        """Run a command to its end. However it ends, it must end well."""
+        """Run a command to its end, and check it with `sound`."""
         return self.sound(self.start(*arguments, **options).wait(limit))
 
+    def run(self, folder, *settings, **options):
+        """Run the tiny configuration."""
+        return self.tpaw("run", self.tiny, "-o", folder, *settings, **options)
+
+    def plan(self, *settings, **options):
+        """Plan a run of the tiny configuration."""
+        return self.tpaw("plan", self.tiny, *settings, **options)
+
+    def plan_data(self, path, *settings, **options):
+        """Plan a run on a data file of one's own."""
+        sets = (f"data.path={path}", "data.limit=null", *settings)
+        given = [part for one in sets for part in ("--set", one)]
+        return self.plan(*given, **options)
+
     def sound(self, outcome):
-        text = outcome.text
-        where = f"{' '.join(outcome.arguments)[:160]}: exit {outcome.code}"
-        if "Traceback (most recent call last)" in text or "this is a bug" in text:
-            last = [line for line in text.splitlines() if line and line[:10] != "tpaw: this"]
-            raise Fail(f"traceback: {where}: {last[-1][:300]!r}")
-        if match := CONTROL.search(text):
-            raise Fail(f"raw {match[0]!r}: {where}")
-        if (
-            outcome.code
-            and outcome.code > 0
-            and not re.search(r"^(tpaw: |Usage: |stopped)", text, re.M)
-        ):
-            raise Fail(f"no message: {where}: {outcome.line[:300]!r}")
+        """Require no traceback, no control character, and a message if the command failed."""
+        if wrong := fault(outcome.code, outcome.text):
+            where = f"{' '.join(outcome.arguments)[:160]}: exit {outcome.code}"
+            raise Fail(f"{wrong}: {where}: {outcome.text[-1000:]!r}")
         return outcome
 
     def refused(self, outcome, *parts, code=2):
-        """It ended with this code and said these parts, in any case of letters."""
-        self.count += 1
+        """Require this exit code, or one of these, and these parts in what was printed.
+
+        Upper and lower case are the same.
+        """
         said = f"{outcome.code}: {outcome.line}"
         self.said.append(said)
         codes = code if isinstance(code, tuple) else (code,)
@@ -238,25 +232,27 @@ class Bench:
     def works(self, outcome, *parts):
         return self.refused(outcome, *parts, code=0)
 
-    def fails(self, what):
-        raise Fail(what)
+    def shows(self, outcome, part):
+        """Let the table show the line with this part."""
+        lines = [line for line in outcome.text.splitlines() if part in line]
+        self.said[-1] = f"{outcome.code}: {(lines or [''])[0]}"
+
+    def new(self, name):
+        """A path in the folder that does not exist yet."""
+        return self.folder / f"{name}-{next(self._numbers)}"
 
     def copy(self, name):
         """A copy of a run of `base`."""
-        target = self.folder / f"{name}-{self.count}-{random.randrange(10**6)}"
-        self.count += 1
-        return Path(shutil.copytree(self.base / name, target))
+        return Path(shutil.copytree(self.base / name, self.new(name)))
 
-    def tiny_with(self, tree, name="c.yaml"):
-        path = self.folder / name
+    def tiny_with(self, tree):
+        path = self.folder / "c.yaml"
         path.write_text(json.dumps({"extends": str(self.tiny)} | tree))
         return path
 
-    def model(self, name="model", **config):
+    def model(self, **config):
         """A copy of the starter's model with other keys in config.json."""
-        target = self.folder / name
-        if not target.exists():
-            shutil.copytree(STARTER / "model", target)
+        target = Path(shutil.copytree(STARTER / "model", self.new("model")))
         if config:
             edit_json(target / "config.json", config)
         return target
@@ -271,15 +267,29 @@ class Bench:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         return path
 
-    def plan(self, path, *more, **options):
-        """Plan a run on a data file of one's own."""
-        sets = (f"data.path={path}", "data.limit=null", *more)
-        given = [part for one in sets for part in ("--set", one)]
-        return self.tpaw("plan", self.tiny, *given, **options)
+    def answer(self, model, data, folder, *more, tokens=4):
+        """Generate some tokens for each prompt of a file."""
+        sets = ("max_length=256", f"generate.max_new_tokens={tokens}")
+        return self.tpaw("answer", model, "--data", data, "-o", folder, *sets, *more)
 
-    def resumed(self, run, *more):
+    def judge(self, url, first, second, *more, **options):
+        """Compare two lists of texts as the answers of two models."""
+        from judge_server import answers
+
+        a, b = answers(self.folder / "a.json", *first), answers(self.folder / "b.json", *second)
+        ends = ("-o", self.folder / "j", "--cache", self.folder / "cache")
+        given = ("--endpoint", url, "--model", "j", *ends, *more)
+        return self.tpaw("judge", a, b, *given, **options)
+
+    def resumed(self, run, *settings):
         """Resume a run, and compare it with the uninterrupted one."""
-        outcome = self.tpaw("run", *(more or (run,)))
+        return self.completed(run, self.tpaw("run", run, *settings))
+
+    def rerun(self, run):
+        """Do the same with the command that started the run. It works without the folder too."""
+        return self.completed(run, self.run(run))
+
+    def completed(self, run, outcome):
         if outcome.code:
             raise Fail(f"does not resume: exit {outcome.code}: {outcome.line[:400]}")
         self.same(run)
@@ -289,25 +299,22 @@ class Bench:
         """Weights, responses, log-probs, held-out items and logs are those of the other run."""
         there, here = contents(other or self.base / "done"), contents(run)
         if there.keys() != here.keys():
-            odd = sorted(map(str, there.keys() ^ here.keys()))
+            odd = sorted(there.keys() ^ here.keys())
             raise Fail(f"other files: {odd[:5]}")
-        differing = [str(name) for name in there if there[name] != here[name]]
+        differing = [name for name in there if there[name] != here[name]]
         if differing:
             raise Fail(f"other bytes: {differing[:5]}")
-        left = [str(p.relative_to(run)) for p in Path(run).rglob(".tmp-*")]
+        left = [str(p.relative_to(run)) for p in run.rglob(".tmp-*")]
         if left:
             raise Fail(f"left: {left[:5]}")
 
 
 def contents(run):
-    found = {}
-    for path in sorted(Path(run).rglob("*")):
-        if path.suffix in (".safetensors", ".parquet", ".jsonl") and path.is_file():
-            content = path.read_bytes()
-            if path.name == "training.jsonl":
-                content = TIMES.sub(b"", content)
-            found[path.relative_to(run)] = content
-    return found
+    """The bytes that results depend on, and the logs without their times."""
+    from builders import contents as results
+
+    logs = {path.relative_to(run).as_posix(): path for path in run.rglob("training.jsonl")}
+    return results(run) | {name: TIMES.sub(b"", log.read_bytes()) for name, log in logs.items()}
 
 
 def edit_json(path, changes):
@@ -317,10 +324,16 @@ def edit_json(path, changes):
 
 
 def write_sealed(path, facts):
-    """Write a file as somebody else would who knows how: its checksum fits."""
+    """Write a forged file whose checksum is correct."""
     from tpaw.storage.seals import seal_facts
 
     path.write_text(json.dumps(seal_facts(facts)))
+
+
+def listed(path, content):
+    """The entry of a file in a manifest."""
+    sha256 = hashlib.sha256(content).hexdigest()
+    return {"path": path, "bytes": len(content), "sha256": sha256}
 
 
 def edit_text(path, old, new):
@@ -373,98 +386,85 @@ def enlarge(folder, size):
 def immutable(folder):
     """A folder in which nothing can be made."""
     paths = [folder, *(p for p in folder.rglob("*") if p.is_dir())]
-    done = subprocess.run(["chattr", "+i", *paths], capture_output=True, check=False)
-    if done.returncode:
-        subprocess.run(["chattr", "-i", *paths], capture_output=True, check=False)
-        raise Skip("chattr does not work here")
+    change = functools.partial(subprocess.run, capture_output=True, check=False)
     try:
+        if change(["chattr", "+i", *paths]).returncode:
+            raise Skip("chattr does not work here")
         yield
     finally:
-        subprocess.run(["chattr", "-i", *paths], check=False)
+        change(["chattr", "-i", *paths])
 
 
 def no_space_check():
-    """Let a run fill the disk."""
+    """Remove the check of the free space, so that a run fills the disk."""
     import tpaw.pipeline.space
 
     tpaw.pipeline.space.require_space = lambda *a, **k: None
 
 
 def has(pattern, least=1):
+    """A marker: at least so many paths of a run match."""
     return lambda run: len(list(run.glob(pattern))) >= least
 
 
 def small_suite(x, template="{{question}}", name="small"):
+    """A suite of one task: the starter's, with six records and this prompt."""
+    from builders import write_jsonl
+
     folder = x.folder / "suite"
     folder.mkdir(exist_ok=True)
     data = folder / f"{name}-rows.jsonl"
     if not data.exists():
-        data.write_text("".join(json.dumps(r) + "\n" for r in starter_rows(6, "heldout.jsonl")))
+        write_jsonl(data, starter_rows(6, "heldout.jsonl"))
     source = STARTER.parent / "evaluation/benchmarks/suites/tasks/starter.yaml"
-    text = source.read_text()
-    text = re.sub(r"data_files: .*", f"data_files: {{train: {data}, test: {data}}}", text)
-    text = text.replace("task: starter", f"task: {name}").replace(
-        "max_gen_toks: 64", "max_gen_toks: 8"
+    text = re.sub(
+        r"data_files: .*", f"data_files: {{train: {data}, test: {data}}}", source.read_text()
     )
-    text = text.replace("{{question}}", template)
+    for old, new in (
+        ("task: starter", f"task: {name}"),
+        ("max_gen_toks: 64", "max_gen_toks: 8"),
+        ("{{question}}", template),
+    ):
+        text = text.replace(old, new)
     (folder / f"{name}-task.yaml").write_text(text)
+    task = {"name": name, "task": f"{name}-task.yaml", "num_fewshot": 0}
+    task["metric"] = "exact_match,strict-match"
     suite = folder / f"{name}.yaml"
-    suite.write_text(
-        json.dumps(
-            {
-                "name": name,
-                "apply_chat_template": True,
-                "tasks": [
-                    {
-                        "name": name,
-                        "task": f"{name}-task.yaml",
-                        "num_fewshot": 0,
-                        "metric": "exact_match,strict-match",
-                    }
-                ],
-            }
-        )
-    )
+    suite.write_text(json.dumps({"name": name, "apply_chat_template": True, "tasks": [task]}))
     return suite
 
 
 def refuses(x, content, *parts, name="rows.jsonl", more=()):
-    """A plan on this file is refused, with these parts."""
-    x.refused(x.plan(x.records(content, name), *more), *parts)
+    """Require that a plan on this data file is refused with these parts in the message."""
+    x.refused(x.plan_data(x.records(content, name), *more), *parts)
 
 
-def accepts(x, content, *parts, name="rows.jsonl", more=()):
-    return x.works(x.plan(x.records(content, name), *more), *parts)
+def accepts(x, content, *parts):
+    """Require that a plan on this data file works and prints these parts."""
+    return x.works(x.plan_data(x.records(content)), *parts)
 
 
 def model_refused(x, model, *parts, command="plan", code=2):
-    """A command on this model is refused, and no run directory appears."""
+    """Require that a command on this model is refused and writes no results."""
+    folder = x.new("out")
     if command == "plan":
-        outcome = x.tpaw("plan", x.tiny, f"model.path={model}")
+        outcome = x.plan(f"model.path={model}")
     elif command == "run":
-        outcome = x.tpaw("run", x.tiny, "-o", x.folder / "out", f"model.path={model}")
+        outcome = x.run(folder, f"model.path={model}")
     elif command == "answer":
-        data = x.records(pairs(4), "prompts.jsonl")
-        outcome = x.tpaw(
-            "answer",
-            model,
-            "--data",
-            data,
-            "-o",
-            x.folder / "answers",
-            "generate.max_new_tokens=4",
-            "max_length=256",
-        )
+        outcome = x.answer(model, x.records(pairs(4), "prompts.jsonl"), folder)
     else:
-        outcome = x.tpaw(
-            "evaluate", model, "--suite", small_suite(x), "--trust", "-o", x.folder / "results"
-        )
+        outcome = evaluated(x, model, folder)
     x.refused(outcome, *parts, code=code)
-    for name in ("out/inputs", "answers/manifest.json", "results/manifest.json"):
-        if (x.folder / name).exists():
+    for name in ("inputs", "manifest.json"):
+        if (folder / name).exists():
             raise Fail(f"{command}: {name} was written: {outcome.line[:200]}")
 
 
-def everywhere(x, model, *parts, code=2):
+def evaluated(x, model, folder):
+    return x.tpaw("evaluate", model, "--suite", small_suite(x), "--trust", "-o", folder)
+
+
+def everywhere(x, model, *parts):
     for command in ("plan", "run", "answer", "evaluate"):
-        model_refused(x, model, *parts, command=command, code=code)
+        model_refused(x, model, *parts, command=command)

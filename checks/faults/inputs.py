@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
-import hashlib
 import json
 import os
 
 from bench import (
+    ONE_TURN,
     STARTER,
     Fail,
     accepts,
     disk,
     edit_json,
     everywhere,
+    listed,
     model_refused,
     pairs,
     poison,
@@ -22,6 +24,7 @@ from bench import (
     starter_rows,
     write_sealed,
 )
+from commands import YAML_BOMB
 
 
 @row("B1")
@@ -55,21 +58,9 @@ def _(x):
 @row("B5")
 def _(x):
     """no assistant turn; unknown roles"""
-    user = {"role": "user", "content": "u"}
+    user, assistant = ONE_TURN
     refuses(x, [{"messages": [user]}] * 3, "no assistant turn: 3")
-    refuses(
-        x,
-        [
-            {
-                "messages": [
-                    {"role": "bot", "content": "b"},
-                    user,
-                    {"role": "assistant", "content": "a"},
-                ]
-            }
-        ],
-        "bot",
-    )
+    refuses(x, [{"messages": [{"role": "bot", "content": "b"}, user, assistant]}], "bot")
 
 
 @row("B6")
@@ -90,7 +81,7 @@ def _(x):
 def _(x):
     """duplicates are counted"""
     outcome = accepts(x, pairs(1) * 40, "duplicates")
-    x.said[-1] = "0: " + next(line for line in outcome.text.splitlines() if "duplicates" in line)
+    x.shows(outcome, "duplicates")
 
 
 @row("B10")
@@ -98,28 +89,17 @@ def _(x):
     """conversations without a chat template"""
     model = x.model()
     (model / "chat_template.jinja").unlink()
-    chat = [
-        {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}
-    ] * 4
-    x.refused(x.plan(x.records(chat), f"model.path={model}"), "chat template")
+    chat = x.records([{"messages": ONE_TURN}] * 4)
+    x.refused(x.plan_data(chat, f"model.path={model}"), "chat template")
 
 
 @row("B11")
 def _(x):
     """no padding token; padding that is the end token"""
     for value in (None, "<|end|>"):
-        model = x.model(f"m{value is None}")
+        model = x.model()
         edit_json(model / "tokenizer_config.json", {"pad_token": value})
-        x.works(
-            x.tpaw(
-                "run",
-                x.tiny,
-                "-o",
-                x.folder / f"r{value is None}",
-                f"model.path={model}",
-                "iterations=1",
-            )
-        )
+        x.works(x.run(x.new("r"), f"model.path={model}", "iterations=1"))
 
 
 @row("B12")
@@ -153,38 +133,32 @@ def _(x):
 
 @row("B16")
 def _(x):
-    """answers that are cut are said; stop tokens that occur in targets"""
+    """answers that are cut are reported; stop tokens that occur in targets"""
     model = x.model()
     edit_json(model / "generation_config.json", {"eos_token_id": list(range(4, 544))})
-    outcome = x.tpaw("run", x.tiny, "-o", x.folder / "r", f"model.path={model}")
+    outcome = x.run(x.folder / "r", f"model.path={model}")
     x.refused(outcome, code=(0, 1, 2))
     x.works(
-        x.tpaw("run", x.tiny, "-o", x.folder / "long", "iterations=1"),
+        x.run(x.folder / "long", "iterations=1"),
         "cut before they ended",
         "truncated",
     )
-    prompts = starter_rows(16)
-    x.works(
-        x.tpaw(
-            "answer",
-            STARTER / "model",
-            "--greedy",
-            "--data",
-            x.records(prompts),
-            "-o",
-            x.folder / "a",
-            "max_length=256",
-            "generate.max_new_tokens=32",
-        )
-    )
+    prompts = x.records(starter_rows(16))
+    x.works(x.answer(STARTER / "model", prompts, x.folder / "a", "--greedy", tokens=32))
 
 
 @row("B20")
 def _(x):
-    """NaN in weights"""
-    model = x.model()
-    poison(model)
-    model_refused(x, model, "NaN or infinite", command="answer", code=1)
+    """NaN and infinity in weights"""
+    prompts = x.records(pairs(5), "five.jsonl")
+    for value in (float("nan"), float("inf")):
+        model = x.model()
+        poison(model, value)
+        for command in ("answer", "evaluate"):
+            model_refused(x, model, "NaN or infinite", command=command, code=1)
+        outcome = x.answer(model, prompts, x.new("greedy"), "--greedy")
+        x.refused(outcome, "NaN or infinite", code=1)
+        x.refused(x.run(x.new("r"), f"model.path={model}"), "NaN or infinite", model, code=1)
 
 
 @row("B21")
@@ -200,7 +174,7 @@ def _(x):
             table = pq.read_table(path)
             pq.write_table(table.take(list(range(len(table)))[::-1]), path)
             content = path.read_bytes()
-            entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            entry |= listed(entry["path"], content)
         write_sealed(manifest, tree)
     x.works(x.tpaw("run", run))
     model = "iterations/2/checkpoint/model.safetensors"
@@ -212,7 +186,7 @@ def _(x):
 def _(x):
     """unknown and repeated keys"""
     x.refused(
-        x.tpaw("plan", x.tiny, "train.learnin_rate=1"),
+        x.plan("train.learnin_rate=1"),
         "train.learnin_rate",
         "did you mean train.learning_rate",
     )
@@ -236,72 +210,63 @@ def _(x):
         "objective.gamma=-.inf",
         "data.limit=-1",
     ):
-        x.refused(x.tpaw("plan", x.tiny, assignment), assignment.partition("=")[0])
-    x.works(x.tpaw("plan", x.tiny, "train.learning_rate=1e-5"))
+        x.refused(x.plan(assignment), assignment.partition("=")[0])
+    x.works(x.plan("train.learning_rate=1e-5"))
 
 
 @row("B25")
 def _(x):
     """no iterations; no opponents"""
-    x.refused(x.tpaw("plan", x.tiny, "iterations=0"), "iterations")
-    x.refused(x.tpaw("plan", x.tiny, "team.opponents.last=0"), "team.opponents.last")
-    x.works(x.tpaw("plan", x.tiny, "team.opponents.last=99"))
+    x.refused(x.plan("iterations=0"), "iterations")
+    x.refused(x.plan("team.opponents.last=0"), "team.opponents.last")
+    x.works(x.plan("team.opponents.last=99"))
 
 
 @row("B26")
 def _(x):
     """the output holds another run, or other files"""
     run = x.copy("done")
-    x.refused(x.tpaw("run", x.tiny, "-o", run, "seed=5"), "seed")
+    x.refused(x.run(run, "seed=5"), "seed")
     (x.folder / "mine").mkdir()
     (x.folder / "mine/x").write_text("x")
-    x.refused(x.tpaw("run", x.tiny, "-o", x.folder / "mine"), "not empty", "x")
+    x.refused(x.run(x.folder / "mine"), "not empty", "x")
 
 
 @row("B27")
 def _(x):
     """the output cannot be made"""
     (x.folder / "file").write_text("")
-    places = [
-        x.folder / "file",
-        x.folder / "file/below",
-        x.folder / ("n" * 300),
-        "d/" * 3000 + "x",
-        "/proc/x/y",
-        "/sys/xx",
-        "a\x1bb\x07",
-    ]
-    for place in places[:-1]:
-        x.refused(
-            x.tpaw("run", x.tiny, "-o", place), "output" if place in places[:2] else "", code=(2, 4)
-        )
+    for place, part in (
+        (x.folder / "file", "output"),
+        (x.folder / "file/below", "output"),
+        (x.folder / ("n" * 300), ""),
+        ("d/" * 3000 + "x", ""),
+        ("/proc/x/y", ""),
+        ("/sys/xx", ""),
+    ):
+        x.refused(x.run(place), part, code=(2, 4))
     x.refused(x.tpaw("plan", "n" * 300), code=2)
 
 
 @row("B28")
 def _(x):
-    """the disk is too small: said before the work"""
+    """the disk is too small: refused before the run starts"""
     with disk(x.folder / "disk", "1m") as place:
-        outcome = x.tpaw(
-            "run", x.tiny, "-o", place / "r", "generate.max_new_tokens=200", "data.limit=4000"
-        )
+        outcome = x.run(place / "r", "generate.max_new_tokens=200", "data.limit=4000")
         x.refused(outcome, "needs up to", "disk space", code=4)
 
 
 @row("B29")
 def _(x):
     """models of other kinds: t5, a classifier, bert, an unknown type, `[]`"""
-    everywhere(
-        x, x.model("t5", model_type="t5", architectures=["T5ForConditionalGeneration"]), "t5"
-    )
-    everywhere(
-        x,
-        x.model("classifier", architectures=["Qwen2ForSequenceClassification"]),
-        "Qwen2ForSequenceClassification",
-    )
-    everywhere(x, x.model("bert", model_type="bert", architectures=["BertForMaskedLM"]), "bert")
-    everywhere(x, x.model("unknown", model_type="nosuch", architectures=["NoSuch"]), "nosuch")
-    model = x.model("list")
+    for kind, architecture, part in (
+        ("t5", "T5ForConditionalGeneration", "t5"),
+        ("qwen2", "Qwen2ForSequenceClassification", "Qwen2ForSequenceClassification"),
+        ("bert", "BertForMaskedLM", "bert"),
+        ("nosuch", "NoSuch", "nosuch"),
+    ):
+        everywhere(x, x.model(model_type=kind, architectures=[architecture]), part)
+    model = x.model()
     (model / "config.json").write_text("[]")
     everywhere(x, model, "config.json")
 
@@ -309,12 +274,11 @@ def _(x):
 @row("B30")
 def _(x):
     """quantised weights"""
-    everywhere(
-        x,
-        x.model("q1", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
-        "quanti",
-    )
-    everywhere(x, x.model("q2", quantization_config={"quant_method": "gptq", "bits": 4}), "quanti")
+    for quantised in (
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"quant_method": "gptq", "bits": 4},
+    ):
+        everywhere(x, x.model(quantization_config=quantised), "quanti")
 
 
 @row("B31")
@@ -333,14 +297,14 @@ def _(x):
 @row("B32")
 def _(x):
     """fp16, positions, seeds, a missing device"""
-    x.refused(x.tpaw("plan", x.tiny, "precision=fp16"), "precision", "bf16")
-    x.refused(x.tpaw("plan", x.tiny, "max_length=4096"), "max_length", "256")
-    x.refused(x.tpaw("plan", x.tiny, "seed=-1"), "seed")
-    x.refused(x.tpaw("plan", x.tiny, "seed=99999999999"), "seed")
+    x.refused(x.plan("precision=fp16"), "precision", "bf16")
+    x.refused(x.plan("max_length=4096"), "max_length", "256")
+    x.refused(x.plan("seed=-1"), "seed")
+    x.refused(x.plan("seed=99999999999"), "seed")
     import torch
 
     if not torch.cuda.is_available():
-        x.refused(x.tpaw("plan", x.tiny, "device=cuda"), "device", "cuda")
+        x.refused(x.plan("device=cuda"), "device", "cuda")
 
 
 @row("B34")
@@ -356,20 +320,17 @@ def _(x):
 
 @row("B35")
 def _(x):
-    """held-out prompts that are trained on are counted"""
+    """held-out prompts that occur in the training data are counted"""
     path = x.records(starter_rows(48))
-    outcome = x.works(
-        x.plan(path, f"evaluate.data.path={path}"), "held-out prompts in the training data: 12"
-    )
-    x.said[-1] = "0: " + next(
-        line for line in outcome.text.splitlines() if "held-out prompts" in line
-    )
+    outcome = x.plan_data(path, f"evaluate.data.path={path}")
+    x.works(outcome, "held-out prompts in the training data: 12")
+    x.shows(outcome, "held-out prompts")
 
 
 @row("B36")
 def _(x):
     """a batch larger than the data"""
-    x.refused(x.tpaw("run", x.tiny, "-o", x.folder / "r", "train.batch_size=1000"), "step")
+    x.refused(x.run(x.folder / "r", "train.batch_size=1000"), "step")
 
 
 @row("B39")
@@ -385,34 +346,13 @@ def _(x):
 @row("B40")
 def _(x):
     """verdicts of the judge that cannot be parsed are counted"""
-    from judge_server import JudgeServer, answers
+    from judge_server import JudgeServer
 
     replies = iter(["**[[A]]**", "[[A]].", "[[a]]", "[[A]] [[B]]", "> [[A]]", "x\n[[A]]"] * 2)
-    server = JudgeServer(lambda question: next(replies))
-    try:
-        a, b = answers(x.folder / "a.json", *"abcdef"), answers(x.folder / "b.json", *"uvwxyz")
-        command = (
-            "judge",
-            a,
-            b,
-            "--endpoint",
-            server.url,
-            "--model",
-            "j",
-            "-o",
-            x.folder / "j",
-            "--cache",
-            x.folder / "cache",
-            "--parallel",
-            "1",
-        )
-        outcome = x.tpaw(*command)
-    finally:
-        server.close()
+    with contextlib.closing(JudgeServer(lambda question: next(replies))) as server:
+        outcome = x.judge(server.url, "abcdef", "uvwxyz", "--parallel", "1")
     x.refused(outcome, "invalid", code=(0, 3))
-    x.said[-1] = f"{outcome.code}: " + next(
-        (line for line in outcome.text.splitlines() if "invalid" in line), ""
-    )
+    x.shows(outcome, "invalid")
 
 
 @row("B41")
@@ -429,26 +369,26 @@ def _(x):
         pq.write_table(pa.table(columns | more), path)
         return path
 
-    x.works(x.plan(parquet("good.parquet")))
+    x.works(x.plan_data(parquet("good.parquet")))
     bad = pa.array([b"\xff\xfe"] * 40).cast(pa.string(), safe=False)
     late = pa.array([2**62] * 40, pa.timestamp("us"))
     zone = pa.array([1] * 40, pa.timestamp("us", tz="No/Where"))
     for name, extra in (("utf8", bad), ("late", late), ("zone", zone)):
-        x.works(x.plan(parquet(f"{name}.parquet", extra=extra)))
-    x.refused(x.plan(parquet("prompt.parquet", prompt=bad)), "prompt")
-    x.refused(x.plan(parquet("numbers.parquet", prompt=pa.array(range(40)))), "not text")
+        x.works(x.plan_data(parquet(f"{name}.parquet", extra=extra)))
+    x.refused(x.plan_data(parquet("prompt.parquet", prompt=bad)), "prompt")
+    x.refused(x.plan_data(parquet("numbers.parquet", prompt=pa.array(range(40)))), "not text")
     path = parquet("cut.parquet")
     path.write_bytes(path.read_bytes()[:500])
-    x.refused(x.plan(path), "parquet")
+    x.refused(x.plan_data(path), "parquet")
     refuses(x, gzip.compress(json.dumps(good[0]).encode()), "UTF-8")
     refuses(x, gzip.compress(b"x"), "file type", name="rows.jsonl.gz")
     accepts(x, b"\n\n" + b"\n\n".join(json.dumps(one).encode() for one in good) + b"\n\n")
     (x.folder / "folder.jsonl").mkdir()
-    x.refused(x.plan(x.folder / "folder.jsonl"), "folder")
+    x.refused(x.plan_data(x.folder / "folder.jsonl"), "folder")
     os.mkfifo(x.folder / "pipe.jsonl")
-    x.refused(x.plan(x.folder / "pipe.jsonl", limit=60), "no such file")
+    x.refused(x.plan_data(x.folder / "pipe.jsonl", limit=60), "no such file")
     (x.folder / "loop.jsonl").symlink_to("loop.jsonl")
-    x.refused(x.plan(x.folder / "loop.jsonl"), "no such file")
+    x.refused(x.plan_data(x.folder / "loop.jsonl"), "no such file")
     refuses(x, "prompt,completion\na,b,c\n", "2 fields", name="ragged.csv")
     refuses(x, 'prompt,completion\n"a,b\n', "line", name="open.csv")
     refuses(x, "prompt,completion\né,b\n".encode("latin-1"), "utf-8", name="latin.csv")
@@ -463,22 +403,21 @@ def _(x):
     refuses(x, "[" * 50_000 + "]" * 50_000, "nested too deeply")
     refuses(x, '{"prompt": ' + "[" * 50_000 + "]" * 50_000 + "}", "nested too deeply")
     refuses(x, "[" + '{"a": ' * 50_000, "JSON", name="deep.json")
-    x.refused(x.plan(x.folder / ("n" * 300 + ".jsonl")), "data.path")
+    x.refused(x.plan_data(x.folder / ("n" * 300 + ".jsonl")), "data.path")
     (x.folder / "ds").mkdir()
     (x.folder / "ds/dataset_info.json").write_text("[]")
-    x.refused(x.plan(x.folder / "ds"), "not a dataset")
+    x.refused(x.plan_data(x.folder / "ds"), "not a dataset")
     (x.folder / "ds/state.json").write_text("[]")
-    x.refused(x.plan(x.folder / "ds"), "not a dataset")
-    chat = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
-    refuses(x, [{"prompt": chat, "rejected": "x", "completion": "\0"}], "")
+    x.refused(x.plan_data(x.folder / "ds"), "not a dataset")
+    refuses(x, [{"prompt": ONE_TURN, "rejected": "x", "completion": "\0"}], "")
     refuses(x, [{"prompt": "p", "completion": ["a"]}], "")
-    refuses(x, [{"prompt": chat[:1], "rejected": "x", "completion": ["a"]}], "")
+    refuses(x, [{"prompt": ONE_TURN[:1], "rejected": "x", "completion": ["a"]}], "")
     refuses(x, [{"prompt": "p", "chosen": [{"role": "assistant"}], "rejected": "x"}], "")
 
 
 @row("B43")
 def _(x):
-    """columns and keys that stand twice"""
+    """duplicate columns and keys"""
     refuses(x, "prompt,completion,prompt\na,b,c\n", "stands twice", "prompt", name="two.csv")
     refuses(x, '{"prompt": "a", "prompt": "b", "completion": "c"}', "stands twice", "prompt")
 
@@ -486,35 +425,31 @@ def _(x):
 @row("B44")
 def _(x):
     """YAML: tags, dates, odd keys, deep brackets, aliases, and the same by --set"""
-    bomb = "".join(
-        f"{b}: &{b} [{', '.join([f'*{a}' if a else 'x'] * 9)}]\n"
-        for a, b in zip(["", *"abcdefgh"], "abcdefghi", strict=True)
-    )
     texts = [
-        "seed: !!int abc",
-        "seed: !!float x",
-        "seed: !!timestamp x",
-        "seed: 2001-99-99",
-        "{[1, 2]: 3}",
-        "? {a: 1}\n: 2",
-        "seed: " + "[" * 20_000,
-        "x: !!python/object/apply:os.system ['true']",
-        *(f"{bomb}{key}: *i" for key in ("extends", "iterations", "train", "seed", "data")),
+        ("seed: !!int abc", True),
+        ("seed: !!float x", True),
+        ("seed: !!timestamp x", True),
+        ("seed: 2001-99-99", False),
+        ("{[1, 2]: 3}", True),
+        ("? {a: 1}\n: 2", True),
+        ("seed: " + "[" * 20_000, True),
+        *((f"{YAML_BOMB}{key}: *i", False) for key in ("extends", "iterations", "train", "seed")),
+        (f"{YAML_BOMB}data: *i", False),
     ]
-    for number, text in enumerate(texts):
-        path = x.folder / f"{number}.yaml"
+    for text, is_named in texts:
+        path = x.new("c").with_suffix(".yaml")
         path.write_text(text + "\n")
         outcome = x.tpaw("plan", path, limit=90, memory=2 * 2**30)
-        x.refused(outcome, path.name if number not in (3, 8, 9, 10, 11, 12) else "")
+        x.refused(outcome, path.name if is_named else "")
         if len(outcome.text) > 5000:
             raise Fail(f"{path.name}: {len(outcome.text)} characters are said")
     for text in ("seed=!!int x", "seed=2001-99-99", "data.path={[1]: 2}", "seed=" + "[" * 9000):
-        x.refused(x.tpaw("plan", x.tiny, text))
+        x.refused(x.plan(text))
 
 
 @row("B45")
 def _(x):
-    """settings that would never end, or fail late"""
+    """settings that would run forever, or fail late"""
     for text in (
         "iterations=99999999",
         "train.epochs=99999999999999999999",
@@ -523,8 +458,8 @@ def _(x):
         "train.training_arguments={dataloader_num_workers: -1}",
         "train.training_arguments={max_grad_norm: .nan}",
     ):
-        run = x.folder / f"r{x.count}"
-        x.refused(x.tpaw("run", x.tiny, "-o", run, text, limit=120), text.partition("=")[0])
+        run = x.new("r")
+        x.refused(x.run(run, text, limit=120), text.partition("=")[0])
         if run.exists():
             raise Fail(f"{text}: {run} was made")
 
@@ -543,7 +478,7 @@ def _(x):
 def _(x):
     """safetensors headers that are no mapping"""
     for header in (b"[1,2]", b"{}", b"null", b'{"a": 1}', b"x", b'{"a": {"dtype": "F32"}}'):
-        model = x.model(f"m{x.count}")
+        model = x.model()
         (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
         everywhere(x, model, model)
 
