@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,7 +20,15 @@ from tpaw.config.schema import ScoreConfig
 from tpaw.data.token_ids import TokenSequence
 from tpaw.logprobs.prepare import prepare_for_logprobs
 from tpaw.objectives.tpaw import TeamObjective
-from tpaw.scoring.score import Precision, ScoringModel, fill_store, score_sequences
+from tpaw.scoring.score import (
+    Precision,
+    ScoredShard,
+    ScoringModel,
+    SequenceShard,
+    deliver_logps,
+    fill_store,
+    score_sequences,
+)
 from tpaw.scoring.store import LogprobStore, sequence_key
 from tpaw.training.split_weights import SplitRMSprop
 from tpaw.training.trainer import TeamTrainer
@@ -100,14 +108,22 @@ def score_into(
         How many sequences went through the model.
     """
     counted: list[int] = []
-    fill_store(
-        store,
-        stage,
-        {sequence_key(sequence): sequence for sequence in sequences},
-        lambda: prepared(model, bf16),
-        config=ScoreConfig(**DEFAULT_VARIANT),
-        on_done=counted.append,
-    )
+    config = ScoreConfig(**DEFAULT_VARIANT)
+
+    def compute(shards: Iterator[SequenceShard]) -> Iterator[ScoredShard]:
+        scorer = None
+        for shard in shards:
+            scorer = scorer or prepared(model, bf16)
+            yield deliver_logps(
+                store.folder,
+                shard,
+                scorer,
+                tokens_per_row=config.tokens_per_row,
+                on_done=counted.append,
+            )
+
+    wanted = {sequence_key(sequence): sequence for sequence in sequences}
+    fill_store(store, stage, wanted, compute, shard_size=config.shard_size)
     return sum(counted)
 
 

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import tpaw.pipeline.stages
+import tpaw.pipeline.training
 from tpaw.data.token_ids import token_ids
 from tpaw.errors import Interrupted
 from tpaw.generation.generator import SamplingParams
@@ -233,7 +234,7 @@ def contents(folder):
 def stopped_at_step(steps, config, folder):
     """Run until an optimizer step of the first iteration, as if SIGTERM came there."""
 
-    stop, original = StopSignal(), tpaw.pipeline.stages.train_iteration
+    stop, original = StopSignal(), tpaw.pipeline.training.train_iteration
 
     def stopping(*args, advance, **kwargs):
         def step(count, note=""):
@@ -246,7 +247,7 @@ def stopped_at_step(steps, config, folder):
         return original(*args, advance=step, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tpaw.pipeline.stages, "train_iteration", stopping)
+        patch.setattr(tpaw.pipeline.training, "train_iteration", stopping)
         with pytest.raises(Interrupted):
             self_play(config, folder, stop)
 

@@ -19,6 +19,7 @@ from oracles import oracle
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tpaw.pipeline.stages
+import tpaw.pipeline.training
 import tpaw.training.iteration
 from tpaw.config.plan import plan_run
 from tpaw.config.schema import RunConfig
@@ -106,7 +107,7 @@ def test_each_triple_is_trained_on_with_the_log_probs_of_its_own_under_every_pla
     class Seen(Exception):
         pass
 
-    original = tpaw.pipeline.stages.team_trainer
+    original = tpaw.pipeline.training.team_trainer
 
     def second(model, arguments, dataset, inputs, config, objective, start_column):
         if objective.lambda_ == 0.2:
@@ -115,7 +116,7 @@ def test_each_triple_is_trained_on_with_the_log_probs_of_its_own_under_every_pla
         return original(model, arguments, dataset, inputs, config, objective, start_column)
 
     settings["objective"] = {"lambda": [0.1, 0.2, 0.1]}
-    monkeypatch.setattr(tpaw.pipeline.stages, "team_trainer", second)
+    monkeypatch.setattr(tpaw.pipeline.training, "team_trainer", second)
     with pytest.raises(Seen) as seen:
         self_play(RunConfig.load(settings), tmp_path / "r")
     rows, run = seen.value.args[0], RunDirectory(tmp_path / "r")
@@ -255,7 +256,7 @@ def test_every_setting_reaches_the_generator(settings, tmp_path, monkeypatch):
             assert tokens_per_batch == 256
             self.dtype = model.dtype
 
-        def generate(self, prompts, sampling, seed, on_done):
+        def generate(self, prompts, sampling, seed, on_done, first=0):
             calls.append((sampling, seed, self.dtype))
             return super().generate(prompts, sampling, seed, on_done)
 

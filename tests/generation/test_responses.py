@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+
 import pytest
 from builders import SAMPLING, ignore, make_tokenizer
 from messages import says
 
-from tpaw.config.schema import GenerateConfig
 from tpaw.data.examples import Example
 from tpaw.data.token_ids import token_ids
 from tpaw.generation.generator import FakeGenerator
-from tpaw.generation.responses import generate_responses, read_responses, response_facts
+from tpaw.generation.responses import (
+    deliver_responses,
+    generate_responses,
+    read_responses,
+    response_facts,
+)
+from tpaw.runtime.shards import do_here
 from tpaw.storage.artifacts import is_published, read_manifest
 from tpaw.team import Player
 
@@ -20,21 +28,25 @@ class Counting(FakeGenerator):
         super().__init__(lambda prompt, seed: [int(prompt[0]), seed % 97 + 5, 4])
         self.answered = 0
 
-    def generate(self, prompts, sampling, seed, on_done):
+    def generate(self, prompts, sampling, seed, on_done, first=0):
         self.answered += len(prompts)
         return super().generate(prompts, sampling, seed, on_done)
 
 
 def answer(folder, examples, generator, on_done=ignore, seed=0, shard_size=4):
     tokenizer = make_tokenizer()
+
+    def compute(shards):
+        for shard in shards:
+            yield deliver_responses(folder, shard, generator, SAMPLING, tokenizer.decode, on_done)
+
     generate_responses(
         folder,
         Player(2, "", "f"),
         examples,
-        generator.opener,
-        GenerateConfig(shard_size=shard_size),
-        tokenizer.decode,
+        compute,
         SAMPLING,
+        shard_size=shard_size,
         seed=seed,
         on_done=on_done,
     )
@@ -134,23 +146,27 @@ def test_responses_that_are_nearly_all_truncated_are_worth_a_warning(
 def test_the_model_is_loaded_once_and_only_if_a_shard_is_missing(tmp_path):
     loads, done, generator = [], [], Counting()
 
-    def load(player, config):
-        loads.append(player.index)
-        return generator.opener(player, config)
+    class Loading:
+        @contextlib.contextmanager
+        def opened(self, holder):
+            loads.append(holder)
+            with generator.opener(None, None) as opened:
+                yield lambda shard, on_done: deliver_responses(
+                    tmp_path / "r", shard, opened, SAMPLING, make_tokenizer().decode, on_done
+                )
 
     for _ in range(2):
         generate_responses(
             tmp_path / "r",
             Player(0, "", "f"),
             make_examples(10),
-            load,
-            GenerateConfig(shard_size=4),
-            make_tokenizer().decode,
+            functools.partial(do_here, Loading(), "here", on_done=done.append),
             SAMPLING,
+            shard_size=4,
             seed=0,
             on_done=done.append,
         )
-    assert loads == [0]
+    assert loads == ["here"]
     assert not generator.is_open
     assert sum(done) == 20  # shards that are there count as done
 

@@ -7,15 +7,15 @@ import random
 
 import numpy as np
 import pytest
-from builders import make_model, make_tokenizer, save_model, scorer, sums, write_jsonl
+from builders import ignore, make_model, make_tokenizer, save_model, scorer, sums, write_jsonl
 from messages import refused
 
-from tpaw.config.schema import RunConfig, ScoreConfig
+from tpaw.config.schema import RunConfig
 from tpaw.data.token_ids import TokenSequence, token_ids
 from tpaw.generation.generator import FakeGenerator
 from tpaw.generation.responses import read_responses
 from tpaw.pipeline.preflight import read_inputs
-from tpaw.scoring.score import fill_store
+from tpaw.scoring.score import deliver_logps, fill_store
 from tpaw.scoring.store import LogprobStore, sequence_key
 from tpaw.selfplay import self_play
 from tpaw.storage.run_directory import RunDirectory
@@ -188,8 +188,13 @@ def test_log_probs_are_found_in_any_order(tmp_path):
     for order in (range(20), rng.sample(range(20), 20)):
         store = LogprobStore(tmp_path / str(len(stored)))
         wanted = {keys[i]: sequences[i] for i in order}
-        config = ScoreConfig(shard_size=6, tokens_per_row=100)
-        fill_store(store, "s", wanted, lambda: scorer(model), config=config)
+        prepared = scorer(model)
+
+        def compute(shards, folder=store.folder, prepared=prepared):
+            for shard in shards:
+                yield deliver_logps(folder, shard, prepared, tokens_per_row=100, on_done=ignore)
+
+        fill_store(store, "s", wanted, compute, shard_size=6)
         stored.append(store.logps(keys))
         assert np.array_equal(store.logps(keys[::-1]), stored[-1][::-1])
     assert np.allclose(*stored, atol=1e-5)

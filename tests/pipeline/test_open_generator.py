@@ -26,9 +26,9 @@ class Opened(FakeGenerator):
         assert config.max_new_tokens == 12
         return super().opener(player, config)
 
-    def generate(self, *args):
+    def generate(self, *args, **kwargs):
         assert self.is_open
-        return super().generate(*args)
+        return super().generate(*args, **kwargs)
 
 
 def test_a_run_uses_the_generator_that_it_is_given(settings, tmp_path, monkeypatch):
@@ -47,7 +47,7 @@ def test_a_run_uses_the_generator_that_it_is_given(settings, tmp_path, monkeypat
 
 def test_a_generator_is_closed_when_the_work_fails(settings, tmp_path):
     class Broken(Opened):
-        def generate(self, *args):
+        def generate(self, *args, **kwargs):
             raise RuntimeError("the server is gone")
 
     generator = Broken()

@@ -18,6 +18,7 @@ from messages import refused, says
 import tpaw.pipeline.players
 import tpaw.pipeline.space
 import tpaw.pipeline.stages
+import tpaw.pipeline.training
 import tpaw.training.iteration
 from tpaw.config.schema import RunConfig
 from tpaw.errors import (
@@ -97,7 +98,7 @@ def test_a_saved_step_that_is_damaged_is_refused_too(settings, tmp_path):
 
     config, stop = RunConfig.load(settings), StopSignal()
 
-    original = tpaw.pipeline.stages.train_iteration
+    original = tpaw.pipeline.training.train_iteration
 
     def stopping(*args, advance, **kwargs):
         def step(count, note=""):
@@ -107,7 +108,7 @@ def test_a_saved_step_that_is_damaged_is_refused_too(settings, tmp_path):
         return original(*args, advance=step, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tpaw.pipeline.stages, "train_iteration", stopping)
+        patch.setattr(tpaw.pipeline.training, "train_iteration", stopping)
         with pytest.raises(Interrupted) as caught:
             self_play(config, tmp_path / "r", stop)
     assert caught.value.exit_code == 143

@@ -12,11 +12,10 @@ from messages import refused
 from oracles import oracle, ragged, ragged_team
 
 import tpaw.scoring.score
-from tpaw.config.schema import ScoreConfig
 from tpaw.data.token_ids import TokenSequence, read_table, token_ids
 from tpaw.errors import NonFiniteError
 from tpaw.logprobs.response import response_logps
-from tpaw.scoring.score import Precision, fill_store, score_sequences
+from tpaw.scoring.score import Precision, deliver_logps, fill_store, score_sequences
 from tpaw.scoring.store import LogprobStore, sequence_key
 from tpaw.storage.artifacts import read_manifest
 
@@ -108,13 +107,16 @@ def test_a_key_is_of_the_ids_and_the_border():
 def fill(folder, wanted, stage, model=None, shard_size=4, on_done=lambda n: None, loads=None):
     store = LogprobStore(folder)
 
-    def load():
-        if loads is not None:
-            loads.append(stage)
-        return scorer(model or make_model(seed=5))
+    def compute(shards):
+        loaded = None
+        for shard in shards:
+            if loaded is None:
+                loaded = scorer(model or make_model(seed=5))
+                if loads is not None:
+                    loads.append(stage)
+            yield deliver_logps(folder, shard, loaded, tokens_per_row=100, on_done=on_done)
 
-    config = ScoreConfig(shard_size=shard_size, tokens_per_row=100)
-    fill_store(store, stage, wanted, load, config=config, on_done=on_done)
+    fill_store(store, stage, wanted, compute, shard_size=shard_size)
     return store
 
 

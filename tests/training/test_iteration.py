@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import tpaw.pipeline.stages
+import tpaw.pipeline.training
 import tpaw.training.callbacks
 import tpaw.training.iteration
 from tpaw.config.schema import RunConfig
@@ -173,7 +174,7 @@ def test_an_older_saved_step_goes_only_when_the_newer_is_whole(tmp_path, monkeyp
 
 def stopped_in_step(number, config, folder, monkeypatch):
     """A run that is asked to stop while the first iteration is in step `number` of 3."""
-    stop, original, steps = StopSignal(), tpaw.pipeline.stages.train_iteration, 0
+    stop, original, steps = StopSignal(), tpaw.pipeline.training.train_iteration, 0
 
     def stopping(*args, advance, **kwargs):
         def step(count, note=""):
@@ -187,7 +188,7 @@ def stopped_in_step(number, config, folder, monkeypatch):
         return original(*args, advance=step, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tpaw.pipeline.stages, "train_iteration", stopping)
+        patch.setattr(tpaw.pipeline.training, "train_iteration", stopping)
         with pytest.raises(Interrupted):
             self_play(config, folder, stop)
     return RunDirectory(folder)

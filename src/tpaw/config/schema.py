@@ -375,6 +375,13 @@ class TrainConfig(Section):
         "the full fp32 value. The model computes with the upper half, which is the weight rounded "
         "to bf16. Checkpoints are fp32. split needs precision bf16 and optimizer rmsprop.",
     )
+    parallel: Literal["ddp", "fsdp2"] = Field(
+        "ddp",
+        json_schema_extra=CHANGEABLE,
+        description="How the processes of launch.engine ray train together. ddp: each holds the "
+        "whole model. fsdp2: each holds a part of weights, gradients and optimizer state; it needs "
+        "GPUs. Both change results by rounding at most. It has no effect in one process.",
+    )
     schedule: str = Field(
         "cosine",
         description="Learning rate schedule, as in TrainingArguments.lr_scheduler_type of "
@@ -429,6 +436,47 @@ class TrainConfig(Section):
         return arguments
 
 
+class LaunchConfig(Section):
+    """Where the run computes: in one process, or on many devices and machines by Ray."""
+
+    engine: Literal["in_process", "ray"] = Field(
+        "in_process",
+        json_schema_extra=CHANGEABLE,
+        description="in_process: everything in the process of `tpaw run`, on one device. ray: "
+        "generation, scoring and evaluation in shards, and training by data parallelism, on the "
+        "devices of one or more machines. It needs the extra `ray`.",
+    )
+    address: str | None = Field(
+        None,
+        json_schema_extra=CHANGEABLE,
+        description="Address of the Ray cluster to join: auto, or host:port. Default: start Ray on "
+        "this machine for the time of the run. The machines must share the run directory, the "
+        "model and tpaw's environment.",
+    )
+    workers: Literal["all"] | Count = Field(
+        "all",
+        json_schema_extra=CHANGEABLE,
+        description="Number of worker processes. all: one for each gpus_per_worker GPUs of the "
+        "cluster; without GPUs, one for each CPU core. On CPUs each worker has one thread, so "
+        "responses and log-probs are those of in_process with OMP_NUM_THREADS=1.",
+    )
+    gpus_per_worker: Count = Field(
+        1,
+        json_schema_extra=CHANGEABLE,
+        description="GPUs of a worker that generates. More than one is for a server with tensor "
+        "parallelism; scoring and training use one GPU for each process. It has no effect without "
+        "GPUs.",
+    )
+    max_retries: int = Field(
+        3,
+        ge=0,
+        le=1000,
+        json_schema_extra=CHANGEABLE,
+        description="How often a shard or a training is tried again after a worker or its machine "
+        "died.",
+    )
+
+
 class EvaluateConfig(Section):
     """What to measure on θ_0 and after each iteration."""
 
@@ -481,6 +529,7 @@ class RunConfig(Section):
     score: ScoreConfig = ScoreConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    launch: LaunchConfig = LaunchConfig()
     seed: int = Field(
         0,
         ge=0,
@@ -520,6 +569,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.weights: split: cannot be used with precision {self.precision}; set "
                 "precision to bf16, or train.weights to fp32"
+            )
+        if self.train.weights == "split" and self.train.parallel == "fsdp2":
+            raise ValueError(
+                "train.parallel: fsdp2: cannot be used with train.weights split, which needs whole "
+                "weights; set train.parallel to ddp, or train.weights to fp32"
             )
         if self.generate.max_new_tokens >= self.max_length:
             raise ValueError(

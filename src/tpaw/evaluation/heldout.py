@@ -25,9 +25,9 @@ from tpaw.data.examples import Example
 from tpaw.data.token_ids import TokenIds, TokenSequence, read_table, write_table
 from tpaw.evaluation.exact_match import extract_answer, has_answers, is_correct
 from tpaw.evaluation.items import Item, read_items, write_items
-from tpaw.generation.generator import Completion, OpenGenerator, SamplingParams
+from tpaw.generation.generator import Completion, SamplingParams
+from tpaw.runtime.progress import OnDone
 from tpaw.runtime.watch import Watch
-from tpaw.scoring.score import ScoringModel, score_sequences
 from tpaw.statistics.over_items import mcnemar, wilson_interval
 from tpaw.storage.artifacts import publishing, write_json
 from tpaw.team import Player
@@ -45,8 +45,9 @@ class HeldoutEvaluation:
         config: the run's configuration.
         heldout: the held-out examples.
         folder_of: returns the folder of an evaluation, given the index of the player.
-        open_generator: opens a generator for a player.
-        load_for_scoring: loads a player for log-probs.
+        answer: generates one completion for each prompt, given a player, prompts, sampling
+            settings, a seed and a function to report progress to.
+        logps: computes the log-probs of sequences under a player: float64, in nats.
         decode: token ids to text.
         params: the run's sampling settings.
         watch: shows progress and checks for a stop.
@@ -55,8 +56,8 @@ class HeldoutEvaluation:
     config: RunConfig
     heldout: Sequence[Example]
     folder_of: Callable[[int], Path]
-    open_generator: OpenGenerator
-    load_for_scoring: Callable[[Player], ScoringModel]
+    answer: Callable[[Player, Sequence[TokenIds], SamplingParams, int, OnDone], list[Completion]]
+    logps: Callable[[Player, Sequence[TokenSequence], OnDone], NDArray[np.float64]]
     decode: Callable[[TokenIds], str]
     params: SamplingParams
     watch: Watch
@@ -107,12 +108,7 @@ class HeldoutEvaluation:
         ]
         title = self._title(player, "log-probs")
         with self.watch.progress(title, len(sequences), "sequences") as on_done:
-            logps = score_sequences(
-                self.load_for_scoring(player),
-                sequences,
-                tokens_per_row=self.config.score.tokens_per_row,
-                on_done=on_done,
-            )
+            logps = self.logps(player, sequences, on_done)
         count = len(self.heldout)
         items = logp_items(self.heldout, logps[:count], logps[count:])
         write_items(folder / "logps.jsonl", items)
@@ -122,11 +118,8 @@ class HeldoutEvaluation:
         self, player: Player, params: SamplingParams, seed: int, what: str
     ) -> list[Completion]:
         prompts = [example.prompt_ids for example in self.heldout]
-        with (
-            self.watch.progress(self._title(player, what), len(prompts), "prompts") as on_done,
-            self.open_generator(player, self.config.generate) as generator,
-        ):
-            return generator.generate(prompts, params, seed, on_done)
+        with self.watch.progress(self._title(player, what), len(prompts), "prompts") as on_done:
+            return self.answer(player, prompts, params, seed, on_done)
 
     def _title(self, player: Player, what: str) -> str:
         return f"[{player.index}/{self.config.iterations}] evaluate θ_{player.index}: {what}"

@@ -93,13 +93,13 @@ class GenerationRequest:
         draws: random numbers of this request.
     """
 
-    def __init__(self, index: int, prompt: TokenIds, limit: int, seed: int) -> None:
+    def __init__(self, index: int, prompt: TokenIds, limit: int, seed: tuple[int, int]) -> None:
         self.index = index
         self.prompt = prompt
         self.limit = limit
         self.emitted: list[int] = []
         # Each request has its own generator, so its draws do not depend on the other requests.
-        self.draws = np.random.default_rng((seed, index))
+        self.draws = np.random.default_rng(seed)
 
     @property
     def longest(self) -> int:
@@ -116,11 +116,12 @@ def generate_continuously(
     seed: int,
     on_done: OnDone,
     is_enough: Callable[[Sequence[int]], bool] | None = None,
+    first: int = 0,
 ) -> list[list[int]]:
     """Generate one response for each prompt.
 
     The longest requests start first. A response depends on the seed, on the prompt and on the
-    prompt's position in `prompts`. Other requests change its logits only by rounding errors.
+    prompt's position. Other requests change its logits only by rounding errors.
 
     Args:
         model: a model that `why_unsupported` gives no reason for.
@@ -131,6 +132,7 @@ def generate_continuously(
             to stop the work.
         is_enough: called every `ASK_EVERY` tokens of a request with all token ids that the request
             has emitted. If it returns true, the request ends.
+        first: position of the first prompt; see `Generator.generate`.
 
     Returns:
         The emitted token ids, in the order of the prompts. A stop token is included.
@@ -139,7 +141,8 @@ def generate_continuously(
         NonFiniteError: the model's logits are NaN or infinite.
     """
     requests = [
-        GenerationRequest(i, prompt, params.limit(prompt), seed) for i, prompt in enumerate(prompts)
+        GenerationRequest(i, prompt, params.limit(prompt), (seed, first + i))
+        for i, prompt in enumerate(prompts)
     ]
     requests.sort(key=lambda request: (-request.longest, -len(request.prompt)))
     waiting = deque(requests)
@@ -190,7 +193,7 @@ def greedy_logits(
     Returns:
         The token ids, and the logits of every step, (prompts, steps, V), float32.
     """
-    requests = [GenerationRequest(i, prompt, steps, 0) for i, prompt in enumerate(prompts)]
+    requests = [GenerationRequest(i, prompt, steps, (0, i)) for i, prompt in enumerate(prompts)]
     forward = _Forward(model)
     # `read` adds the longest request first, so the slots differ from the order of the prompts.
     forward.cache.reshape(len(requests), max(r.longest for r in requests) + 1)

@@ -92,7 +92,12 @@ class Generator(Protocol):
     """A backend that generates responses to prompts. Prompts and responses are token ids."""
 
     def generate(
-        self, prompts: Sequence[TokenIds], params: SamplingParams, seed: int, on_done: OnDone
+        self,
+        prompts: Sequence[TokenIds],
+        params: SamplingParams,
+        seed: int,
+        on_done: OnDone,
+        first: int = 0,
     ) -> list[Completion]:
         """Generate one completion for each prompt.
 
@@ -105,6 +110,8 @@ class Generator(Protocol):
             seed: seeds the random draws.
             on_done: called from the caller's thread with the number of prompts finished since the
                 last call. It may raise to stop the work.
+            first: place of the first prompt, where the prompts are a part of a longer list with
+                one seed. Then every prompt gets the random numbers that it has in the whole list.
 
         Returns:
             The completions, in the order of the prompts.
@@ -163,7 +170,12 @@ class FakeGenerator:
             self.is_open = False
 
     def generate(
-        self, prompts: Sequence[TokenIds], params: SamplingParams, seed: int, on_done: OnDone
+        self,
+        prompts: Sequence[TokenIds],
+        params: SamplingParams,
+        seed: int,
+        on_done: OnDone,
+        first: int = 0,
     ) -> list[Completion]:
         """See `Generator.generate`."""
         completions = []

@@ -76,7 +76,12 @@ class HFGenerator:
             note_once(choice.note)
 
     def generate(
-        self, prompts: Sequence[TokenIds], params: SamplingParams, seed: int, on_done: OnDone
+        self,
+        prompts: Sequence[TokenIds],
+        params: SamplingParams,
+        seed: int,
+        on_done: OnDone,
+        first: int = 0,
     ) -> list[Completion]:
         """See `Generator.generate`.
 
@@ -85,18 +90,30 @@ class HFGenerator:
             MemoryShortageError: memory has run out.
         """
         with memory_limited_by("generate.tokens_per_batch", self.tokens_per_batch):
-            emitted = self._emit(prompts, params, seed, on_done)
+            emitted = self._emit(prompts, params, seed, on_done, first)
         return [
             finish(tokens, params, params.limit(prompt))
             for prompt, tokens in zip(prompts, emitted, strict=True)
         ]
 
     def _emit(
-        self, prompts: Sequence[TokenIds], params: SamplingParams, seed: int, on_done: OnDone
+        self,
+        prompts: Sequence[TokenIds],
+        params: SamplingParams,
+        seed: int,
+        on_done: OnDone,
+        first: int,
     ) -> list[list[int]]:
         if self.batching is Batching.CONTINUOUS:
             return generate_continuously(
-                self.model, prompts, params, self.tokens_per_batch, seed, on_done, self.is_enough
+                self.model,
+                prompts,
+                params,
+                self.tokens_per_batch,
+                seed,
+                on_done,
+                self.is_enough,
+                first,
             )
         is_alone = self.batching in (Batching.ONE_BY_ONE, Batching.WITHOUT_CACHE)
         batches = batches_of(
@@ -110,7 +127,7 @@ class HFGenerator:
             prompts,
             params,
             list(batches),
-            seed,
+            (seed + first) % 2**63,  # the draws are those of a batch, so each part has its own
             on_done,
             use_cache=self.batching is not Batching.WITHOUT_CACHE,
         )

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tpaw.config.schema import GenerateConfig
 from tpaw.data.examples import Example
 from tpaw.data.token_ids import TokenIds, read_table, write_table
 from tpaw.generation.generator import (
-    Completion,
     FinishReason,
     Generator,
-    OpenGenerator,
     SamplingParams,
 )
 from tpaw.runtime.progress import OnDone, note
-from tpaw.storage.artifacts import ShardedArtifact, read_manifest
+from tpaw.storage.artifacts import ShardedArtifact, deliver, read_manifest
 from tpaw.team import Player
 
 # A larger share of responses that were cut at the length limit is worth a warning.
@@ -44,15 +40,31 @@ class Response(NamedTuple):
     finish_reason: FinishReason
 
 
+class PromptShard(NamedTuple):
+    """The prompts of one shard: work for one process.
+
+    Attributes:
+        name: file name of the shard.
+        examples: their prompts are answered, in this order.
+        seed: of the shard alone, so that a shard does not depend on the shards before it.
+    """
+
+    name: str
+    examples: Sequence[Example]
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
 def generate_responses(
     folder: Path,
     player: Player,
     examples: Sequence[Example],
-    open_generator: OpenGenerator,
-    config: GenerateConfig,
-    decode: Callable[[TokenIds], str],
+    compute: Callable[[Iterator[PromptShard]], Iterator[Path]],
     params: SamplingParams,
     *,
+    shard_size: int,
     seed: int,
     on_done: OnDone,
 ) -> None:
@@ -62,37 +74,32 @@ def generate_responses(
         folder: where the artifact D_t is published.
         player: the checkpoint that generates.
         examples: their prompts are used, in this order.
-        open_generator: called only if a shard is missing.
-        config: its `shard_size` is the number of prompts in a shard, if no shard is published yet.
-        decode: token ids of a response to text.
-        params: sampling settings.
-        seed: the run's seed. Each shard has its own seed, derived from this one, so that a shard
-            does not depend on the shards before it.
-        on_done: called with the number of prompts finished since the last call. It may raise to
-            stop the work; published shards stay.
+        compute: calls `deliver_responses` for every shard, in any order, and returns what it
+            returned. It may raise to stop the work; published shards stay.
+        params: sampling settings, for the manifest.
+        shard_size: number of prompts in a shard. If generation has begun, its size applies.
+        seed: the run's seed. Each shard has its own seed, derived from this one.
+        on_done: called with the number of prompts that were published before.
     """
     artifact = ShardedArtifact(folder)
-    # The setting may have changed since the first shard. Its size decides which prompts the others
-    # hold.
-    size = artifact.entries[0]["rows"] if artifact.entries else config.shard_size
-    with contextlib.ExitStack() as stack:
-        generator: Generator | None = None
+    # The size decides which prompts a shard holds, so it must stay.
+    begun = artifact.entries[0]["rows"] if artifact.entries else shard_size
+    size = artifact.begin({"shard_size": begun})["shard_size"]
+
+    def missing() -> Iterator[PromptShard]:
         for number, begin in enumerate(range(0, len(examples), size)):
-            name = f"shard-{number:05d}.parquet"
-            shard = examples[begin : begin + size]
-            if name in artifact.names:
-                on_done(len(shard))
-                continue
-            generator = generator or stack.enter_context(open_generator(player, config))
-            started = time.monotonic()
-            completions = generator.generate(
-                [example.prompt_ids for example in shard],
-                params,
+            shard = PromptShard(
+                f"shard-{number:05d}.parquet",
+                examples[begin : begin + size],
                 _shard_seed(seed, player.index, number),
-                on_done,
             )
-            seconds = round(time.monotonic() - started, 3)
-            _publish(artifact, name, shard, completions, decode, seconds)
+            if shard.name in artifact.names:
+                on_done(len(shard))
+            else:
+                yield shard
+
+    for record in compute(missing()):
+        artifact.receive(record)
     totals = {
         key: round(sum(entry[key] for entry in artifact.entries), 3)
         for key in ("rows", "identical", "truncated", "tokens", "seconds")
@@ -109,28 +116,46 @@ def generate_responses(
     )
 
 
-def _publish(
-    artifact: ShardedArtifact,
-    name: str,
-    examples: Sequence[Example],
-    completions: Sequence[Completion],
+def deliver_responses(
+    folder: Path,
+    shard: PromptShard,
+    generator: Generator,
+    params: SamplingParams,
     decode: Callable[[TokenIds], str],
-    seconds: float,
-) -> None:
+    on_done: OnDone,
+) -> Path:
+    """Generate the responses of one shard. Any process may do it.
+
+    Args:
+        folder: folder of the artifact D_t.
+        shard: the work.
+        generator: of the player that generates.
+        params: sampling settings.
+        decode: token ids of a response to text.
+        on_done: called with the number of prompts finished since the last call. It may raise.
+
+    Returns:
+        The record of the delivery; see `storage.artifacts.deliver`.
+    """
+    started = time.monotonic()
+    prompts = [example.prompt_ids for example in shard.examples]
+    completions = generator.generate(prompts, params, shard.seed, on_done)
+    seconds = round(time.monotonic() - started, 3)
     columns: dict[str, list[Any]] = {
-        "example_id": [example.id for example in examples],
+        "example_id": [example.id for example in shard.examples],
         "token_ids": [completion.token_ids for completion in completions],
         "text": [decode(completion.token_ids) for completion in completions],
         "finish_reason": [completion.finish_reason for completion in completions],
     }
     identical = sum(
         np.array_equal(example.target_ids, completion.token_ids)
-        for example, completion in zip(examples, completions, strict=True)
+        for example, completion in zip(shard.examples, completions, strict=True)
     )
-    artifact.publish(
-        name,
+    return deliver(
+        folder,
+        shard.name,
         lambda path: write_table(path, columns),
-        rows=len(examples),
+        rows=len(shard),
         identical=identical,
         truncated=sum(c.finish_reason == "length" for c in completions),
         tokens=sum(len(completion.token_ids) for completion in completions),

@@ -1,56 +1,54 @@
 """The stages of an iteration over a run directory: who does what, in which order.
 
 A stage whose output is published returns at once. What a stage computes depends on its inputs and
-the seed alone, never on how often the run was interrupted.
+the seed alone, never on how often the run was interrupted, nor on which process computes it.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from transformers import Trainer, TrainingArguments
+import numpy as np
+from numpy.typing import NDArray
 
 from tpaw.config.plan import optimizer_steps
 from tpaw.config.schema import RunConfig
 from tpaw.data.examples import Example
 from tpaw.data.inputs import Inputs, load_inputs, publish_inputs
-from tpaw.data.token_ids import TokenIds
-from tpaw.evaluation.benchmarks.run import SuitesOfRun
+from tpaw.data.token_ids import TokenIds, TokenSequence
+from tpaw.evaluation.benchmarks.run import missing_suites
 from tpaw.evaluation.heldout import HeldoutEvaluation
-from tpaw.generation.generator import OpenGenerator, SamplingParams
-from tpaw.generation.responses import generate_responses, read_responses
-from tpaw.models.fingerprint import fingerprint
+from tpaw.generation.generator import Completion, OpenGenerator, SamplingParams
+from tpaw.generation.responses import generate_responses
 from tpaw.models.initial import initial_player
-from tpaw.objectives.base import Objective
-from tpaw.pipeline.players import LoadedPlayers
+from tpaw.pipeline.engines import Engine, InProcess, parts
 from tpaw.pipeline.preflight import read_and_check
-from tpaw.pipeline.space import space_for_responses, space_for_scores, space_for_training
+from tpaw.pipeline.published import Published
+from tpaw.pipeline.space import space_for_responses, space_for_scores
+from tpaw.pipeline.training import TrainingData, TrainingJob
+from tpaw.pipeline.worker import (
+    AnswerTask,
+    GenerateTask,
+    LogpsTask,
+    Prompts,
+    ScoreTask,
+    Sequences,
+    SuitesTask,
+    Worker,
+)
 from tpaw.report.summary import write_summary
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.isolation import isolated
-from tpaw.runtime.memory import memory_limited_by
-from tpaw.runtime.progress import note, progress
+from tpaw.runtime.progress import OnDone, ignore, note, progress
 from tpaw.runtime.watch import Watch
 from tpaw.scoring.score import fill_store
-from tpaw.scoring.store import LogprobStore
-from tpaw.storage.artifacts import is_published, publishing, read_manifest, remove_artifacts
+from tpaw.storage.artifacts import is_published, read_manifest, remove_artifacts
 from tpaw.storage.run_directory import RunDirectory, open_run, verify_run
 from tpaw.team import Player, Team
-from tpaw.training.iteration import (
-    BuildTrainer,
-    dpo_objective,
-    team_objective,
-    team_trainer,
-    train_iteration,
-)
-from tpaw.training.triples import Triple, TripleDataset, pair_with_responses, preference_pairs
-from tpaw.training.trl import sft_trainer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from tpaw.training.triples import Triple, preference_pairs
 
 
 @contextlib.contextmanager
@@ -78,29 +76,24 @@ def opened_stages(
                 publish_inputs(run.inputs, inputs)
             kept = load_inputs(run.inputs, config)
             note(kept.described())
-            yield Stages(config, run, kept, watch, open_generator)
+            data = TrainingData(config, kept, Published(run))
+            worker = Worker(config, run, kept.tokenizer, open_generator, stop)
+            yield Stages(data, InProcess(worker, data), watch)
 
 
 class Stages:
     """Everything that Algorithm 1 and the baselines ask for, over one run directory."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        run: RunDirectory,
-        inputs: Inputs,
-        watch: Watch,
-        open_generator: OpenGenerator | None = None,
-    ) -> None:
-        self.config = config
-        self.run = run
-        self.inputs = inputs
+    def __init__(self, data: TrainingData, engine: Engine, watch: Watch) -> None:
+        self.config: RunConfig = data.config
+        self.run: RunDirectory = data.published.run
+        self.inputs: Inputs = data.inputs
+        self.published = data.published
+        self.engine = engine
         self.watch = watch
-        self.players = LoadedPlayers(config)
-        self.open_generator = open_generator or self.players.open_generator
-        self.suites = SuitesOfRun(run, config.evaluate.suites, watch.stop)
-        self.params = SamplingParams.of(config.generate, config.max_length, inputs.stop_ids)
-        self._stores: dict[str, LogprobStore] = {}
+        self.params = SamplingParams.of(
+            self.config.generate, self.config.max_length, self.inputs.stop_ids
+        )
 
     def load_examples(self) -> list[Example]:
         """D_SFT."""
@@ -122,15 +115,15 @@ class Stages:
         if is_published(folder):
             return
         space_for_responses(self.run, self.config, len(examples))
+        task = GenerateTask(player, folder, self.params)
         with self._progress(t, f"generate with θ_{t}", len(examples), "prompts") as on_done:
             generate_responses(
                 folder,
                 player,
                 examples,
-                self.open_generator,
-                self.config.generate,
-                self._decode,
+                partial(self.engine.do, task, on_done=on_done),
                 self.params,
+                shard_size=self.config.generate.shard_size,
                 seed=self.config.seed,
                 on_done=on_done,
             )
@@ -143,11 +136,7 @@ class Stages:
         Raises:
             ArtifactError: responses on disk belong to other examples.
         """
-        triples = []
-        for opponent in opponents:
-            responses = read_responses(self.run.iteration(opponent.index).responses)
-            triples += pair_with_responses(examples, responses, opponent.index)
-        return triples
+        return self.published.triples(examples, opponents)
 
     def score(self, triples: Sequence[Triple], players: Sequence[Player], t: int) -> None:
         """log π_j of every target and generated response that the store lacks.
@@ -157,42 +146,39 @@ class Stages:
         """
         wanted = dict(item for triple in triples for item in triple.sequences())
         for player in players:
-            store = self._store(player)
+            store = self.published.store(player)
             missing = sum(key not in store for key in wanted)
             if not missing:
                 continue
             space_for_scores(self.run, missing)
+            task = ScoreTask(player, self.run.logprobs(player.fingerprint))
             title = f"score with θ_{player.index}"
             with self._progress(t, title, missing, "sequences") as on_done:
                 fill_store(
                     store,
                     f"iteration-{self.run.iteration(t).number}",
                     wanted,
-                    lambda player=player: self.players.for_scoring(player),  # type: ignore[misc]
-                    config=self.config.score,
-                    on_done=on_done,
+                    partial(self.engine.do, task, on_done=on_done),
+                    shard_size=self.config.score.shard_size,
                 )
 
     def train(self, policy: Player, triples: Sequence[Triple], team: Team, t: int) -> Player:
         """θ_{t+1}, from θ_t by minimising the objective over D_O."""
-        objective = team_objective(self.config.objective, t)
-        return self._train_on_triples(policy, triples, team.main_players, objective, t)
+        steps = optimizer_steps(self.config, len(triples), t)
+        job = TrainingJob(t, steps, policy, team.opponents, team.main_players)
+        return self._train(job, triples)
 
     def train_by_sft(self, policy: Player, t: int) -> Player:
         """θ_{t+1}, from θ_t by SFT on the targets."""
-        examples = self.load_examples()
-
-        def build(model: PreTrainedModel, arguments: TrainingArguments) -> Trainer:
-            return sft_trainer(model, arguments, examples, self.inputs.tokenizer)
-
-        return self._train(policy, t, len(examples), build)
+        steps = optimizer_steps(self.config, len(self.load_examples()), t)
+        return self._train(TrainingJob(t, steps, policy))
 
     def train_by_dpo(self, policy: Player, t: int) -> Player:
         """θ_{t+1}, from θ_t by DPO on the preference data, with θ_t as the reference."""
         pairs = preference_pairs(self.load_examples())
         self.score(pairs, [policy], t)
-        objective = dpo_objective(self.config.objective, t)
-        return self._train_on_triples(policy, pairs, [policy], objective, t)
+        steps = optimizer_steps(self.config, len(pairs), t)
+        return self._train(TrainingJob(t, steps, policy, players=(policy,)), pairs)
 
     def evaluate(self, player: Player) -> None:
         """Held-out outcomes of a checkpoint, item by item, and their means; then its suites."""
@@ -202,75 +188,50 @@ class Stages:
                 config=self.config,
                 heldout=self.inputs.heldout,
                 folder_of=self.run.evaluation,
-                open_generator=self.open_generator,
-                load_for_scoring=self.players.for_scoring,
+                answer=self._answer,
+                logps=self._logps,
                 decode=self._decode,
                 params=self.params,
                 watch=self.watch,
             ).publish(player)
-        if self.suites.missing(player.index):
-            self.players.release()  # the harness loads the player itself
-            self.suites.publish(player.index)
+        if missing_suites(self.run, player.index, self.config.evaluate.suites):
+            for _ in self.engine.do(SuitesTask(), [player.index], ignore):
+                pass
 
     def report(self) -> None:
         """summary.json, from what is published."""
         write_summary(self.run, self.config)
 
-    def _train_on_triples(
-        self,
-        policy: Player,
-        triples: Sequence[Triple],
-        players: Sequence[Player],
-        objective: Objective,
-        t: int,
-    ) -> Player:
-        # The policy need not be a player: then there is nothing to compare its first step with.
-        start_column = players.index(policy) if policy in players else None
-
-        def build(model: PreTrainedModel, arguments: TrainingArguments) -> Trainer:
-            dataset = TripleDataset.of(triples, [self._store(player) for player in players])
-            return team_trainer(
-                model, arguments, dataset, self.inputs, self.config, objective, start_column
-            )
-
-        return self._train(policy, t, len(triples), build)
-
-    def _train(self, policy: Player, t: int, rows: int, build: BuildTrainer) -> Player:
-        """θ_{t+1}, from θ_t with the trainer that `build` makes; the saved steps are removed."""
-        iteration = self.run.iteration(t)
+    def _train(self, job: TrainingJob, triples: Sequence[Triple] | None = None) -> Player:
+        """θ_{t+1}. Its saved steps are removed once it is published."""
+        iteration = self.run.iteration(job.t)
         folder = iteration.checkpoint
         if not is_published(folder):
-            self.watch.stop.check()
-            meta: dict[str, object] = {"index": iteration.number}
-            steps = optimizer_steps(self.config, rows, t)
-            model = self.players.for_training(policy)
-            space_for_training(iteration, self.config, model.num_parameters(), steps)
-            title = self._title(t, f"train θ_{iteration.number}")
-            with (
-                publishing(folder, meta) as temporary,
-                progress(title, steps, "steps") as advance,
-                memory_limited_by("train.tokens_per_row", self.config.train.tokens_per_row),
-            ):
-                meta |= train_iteration(
-                    model,
-                    build,
-                    self.inputs,
-                    self.config,
-                    iteration,
-                    publish_to=temporary,
-                    advance=advance,
-                    stop=self.watch.stop,
-                )
-                meta["fingerprint"] = fingerprint(temporary)
-            del model  # otherwise its memory would not be freed
-            self.players.release()
+            title = self._title(job.t, f"train θ_{iteration.number}")
+            self.engine.train(job, triples, progress(title, job.steps, "steps"))
         remove_artifacts(iteration.training)
         return Player(iteration.number, str(folder), read_manifest(folder)["fingerprint"])
 
-    def _store(self, player: Player) -> LogprobStore:
-        if player.fingerprint not in self._stores:
-            self._stores[player.fingerprint] = LogprobStore(self.run.logprobs(player.fingerprint))
-        return self._stores[player.fingerprint]
+    def _answer(
+        self,
+        player: Player,
+        prompts: Sequence[TokenIds],
+        params: SamplingParams,
+        seed: int,
+        on_done: OnDone,
+    ) -> list[Completion]:
+        """One completion for each prompt, in their order."""
+        shards = [Prompts(*part) for part in parts(prompts, self.engine.workers)]
+        found = dict(self.engine.do(AnswerTask(player, params, seed), shards, on_done))
+        return [completion for first in sorted(found) for completion in found[first]]
+
+    def _logps(
+        self, player: Player, sequences: Sequence[TokenSequence], on_done: OnDone
+    ) -> NDArray[np.float64]:
+        """log π of each sequence, in their order."""
+        shards = [Sequences(*part) for part in parts(sequences, self.engine.workers)]
+        found = dict(self.engine.do(LogpsTask(player), shards, on_done))
+        return np.concatenate([found[first] for first in sorted(found)])
 
     def _decode(self, ids: TokenIds) -> str:
         return str(self.inputs.tokenizer.decode(ids.tolist(), skip_special_tokens=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,14 +13,14 @@ import torch
 from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 
-from tpaw.config.schema import ScoreConfig
-from tpaw.data.token_ids import TokenSequence
+from tpaw.data.token_ids import TokenSequence, write_table
 from tpaw.logprobs.packing import Layout, PackedBatch, PromptGroup, group_by_prompt
 from tpaw.logprobs.response import LogprobHead, response_logps
 from tpaw.models.finite import non_finite
 from tpaw.runtime.memory import memory_limited_by
 from tpaw.runtime.progress import OnDone, ignore
 from tpaw.scoring.store import Key, LogprobStore
+from tpaw.storage.artifacts import deliver
 
 
 class Precision(NamedTuple):
@@ -114,45 +115,112 @@ def _score(
     return logps
 
 
+class SequenceShard(NamedTuple):
+    """The sequences of one shard: work for one process.
+
+    Attributes:
+        name: file name of the shard in the store.
+        stage: for whom the sequences are scored, e.g. "iteration-3".
+        keys: one for each sequence.
+        sequences: what to score.
+    """
+
+    name: str
+    stage: str
+    keys: Sequence[Key]
+    sequences: Sequence[TokenSequence]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+class ScoredShard(NamedTuple):
+    """What became of a `SequenceShard`.
+
+    Attributes:
+        name: file name of the shard.
+        record: of its delivery; see `storage.artifacts.deliver`.
+        logps: float64, in nats, (sequences,).
+    """
+
+    name: str
+    record: Path
+    logps: NDArray[np.float64]
+
+
 def fill_store(
     store: LogprobStore,
     stage: str,
     wanted: Mapping[Key, TokenSequence],
-    load: Callable[[], ScoringModel],
+    compute: Callable[[Iterator[SequenceShard]], Iterator[ScoredShard]],
     *,
-    config: ScoreConfig,
-    on_done: OnDone = ignore,
+    shard_size: int,
 ) -> None:
     """Compute the sequences of `wanted` that the store lacks, and publish them shard by shard.
 
     Args:
+        store: the log-probs of one player.
         stage: names the shards, e.g. "iteration-3".
-        load: called only if something is missing.
-        on_done: called with the number of sequences computed.
+        wanted: the sequences by key.
+        compute: calls `deliver_logps` for every shard, in any order, and returns what it returned.
+            It may raise to stop the work; published shards stay.
+        shard_size: number of sequences in a shard.
     """
+    store.begin()
     todo = store.missing_before(stage, wanted)
     sequences = [wanted[key] for key in todo]
     # Sequences of a prompt stay together, and a shard holds sequences of similar length.
     groups = group_by_prompt(sequences)
     groups.sort(key=lambda group: -max(len(sequences[i][1]) for i in group))
     todo = [todo[i] for group in groups for i in group]
-    scorer: ScoringModel | None = None
-    for number, begin in enumerate(range(0, len(todo), config.shard_size)):
-        name = f"{stage}-{number:05d}.parquet"
-        if store.has_shard(name):
-            continue
-        scorer = scorer or load()
-        keys = todo[begin : begin + config.shard_size]
-        started = time.monotonic()
-        logps = score_sequences(
-            scorer,
-            [wanted[key] for key in keys],
-            tokens_per_row=config.tokens_per_row,
-            on_done=on_done,
-        )
-        token_counts = [len(wanted[key][1]) for key in keys]
-        seconds = time.monotonic() - started
-        store.publish(name, stage, keys, logps, token_counts, seconds)
+    given_out: dict[str, SequenceShard] = {}
+
+    def missing() -> Iterator[SequenceShard]:
+        for number, begin in enumerate(range(0, len(todo), shard_size)):
+            name = f"{stage}-{number:05d}.parquet"
+            if not store.has_shard(name):
+                keys = todo[begin : begin + shard_size]
+                shard = SequenceShard(name, stage, keys, [wanted[key] for key in keys])
+                given_out[name] = shard
+                yield shard
+
+    for scored in compute(missing()):
+        store.receive(scored.record, stage, given_out.pop(scored.name).keys, scored.logps)
+
+
+def deliver_logps(
+    folder: Path,
+    shard: SequenceShard,
+    scorer: ScoringModel,
+    *,
+    tokens_per_row: int,
+    on_done: OnDone,
+) -> ScoredShard:
+    """Score one shard. Any process may do it.
+
+    Args:
+        folder: folder of the store.
+        shard: the work.
+        scorer: the player that scores.
+        tokens_per_row: see `score_sequences`.
+        on_done: called with the number of sequences computed since the last call. It may raise.
+    """
+    started = time.monotonic()
+    logps = score_sequences(scorer, shard.sequences, tokens_per_row=tokens_per_row, on_done=on_done)
+    columns = {
+        "sequence": shard.keys,
+        "logp": logps.tolist(),
+        "tokens": [len(response) for _, response in shard.sequences],
+    }
+    record = deliver(
+        folder,
+        shard.name,
+        lambda path: write_table(path, columns),
+        stage=shard.stage,
+        sequences=len(shard),
+        seconds=round(time.monotonic() - started, 3),
+    )
+    return ScoredShard(shard.name, record, logps)
 
 
 def _size(sequences: Sequence[TokenSequence], group: Sequence[int]) -> PromptGroup:

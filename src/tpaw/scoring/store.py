@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tpaw.data.token_ids import TokenSequence, read_table, write_table
-from tpaw.storage.artifacts import ShardedArtifact
+from tpaw.data.token_ids import TokenSequence, read_table
+from tpaw.storage.artifacts import Facts, ShardedArtifact
 
 Key = bytes
 
@@ -31,12 +31,12 @@ class LogprobStore:
     """The log-probs under one player."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._shards = ShardedArtifact(folder, always_growing=True)
         self._logps: dict[Key, float] = {}
         self._stage_of: dict[Key, str] = {}
         for entry in self._shards.entries:
-            table = read_table(folder / entry["path"])
-            self._remember(entry["stage"], table["sequence"], table["logp"])
+            self._read(entry)
 
     def __contains__(self, key: Key) -> bool:
         return key in self._logps
@@ -65,25 +65,34 @@ class LogprobStore:
         """Whether a shard is published."""
         return name in self._shards.names
 
-    def publish(
-        self,
-        name: str,
-        stage: str,
-        keys: Sequence[Key],
-        logps: NDArray[np.float64],
-        token_counts: Sequence[int],
-        seconds: float,
+    def begin(self) -> None:
+        """Create the folder, so that shards can be delivered into it. Call it once, before that.
+
+        Shards that were delivered to a process that died are read.
+        """
+        before = self._shards.names
+        self._shards.begin()
+        for entry in self._shards.entries:
+            if entry["path"] not in before:
+                self._read(entry)
+
+    def receive(
+        self, record: Path, stage: str, keys: Sequence[Key], logps: NDArray[np.float64]
     ) -> None:
-        """Publish one shard. Its log-probs are never computed again."""
-        columns = {"sequence": keys, "logp": logps.tolist(), "tokens": token_counts}
-        self._shards.publish(
-            name,
-            lambda path: write_table(path, columns),
-            stage=stage,
-            sequences=len(keys),
-            seconds=round(seconds, 3),
-        )
-        self._remember(stage, keys, columns["logp"])
+        """Publish a delivered shard. Its log-probs are never computed again.
+
+        Args:
+            record: of the delivery; see `storage.artifacts.deliver`.
+            stage: for whom the shard was computed.
+            keys: one for each sequence of the shard.
+            logps: float64, in nats, (sequences,).
+        """
+        self._shards.receive(record)
+        self._remember(stage, keys, logps.tolist())
+
+    def _read(self, entry: Facts) -> None:
+        table = read_table(self.folder / entry["path"])
+        self._remember(entry["stage"], table["sequence"], table["logp"])
 
     def _remember(self, stage: str, keys: Sequence[Key], logps: Sequence[float]) -> None:
         self._logps.update(zip(keys, logps, strict=True))

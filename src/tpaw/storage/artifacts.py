@@ -1,7 +1,8 @@
 """Artifacts: folders that are published atomically and checked against a manifest.
 
 An artifact is a folder with a `manifest.json`, which lists every file with its size and sha256. A
-`ShardedArtifact` publishes one file at a time and rewrites its manifest after each file.
+`ShardedArtifact` publishes one file at a time and rewrites its manifest after each file. Any
+process may compute such a file and `deliver` it; the process that holds the lock publishes it.
 
 Every file and folder is written under a temporary name in the same folder, flushed to disk and
 renamed. A crash therefore leaves either the old state or the new state, never a mixture. Temporary
@@ -19,6 +20,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 from tpaw.errors import ArtifactError, InputError, RunLockedError, StorageError
@@ -30,6 +32,7 @@ MANIFEST = "manifest.json"
 PARTIAL_MANIFEST = "manifest.partial.json"
 SETTINGS = "settings.json"
 TEMPORARY_PREFIX = ".tmp-"
+DELIVERED_PREFIX = "delivered-"
 BYTES_READ_AT_ONCE = 1 << 24
 
 
@@ -356,6 +359,28 @@ def own_folder(folder: Path, settings: Mapping[str, Any], **facts: Any) -> None:
     write_json(path, {"settings": dict(settings), **facts})
 
 
+def deliver(folder: Path, name: str, write: Callable[[Path], None], **facts: Any) -> Path:
+    """Write a file of a sharded artifact and flush it to disk, but do not publish it.
+
+    Any process may call it, at any time: the names are unique, so nothing is overwritten, and
+    `ShardedArtifact.receive` publishes the first delivery of a name and removes later ones.
+
+    Args:
+        folder: the folder of the artifact. It exists.
+        name: name of the file inside the folder.
+        write: writes the content to the path that it receives.
+        facts: values to store in the manifest entry beside size and hash.
+
+    Returns:
+        The record of the delivery, for `ShardedArtifact.receive`.
+    """
+    data = folder / f"{DELIVERED_PREFIX}{secrets.token_hex(8)}-{name}"
+    write_file(data, write)
+    record = data.with_name(f"{data.name}.json")
+    write_sealed(record, {"entry": describe_file(folder, data) | {"path": name} | facts})
+    return record
+
+
 class ShardedArtifact:
     """An artifact whose files are published one at a time.
 
@@ -380,13 +405,57 @@ class ShardedArtifact:
 
     @property
     def entries(self) -> list[Facts]:
-        """The manifest entries, in the order of publication."""
+        """The manifest entries, in the order of their names once the artifact is complete."""
         return list(self._manifest["files"])
 
     @property
     def names(self) -> set[str]:
         """Names of the published files."""
         return {entry["path"] for entry in self._manifest["files"]}
+
+    def begin(self, meta: Mapping[str, Any] = MappingProxyType({})) -> Facts:
+        """Create the folder, so that files can be delivered into it.
+
+        Files that were delivered to a process that died are published. Call it once, before work
+        is given out: it removes what was delivered only in part.
+
+        Args:
+            meta: values to store in the manifest. Those that it has already stay.
+
+        Returns:
+            The manifest.
+        """
+        self._manifest = dict(meta) | self._manifest
+        self._create()
+        for record in sorted(self.folder.glob(f"{DELIVERED_PREFIX}*.json")):
+            if not record.is_symlink():
+                self.receive(record)
+        for path in self.folder.glob(f"{DELIVERED_PREFIX}*"):  # written without a record
+            path.unlink()
+        return Facts(self._path, self._manifest)
+
+    def receive(self, record: Path) -> None:
+        """Publish a delivered file, unless a file of its name is published already.
+
+        Args:
+            record: what `deliver` returned.
+        """
+        check_held(self.folder)
+        entry = Facts(record, read_sealed(record)["entry"])
+        data, path = record.with_suffix(""), self.folder / entry["path"]
+        if entry["path"] not in self.names and _is_of(data, entry["path"]):
+            is_here = data.is_file()
+            if is_here:
+                os.replace(data, path)
+                flush(self.folder)
+            # A crash after the renaming leaves the file under its own name.
+            if is_here or (
+                path.is_file() and describe_file(self.folder, path).items() <= entry.items()
+            ):
+                self._manifest["files"].append(Facts(self._path, entry))
+                write_sealed(self._path, self._manifest)
+        for done in (data, record):
+            done.unlink(missing_ok=True)
 
     def publish(self, name: str, write: Callable[[Path], None], **facts: Any) -> None:
         """Publish one file.
@@ -396,14 +465,8 @@ class ShardedArtifact:
             write: writes the content to the path that it receives.
             facts: values to store in the manifest entry beside size and hash.
         """
-        check_held(self.folder)
-        if not self._path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_sealed(self._path, self._manifest)
-        write_file(self.folder / name, write)
-        entry = describe_file(self.folder, self.folder / name) | facts
-        self._manifest["files"].append(Facts(self._path, entry))
-        write_sealed(self._path, self._manifest)
+        self._create()
+        self.receive(deliver(self.folder, name, write, **facts))
 
     def complete(self, meta: Mapping[str, Any]) -> None:
         """Mark the artifact as complete.
@@ -411,12 +474,28 @@ class ShardedArtifact:
         Args:
             meta: values to store in the manifest.
         """
+        self._manifest["files"].sort(key=lambda entry: entry["path"])
         self._manifest |= meta
         write_sealed(self._path, self._manifest)
         os.replace(self._path, self.folder / MANIFEST)
         flush(self.folder)
         self._path = self.folder / MANIFEST
         self.is_complete = True
+
+    def _create(self) -> None:
+        check_held(self.folder)
+        if not self._path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_sealed(self._path, self._manifest)
+
+
+def _is_of(data: Path, name: str) -> bool:
+    """Whether a delivered file is that of this name, and not a link. A name holds no folder."""
+    return (
+        data.name.startswith(DELIVERED_PREFIX)
+        and data.name.removeprefix(DELIVERED_PREFIX).partition("-")[2] == name
+        and not data.is_symlink()
+    )
 
 
 def remove_artifacts(folder: Path) -> None:

@@ -14,10 +14,10 @@ from typing import NamedTuple, Protocol
 
 from tpaw.config.schema import RunConfig
 from tpaw.errors import ArtifactError, RunLockedError
-from tpaw.evaluation.benchmarks.suite import load_suites
+from tpaw.evaluation.benchmarks.run import missing_suites
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.progress import note, progress
-from tpaw.storage.artifacts import is_published, read_facts
+from tpaw.storage.artifacts import read_facts
 from tpaw.storage.lock import locked
 from tpaw.storage.run_directory import RunDirectory, check_output
 from tpaw.study.config import Condition
@@ -48,10 +48,9 @@ class StudyRun(NamedTuple):
 
     def is_done(self) -> bool:
         """Whether all of them are, and every checkpoint is evaluated on every suite."""
-        run, checkpoints = RunDirectory(self.folder), range(self.config.iterations + 1)
-        suites = load_suites(self.config.evaluate.suites, trust=True)
-        return self.iterations_done() >= self.config.iterations and all(
-            is_published(run.suite(i, suite.name)) for i in checkpoints for suite in suites
+        run, suites = RunDirectory(self.folder), self.config.evaluate.suites
+        return self.iterations_done() >= self.config.iterations and not any(
+            missing_suites(run, i, suites) for i in range(self.config.iterations + 1)
         )
 
 

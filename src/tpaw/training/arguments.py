@@ -25,6 +25,7 @@ from tpaw.config.messages import explain_unknown
 from tpaw.config.schema import RunConfig, at_iteration
 from tpaw.errors import InputError, brief
 from tpaw.models.loading import pick_device
+from tpaw.runtime.processes import process_count
 from tpaw.training.split_weights import SplitRMSprop
 from tpaw.training.trl import sft_arguments
 
@@ -131,17 +132,28 @@ def training_arguments(config: RunConfig, t: int, output: Path) -> TrainingArgum
             save_steps=train.save_every,
             report_to=list(train.report_to) or "none",
             disable_tqdm=True,
-            **({"per_device_train_batch_size": train.batch_size} | own),
-            **({"run_name": f"theta_{t + 1}"} | settings),
+            **({"per_device_train_batch_size": train.batch_size // process_count()} | own),
+            **({"run_name": f"theta_{t + 1}"} | _of_several_processes(config) | settings),
         )
     except Exception as error:  # transformers raises many types
         raise InputError(f"train.training_arguments: {_described(error)}") from None
     if arguments.n_gpu > 1:
         raise InputError(
-            f"device: {arguments.n_gpu} GPUs are visible, but a run uses one; "
-            "set CUDA_VISIBLE_DEVICES to the number of one GPU"
+            f"device: {arguments.n_gpu} GPUs are visible, but one process uses one; set "
+            "launch.engine to ray to use them all, or CUDA_VISIBLE_DEVICES to the number of one GPU"
         )
     return arguments
+
+
+def _of_several_processes(config: RunConfig) -> dict[str, Any]:
+    """How the processes of `train.parallel` hold the model.
+
+    Saved steps of FSDP2 are sharded (torch's distributed checkpoints), so that each process writes
+    its own part and another number of processes can read it.
+    """
+    if process_count() == 1 or config.train.parallel == "ddp":
+        return {}
+    return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
 
 
 def split_optimizer(

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tpaw.runtime.interrupt import StopSignal
+from tpaw.runtime.processes import is_main_process, largest_of_all, wait_for_all
 from tpaw.runtime.progress import Advance
 from tpaw.storage.artifacts import read_manifest, remove_artifacts, write_manifest, write_text
 
@@ -22,6 +23,9 @@ def seconds_of(saved_step: Path | None) -> float:
 
 class Recorder(TrainerCallback):
     """Publishes saved steps, writes training.jsonl, shows progress, and stops on a signal.
+
+    Where several processes train together, each has one: all stop at the same step, and the main
+    process alone writes.
 
     Args:
         saved_steps: folder of the saved steps.
@@ -59,7 +63,8 @@ class Recorder(TrainerCallback):
         state.compute_steps(args, state.max_steps)
         # Drop the lines after the saved step: the resumed training logs these steps again.
         lines = [_json_line(entry) for entry in state.log_history if "loss" in entry]
-        write_text(self.log_file, "".join(lines))
+        if is_main_process():
+            write_text(self.log_file, "".join(lines))
         self.advance(state.global_step, "")
 
     def on_step_end(
@@ -70,7 +75,8 @@ class Recorder(TrainerCallback):
             control.should_log = True
             # The caller publishes the trained player next, so a saved step is not needed.
             control.should_save = False
-        elif self.stop.signal_number is not None:
+        elif number := largest_of_all(self.stop.signal_number or 0):
+            self.stop.signal_number = number
             control.should_save = control.should_training_stop = True
         # Log at each saved step: the metric sums for the next line are not part of a saved step.
         control.should_log = control.should_log or control.should_save
@@ -88,8 +94,9 @@ class Recorder(TrainerCallback):
         """Append a line to training.jsonl and show the loss beside the progress bar."""
         if not logs or "loss" not in logs:
             return
-        with self.log_file.open("a", encoding="utf-8") as file:
-            file.write(_json_line(state.log_history[-1]))
+        if is_main_process():
+            with self.log_file.open("a", encoding="utf-8") as file:
+                file.write(_json_line(state.log_history[-1]))
         note = f"loss {logs['loss']:.4f}"
         if "rewards/target" in logs:
             note += f"  target reward {logs['rewards/target']:+.3f}"
@@ -99,6 +106,9 @@ class Recorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Publish the saved step, then remove older saved steps."""
+        wait_for_all()  # each process writes a part of a saved step
+        if not is_main_process():
+            return
         saved = self.saved_steps / f"checkpoint-{state.global_step}"
         write_manifest(saved, {"seconds": self.seconds})
         # Remove older steps only after this one is published. A crash before would lose both.

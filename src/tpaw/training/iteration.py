@@ -14,10 +14,11 @@ from transformers.trainer_callback import PrinterCallback
 
 from tpaw.config.schema import ObjectiveConfig, RunConfig, at_iteration
 from tpaw.data.inputs import Inputs
-from tpaw.errors import ArtifactError, DivergenceError
+from tpaw.errors import ArtifactError, DivergenceError, InputError
 from tpaw.objectives.base import Objective
 from tpaw.objectives.tpaw import TeamObjective
 from tpaw.runtime.interrupt import StopSignal
+from tpaw.runtime.processes import is_main_process, largest_of_all, process_count
 from tpaw.runtime.progress import Advance
 from tpaw.storage.artifacts import describe_file, flush
 from tpaw.storage.run_directory import Iteration
@@ -100,10 +101,12 @@ def train_iteration(
 
     Returns:
         What the manifest of θ_{t+1} says of its training: `seconds`, those before an interruption
-        included, and `training_log`, the manifest entry of training.jsonl.
+        included, `processes` that trained together, and `training_log`, the manifest entry of
+        training.jsonl. Empty on all processes but the main one, which alone writes.
 
     Raises:
         Interrupted: a stop was asked for; the step is saved.
+        InputError: `train.parallel` is fsdp2, but accelerate does not shard on this device.
         ArtifactError: the saved step contains pickled code.
         DivergenceError: the policy's log-probs or weights are NaN or infinite.
     """
@@ -121,6 +124,7 @@ def train_iteration(
     arguments = training_arguments(config, iteration.t, iteration.training)
     with _tensorboard_in(iteration.folder / "tensorboard"), _with_advice(iteration):
         trainer = build(policy, arguments)
+        _check_parallel(trainer, config)
         trainer.add_callback(recorder)
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
@@ -132,13 +136,27 @@ def train_iteration(
             )
         if config.train.weights == "split":
             restore_fp32(trainer.optimizer)
-        if not all(bool(p.isfinite().all()) for p in policy.parameters()):
+        # Each process of FSDP2 sees its own part.
+        infinite = not all(bool(p.isfinite().all()) for p in policy.parameters())
+        if largest_of_all(int(infinite)):
             raise DivergenceError(f"the weights of θ_{iteration.number} are NaN or infinite")
+    if trainer.is_fsdp_enabled:  # saved steps are sharded, a checkpoint is not
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(publish_to))
+    if not is_main_process():
+        return {}
     (publish_to / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
     flush(iteration.training_log)
     log = describe_file(iteration.folder, iteration.training_log)
-    return {"seconds": recorder.seconds, "training_log": log}
+    return {"seconds": recorder.seconds, "processes": process_count(), "training_log": log}
+
+
+def _check_parallel(trainer: Trainer, config: RunConfig) -> None:
+    wanted = process_count() > 1 and config.train.parallel == "fsdp2"
+    if wanted != bool(trainer.is_fsdp_enabled):
+        raise InputError(
+            "train.parallel: fsdp2: accelerate shards models on GPUs only; set it to ddp"
+        )
 
 
 @contextlib.contextmanager

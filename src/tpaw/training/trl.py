@@ -17,6 +17,7 @@ from transformers.utils.versions import require_version
 from tpaw.config.schema import RunConfig
 from tpaw.data.examples import Example
 from tpaw.errors import InputError
+from tpaw.runtime.processes import process_count
 
 _IGNORED_LABEL = -100
 
@@ -66,7 +67,7 @@ def sft_trainer(
 
 def _micro_batches(config: RunConfig) -> dict[str, int]:
     """The largest micro-batch that fits the token budget and divides the batch."""
-    batch = config.train.batch_size
+    batch = config.train.batch_size // process_count()
     fitting = config.train.tokens_per_row // config.max_length
     size = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= max(fitting, 1))
     return {"per_device_train_batch_size": size, "gradient_accumulation_steps": batch // size}

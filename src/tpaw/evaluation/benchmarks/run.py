@@ -147,6 +147,16 @@ def check_suites(names: Sequence[str]) -> None:
         harness_version()
 
 
+def missing_suites(run: RunDirectory, i: int, names: Sequence[str]) -> list[Suite]:
+    """Return the suites of a run's configuration whose results for θ_i are not published.
+
+    Raises:
+        InputError: a suite is unknown or not valid.
+    """
+    suites = load_suites(names, trust=True)
+    return [suite for suite in suites if not is_published(run.suite(i, suite.name))]
+
+
 class SuitesOfRun:
     """Evaluates the checkpoints of a run on the suites of its configuration, while the run goes on.
 
@@ -154,24 +164,17 @@ class SuitesOfRun:
     """
 
     def __init__(self, run: RunDirectory, names: Sequence[str], stop: StopSignal) -> None:
-        """Read the suites.
+        """Remember what to evaluate on.
 
         Args:
             run: the run directory.
             names: names of suites or paths of YAML files. Their task files may contain code.
             stop: tells whether the user asked for a stop.
-
-        Raises:
-            InputError: a suite is unknown or not valid.
         """
         self.run = run
         self.stop = stop
-        self._suites = load_suites(names, trust=True)
+        self._names = names
         self._tasks: dict[str, list[LoadedTask]] = {}
-
-    def missing(self, i: int) -> list[Suite]:
-        """Return the suites whose results for θ_i are not published."""
-        return [one for one in self._suites if not is_published(self.run.suite(i, one.name))]
 
     def publish(self, i: int) -> None:
         """Evaluate θ_i on every suite whose results are missing.
@@ -182,7 +185,7 @@ class SuitesOfRun:
             ArtifactError: a published file is damaged.
             Interrupted: the user asked for a stop; finished tasks are published.
         """
-        for suite in self.missing(i):
+        for suite in missing_suites(self.run, i, self._names):
             # Tasks seed Python's random numbers as they are loaded.
             with isolated():
                 work = _work(checkpoint_of(self.run, i, trust=True), suite, None)

@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tpaw.config.schema import DataConfig, RunConfig
 from tpaw.data.examples import Example, Prepared, prepare_examples
+from tpaw.data.token_ids import TokenIds
 from tpaw.errors import InputError
 from tpaw.evaluation.judge.outputs import OUTPUTS
 from tpaw.generation.generator import SamplingParams
-from tpaw.generation.hf import hf_opener
-from tpaw.generation.responses import Response, generate_responses, read_responses
+from tpaw.generation.hf import HFGenerator
+from tpaw.generation.responses import (
+    PromptShard,
+    Response,
+    deliver_responses,
+    generate_responses,
+    read_responses,
+)
 from tpaw.models.checks import check_model, check_vocabulary
 from tpaw.models.loading import load_model, pick_device
 from tpaw.models.references import Checkpoint, find_checkpoint
@@ -167,15 +174,28 @@ def _generate(
     device = pick_device(config.device)
     dtype = Precision(device.type, config.precision == "bf16").dtype
     title = f"generate with {checkpoint.name}"
+
+    def decode(ids: TokenIds) -> str:
+        return str(tokenizer.decode(ids.tolist(), skip_special_tokens=True))
+
     with watch.progress(title, len(examples), "prompts") as on_done:
+
+        def compute(shards: Iterator[PromptShard]) -> Iterator[Path]:
+            generator = None
+            for shard in shards:
+                generator = generator or HFGenerator(
+                    load_model(checkpoint.player, config.model, dtype=dtype, device=device),
+                    config.generate.tokens_per_batch,
+                )
+                yield deliver_responses(folder, shard, generator, params, decode, on_done)
+
         generate_responses(
             folder,
             checkpoint.player,
             examples,
-            hf_opener(lambda player: load_model(player, config.model, dtype=dtype, device=device)),
-            config.generate,
-            lambda ids: str(tokenizer.decode(ids.tolist(), skip_special_tokens=True)),
+            compute,
             params,
+            shard_size=config.generate.shard_size,
             seed=config.seed,
             on_done=on_done,
         )

@@ -1,0 +1,97 @@
+"""Where the stages compute. This module has the protocol, and the engine of a single process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from itertools import pairwise
+from typing import Any, Protocol
+
+from tpaw.pipeline.training import TrainingData, TrainingJob, train_and_publish
+from tpaw.pipeline.worker import Worker
+from tpaw.runtime.progress import Advance, OnDone
+from tpaw.runtime.shards import Result, Shard, ShardTask, do_here
+from tpaw.training.triples import Triple
+
+
+class Engine(Protocol):
+    """Does the shards of a stage, and trains.
+
+    Attributes:
+        workers: number of processes that do shards at the same time.
+    """
+
+    workers: int
+
+    def do(
+        self, task: ShardTask[Worker, Shard, Result], shards: Iterable[Shard], on_done: OnDone
+    ) -> Iterator[Result]:
+        """Do shards, in any order.
+
+        Args:
+            task: what to do with a shard.
+            shards: the work. A shard is taken when a worker is free.
+            on_done: called with the amount of work done since the last call. It may raise to stop
+                the work; delivered shards stay.
+        """
+        ...
+
+    def train(
+        self,
+        job: TrainingJob,
+        triples: Sequence[Triple] | None,
+        progress: AbstractContextManager[Advance],
+    ) -> None:
+        """Train θ_{t+1} and publish it.
+
+        Args:
+            job: what is trained.
+            triples: D_O. Another process reads it from the run directory.
+            progress: the progress bar of the training.
+
+        Raises:
+            Interrupted: the user asked for a stop; the step is saved.
+        """
+        ...
+
+
+class InProcess:
+    """Everything in this process, on one device.
+
+    Args:
+        worker: of this process.
+        data: the data of the run.
+    """
+
+    workers = 1
+
+    def __init__(self, worker: Worker, data: TrainingData) -> None:
+        self.worker = worker
+        self.data = data
+
+    def do(
+        self, task: ShardTask[Worker, Shard, Result], shards: Iterable[Shard], on_done: OnDone
+    ) -> Iterator[Result]:
+        """See `Engine`."""
+        return do_here(task, self.worker, shards, on_done)
+
+    def train(
+        self,
+        job: TrainingJob,
+        triples: Sequence[Triple] | None,
+        progress: AbstractContextManager[Advance],
+    ) -> None:
+        """See `Engine`."""
+        self.worker.stop.check()
+        with progress as advance:
+            train_and_publish(
+                job, self.data, self.worker.players, advance, self.worker.stop, triples
+            )
+
+
+def parts(items: Sequence[Any], count: int) -> Iterator[tuple[int, Sequence[Any]]]:
+    """Cut a list into parts of nearly equal length, at most `count`, each with its first place."""
+    borders = [len(items) * i // count for i in range(count + 1)]
+    for begin, end in pairwise(borders):
+        if begin < end:
+            yield begin, items[begin:end]

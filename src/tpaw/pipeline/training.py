@@ -1,0 +1,161 @@
+"""Train one iteration: the same in the process of the run and in each process of a group.
+
+A `TrainingJob` names checkpoints and folders alone, so that it can be sent to other processes. They
+read the data from the run directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import Trainer, TrainingArguments
+
+from tpaw.config.schema import RunConfig
+from tpaw.data.inputs import Inputs
+from tpaw.models.fingerprint import fingerprint
+from tpaw.objectives.base import Objective
+from tpaw.pipeline.players import LoadedPlayers
+from tpaw.pipeline.published import Published
+from tpaw.pipeline.space import space_for_training
+from tpaw.runtime.interrupt import StopSignal
+from tpaw.runtime.memory import memory_limited_by
+from tpaw.runtime.processes import is_main_process
+from tpaw.runtime.progress import Advance
+from tpaw.storage.artifacts import publishing
+from tpaw.team import Player
+from tpaw.training.iteration import (
+    BuildTrainer,
+    dpo_objective,
+    team_objective,
+    team_trainer,
+    train_iteration,
+)
+from tpaw.training.triples import Triple, TripleDataset, preference_pairs
+from tpaw.training.trl import sft_trainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What one iteration trains.
+
+    Attributes:
+        t: the iteration that trains θ_{t+1}; counts from 0.
+        steps: number of optimizer steps.
+        policy: θ_t.
+        opponents: their responses are rejected. Empty for SFT and DPO.
+        players: the reference models. Empty for SFT.
+    """
+
+    t: int
+    steps: int
+    policy: Player
+    opponents: tuple[Player, ...] = ()
+    players: tuple[Player, ...] = ()
+
+
+class TrainingData:
+    """The data of a run, read when a trainer is built.
+
+    Args:
+        config: the configuration of the run.
+        inputs: its examples and its tokenizer.
+        published: its responses and log-probs.
+    """
+
+    def __init__(self, config: RunConfig, inputs: Inputs, published: Published) -> None:
+        self.config = config
+        self.inputs = inputs
+        self.published = published
+
+    def trainer_of(self, job: TrainingJob, triples: Sequence[Triple] | None = None) -> BuildTrainer:
+        """Return what makes the trainer of the run's method.
+
+        Args:
+            job: what is trained.
+            triples: D_O, if the caller has it already.
+        """
+        config, examples = self.config, self.inputs.examples
+        if config.method == "sft":
+            return lambda policy, arguments: sft_trainer(
+                policy, arguments, examples, self.inputs.tokenizer
+            )
+        if config.method == "dpo":
+            objective: Objective = dpo_objective(config.objective, job.t)
+            read: Callable[[], Sequence[Triple]] = lambda: preference_pairs(examples)  # noqa: E731
+        else:
+            objective = team_objective(config.objective, job.t)
+            read = lambda: self.published.triples(examples, job.opponents)  # noqa: E731
+        # The policy need not be a player: then there is nothing to compare its first step with.
+        start_column = job.players.index(job.policy) if job.policy in job.players else None
+
+        def build(policy: PreTrainedModel, arguments: TrainingArguments) -> Trainer:
+            stores = [self.published.store(player) for player in job.players]
+            dataset = TripleDataset.of(read() if triples is None else triples, stores)
+            return team_trainer(
+                policy, arguments, dataset, self.inputs, config, objective, start_column
+            )
+
+        return build
+
+
+def train_and_publish(
+    job: TrainingJob,
+    data: TrainingData,
+    players: LoadedPlayers,
+    advance: Advance,
+    stop: StopSignal,
+    triples: Sequence[Triple] | None = None,
+) -> None:
+    """Train θ_{t+1} and publish it. Every process of a group calls it; the main one writes.
+
+    Args:
+        job: what is trained.
+        data: the data of the run.
+        players: loads the policy, and frees its memory afterwards.
+        advance: called with 1 after each step.
+        stop: tells whether the user asked for a stop.
+        triples: D_O, if the caller has it already.
+
+    Raises:
+        TpawError: see `train_iteration`.
+        StorageError: the disk is too full.
+    """
+    iteration, config = data.published.run.iteration(job.t), data.config
+    meta: dict[str, object] = {"index": iteration.number}
+    policy = players.for_training(job.policy)
+    if is_main_process():
+        space_for_training(iteration, config, policy.num_parameters(), job.steps)
+    with (
+        _published_by_the_main_process(iteration.checkpoint, meta) as folder,
+        memory_limited_by("train.tokens_per_row", config.train.tokens_per_row),
+    ):
+        meta |= train_iteration(
+            policy,
+            data.trainer_of(job, triples),
+            data.inputs,
+            config,
+            iteration,
+            publish_to=folder,
+            advance=advance,
+            stop=stop,
+        )
+        if is_main_process():
+            meta["fingerprint"] = fingerprint(folder)
+    del policy  # otherwise its memory would not be freed
+    players.release()
+
+
+@contextlib.contextmanager
+def _published_by_the_main_process(folder: Path, meta: dict[str, object]) -> Iterator[Path]:
+    if not is_main_process():
+        yield folder  # nothing is written into it
+        return
+    with publishing(folder, meta) as temporary:
+        yield temporary
