@@ -21,7 +21,6 @@ from transformers import (
     TrainingArguments,
 )
 
-import tpaw.pipeline.stages
 import tpaw.pipeline.training
 from tpaw.data.token_ids import token_ids
 from tpaw.errors import Interrupted

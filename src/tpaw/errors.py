@@ -51,6 +51,10 @@ class DivergenceError(TpawError):
     """Training diverged: a log-prob of the policy is NaN or infinite. Earlier work is kept."""
 
 
+class WorkerError(TpawError):
+    """A worker of a cluster died or failed. Published files are kept."""
+
+
 class JudgeError(TpawError):
     """The judge's endpoint cannot be reached or refuses requests. Earlier replies are kept."""
 

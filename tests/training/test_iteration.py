@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import tpaw.pipeline.stages
 import tpaw.pipeline.training
 import tpaw.training.callbacks
 import tpaw.training.iteration

@@ -53,9 +53,6 @@ class PromptShard(NamedTuple):
     examples: Sequence[Example]
     seed: int
 
-    def __len__(self) -> int:
-        return len(self.examples)
-
 
 def generate_responses(
     folder: Path,
@@ -94,7 +91,7 @@ def generate_responses(
                 _shard_seed(seed, player.index, number),
             )
             if shard.name in artifact.names:
-                on_done(len(shard))
+                on_done(len(shard.examples))
             else:
                 yield shard
 
@@ -155,7 +152,7 @@ def deliver_responses(
         folder,
         shard.name,
         lambda path: write_table(path, columns),
-        rows=len(shard),
+        rows=len(shard.examples),
         identical=identical,
         truncated=sum(c.finish_reason == "length" for c in completions),
         tokens=sum(len(completion.token_ids) for completion in completions),

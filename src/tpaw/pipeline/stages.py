@@ -19,6 +19,7 @@ from tpaw.config.schema import RunConfig
 from tpaw.data.examples import Example
 from tpaw.data.inputs import Inputs, load_inputs, publish_inputs
 from tpaw.data.token_ids import TokenIds, TokenSequence
+from tpaw.errors import InputError
 from tpaw.evaluation.benchmarks.run import missing_suites
 from tpaw.evaluation.heldout import HeldoutEvaluation
 from tpaw.generation.generator import Completion, OpenGenerator, SamplingParams
@@ -68,7 +69,7 @@ def opened_stages(
         RunLockedError, ArtifactError: see `open_run`.
     """
     watch = Watch(stop)
-    with isolated(deterministic=config.deterministic):
+    with isolated(deterministic=config.deterministic), _cluster(config, open_generator):
         inputs = read_and_check(config, output, watch)
         with open_run(output, config) as run:
             verify_run(run, config.iterations, watch)
@@ -77,8 +78,47 @@ def opened_stages(
             kept = load_inputs(run.inputs, config)
             note(kept.described())
             data = TrainingData(config, kept, Published(run))
-            worker = Worker(config, run, kept.tokenizer, open_generator, stop)
-            yield Stages(data, InProcess(worker, data), watch)
+            with _engine(data, stop, open_generator) as engine:
+                yield Stages(data, engine, watch)
+
+
+@contextlib.contextmanager
+def _engine(
+    data: TrainingData, stop: StopSignal, open_generator: OpenGenerator | None
+) -> Iterator[Engine]:
+    config, run = data.config, data.published.run
+    if config.launch.engine == "in_process":
+        yield InProcess(Worker(config, run, data.inputs.tokenizer, open_generator, stop), data)
+        return
+    from tpaw.pipeline.ray_engine import RayEngine
+
+    engine = RayEngine(config, run, stop)
+    try:
+        yield engine
+    finally:
+        engine.release()
+
+
+@contextlib.contextmanager
+def _cluster(config: RunConfig, open_generator: OpenGenerator | None) -> Iterator[None]:
+    """The connection to the cluster. What it cannot do is refused before anything is written."""
+    if config.launch.engine == "in_process":
+        yield
+        return
+    if open_generator is not None:
+        raise InputError(
+            "launch.engine: ray: a generator of your own works in this process only; set "
+            "launch.engine to in_process"
+        )
+    try:
+        from tpaw.pipeline.ray_engine import connected, worker_count
+    except ImportError as error:
+        raise InputError(
+            f"launch.engine: ray needs Ray: pip install 'tpaw[ray]' ({error})"
+        ) from None
+    with connected(config.launch):
+        worker_count(config)
+        yield
 
 
 class Stages:

@@ -83,6 +83,10 @@ class GenerateTask(NamedTuple):
                 self.folder, shard, generator, self.params, worker.decode, on_done
             )
 
+    def title(self, shard: PromptShard) -> str:
+        """See `ShardTask`."""
+        return f"θ_{self.player.index} generates {shard.name}"
+
 
 class ScoreTask(NamedTuple):
     """Computes the log-probs of a shard of sequences, and delivers them to the player's store.
@@ -106,6 +110,10 @@ class ScoreTask(NamedTuple):
             tokens_per_row=worker.config.score.tokens_per_row,
             on_done=on_done,
         )
+
+    def title(self, shard: SequenceShard) -> str:
+        """See `ShardTask`."""
+        return f"θ_{self.player.index} scores {shard.name}"
 
 
 class Prompts(NamedTuple):
@@ -141,6 +149,10 @@ class AnswerTask(NamedTuple):
 
             yield do
 
+    def title(self, shard: Prompts) -> str:
+        """See `ShardTask`."""
+        return f"θ_{self.player.index} answers held-out prompts from number {shard.first} on"
+
 
 class Sequences(NamedTuple):
     """A part of the held-out sequences; `first` is the place of the first of them."""
@@ -167,6 +179,10 @@ class LogpsTask(NamedTuple):
 
         yield do
 
+    def title(self, shard: Sequences) -> str:
+        """See `ShardTask`."""
+        return f"θ_{self.player.index} scores held-out sequences from number {shard.first} on"
+
 
 class SuitesTask(NamedTuple):
     """Evaluates θ_i on the suites of the configuration; a shard is the index i."""
@@ -177,3 +193,7 @@ class SuitesTask(NamedTuple):
         worker.players.release()  # the harness loads the player itself
         suites = SuitesOfRun(worker.run, worker.config.evaluate.suites, worker.stop)
         yield lambda i, on_done: suites.publish(i)
+
+    def title(self, shard: int) -> str:
+        """See `ShardTask`."""
+        return f"θ_{shard} is evaluated on suites"

@@ -108,9 +108,22 @@ def progress(
     console.print_text(f"{description}: {done} {unit} in {seconds:.1f} s")
 
 
+def _print_note(text: str) -> None:
+    TextConsole(stderr=True).print_text(text)
+
+
+_show_note: Callable[[str], None] = _print_note
+
+
+def notes_go_to(show: Callable[[str], None]) -> None:
+    """Hand the notes of this process to somebody else, for a process that has no terminal."""
+    global _show_note
+    _show_note = show
+
+
 def note(text: str) -> None:
     """Print one line to stderr."""
-    TextConsole(stderr=True).print_text(text)
+    _show_note(text)
 
 
 @functools.cache

@@ -32,6 +32,10 @@ class ShardTask(Protocol[Holder, Shard, Result]):
         """
         ...
 
+    def title(self, shard: Shard) -> str:
+        """Say what is done, for messages."""
+        ...
+
 
 def do_here(
     task: ShardTask[Holder, Shard, Result],

@@ -130,9 +130,6 @@ class SequenceShard(NamedTuple):
     keys: Sequence[Key]
     sequences: Sequence[TokenSequence]
 
-    def __len__(self) -> int:
-        return len(self.keys)
-
 
 class ScoredShard(NamedTuple):
     """What became of a `SequenceShard`.
@@ -217,7 +214,7 @@ def deliver_logps(
         shard.name,
         lambda path: write_table(path, columns),
         stage=shard.stage,
-        sequences=len(shard),
+        sequences=len(shard.keys),
         seconds=round(time.monotonic() - started, 3),
     )
     return ScoredShard(shard.name, record, logps)
