@@ -180,16 +180,16 @@ class _Reporter:
 class _RayWorker:
     """Does shards. It keeps the player that it loaded, and what its last task has opened."""
 
-    def __init__(self, place: Place, link: Any) -> None:
-        self._place = place
-        self._link = link
+    def __init__(self) -> None:
         self._worker: Worker | None = None
         self._task: Any = None
         self._opened = contextlib.ExitStack()
         self._do: Do[Any, Any] | None = None
 
-    def ready(self) -> None:
-        """Return once the worker has started."""
+    def begin(self, place: Place, link: Any) -> None:
+        """Begin, or begin anew after Ray has restarted this process."""
+        self._place = place
+        self._link = link
 
     def do(self, task: Any, work: _Work) -> Any:
         """Do a shard. Return its result and the amount of work, or the failure as a whole."""
@@ -327,17 +327,18 @@ class RayEngine:
             return
         ray.get(self._link.begin.remote())
         waiting = deque([_Work(*first)])
-        starting = {actor.ready.remote(): actor for actor in self._started()}
+        starting = {self._begun(actor): actor for actor in self._started()}
         idle: list[Any] = []
         running: dict[Any, tuple[Any, _Work]] = {}
         finished = shown = 0
         since = time.monotonic()
         while True:
             while idle and (waiting or (following := next(todo, None)) is not None):
-                work = waiting.popleft() if waiting else _Work(*following)
+                work = waiting.popleft() if waiting else _Work(*following)  # type: ignore[misc]
                 actor = idle.pop()
                 running[actor.do.remote(task, work)] = actor, work
             if not running and not waiting:
+                on_done(finished - shown)
                 return
             arrived, _ = ray.wait([*running, *starting], timeout=SECONDS_BETWEEN_LOOKS)
             counts = self._look()
@@ -350,14 +351,14 @@ class RayEngine:
                     if _has_started(reference):
                         idle.append(actor)
                     else:
-                        starting[actor.ready.remote()] = actor
+                        starting[self._begun(actor)] = actor
                     continue
                 actor, work = running.pop(reference)
                 try:
                     answer = ray.get(reference)
                 except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
                     waiting.append(self._once_more(task.title(work.shard), work, error))
-                    starting[actor.ready.remote()] = actor  # Ray restarts it
+                    starting[self._begun(actor)] = actor  # Ray restarts it
                     continue
                 idle.append(actor)
                 if isinstance(answer, Failure):
@@ -427,11 +428,11 @@ class RayEngine:
         if not self._actors:
             gpus = self.config.launch.gpus_per_worker if self._use_gpu else 0
             options = {"num_gpus": gpus, "num_cpus": 1}
-            self._actors = [
-                _WORKER.options(**options).remote(self._place, self._link)
-                for _ in range(self.workers)
-            ]
+            self._actors = [_WORKER.options(**options).remote() for _ in range(self.workers)]
         return self._actors
+
+    def _begun(self, actor: Any) -> Any:
+        return actor.begin.remote(self._place, self._link)
 
     def _look(self) -> dict[str, int]:
         """What is done of each piece of work. Lines that workers have for the user are printed."""
@@ -486,7 +487,8 @@ def worker_count(config: RunConfig) -> int:
     if not 1 <= wanted <= room:
         each = f"launch.gpus_per_worker: {launch.gpus_per_worker}" if use_gpu else "one"
         raise InputError(
-            f"launch.workers: {launch.workers}: the Ray cluster has {kind}; each worker needs {each}"
+            f"launch.workers: {launch.workers}: the Ray cluster has {kind}; each worker needs "
+            f"{each}"
         )
     processes = wanted * (launch.gpus_per_worker if use_gpu else 1)
     if config.train.batch_size % processes:
