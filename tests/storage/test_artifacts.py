@@ -17,6 +17,7 @@ from tpaw.storage.artifacts import (
     MANIFEST,
     PARTIAL_MANIFEST,
     ShardedArtifact,
+    deliver,
     is_published,
     own_folder,
     publishing,
@@ -327,3 +328,84 @@ def test_an_output_folder_with_links_is_refused(tmp_path):
     (tmp_path / "o" / "outputs.json").symlink_to(tmp_path / "elsewhere")
     with refused(tmp_path / "o" / "outputs.json"):
         own_folder(tmp_path / "o", {"a": 1})
+
+
+def shard_of(folder):
+    artifact = ShardedArtifact(folder)
+    artifact.begin({"size": 4})
+    return artifact
+
+
+def test_what_was_delivered_before_a_crash_is_published(tmp_path):
+    folder = tmp_path / "s"
+    shard_of(folder)
+    deliver(folder, "1.txt", write("b"), rows=2)
+    deliver(folder, "0.txt", write("a"), rows=1)
+    assert ShardedArtifact(folder).names == set()
+    again = shard_of(folder)
+    assert again.names == {"0.txt", "1.txt"}
+    again.complete({})
+    assert [entry["rows"] for entry in ShardedArtifact(folder).entries] == [1, 2]
+    verify(folder / MANIFEST)
+    assert sorted(p.name for p in folder.iterdir()) == ["0.txt", "1.txt", MANIFEST]
+
+
+def test_the_first_delivery_of_a_file_counts_and_later_ones_are_removed(tmp_path):
+    folder = tmp_path / "s"
+    artifact = shard_of(folder)
+    first, second = (deliver(folder, "0.txt", write(text)) for text in "ab")
+    artifact.receive(second)
+    artifact.receive(first)
+    assert (folder / "0.txt").read_text() == "b"
+    assert len(artifact.entries) == 1
+    assert not list(folder.glob("delivered-*"))
+    verify(folder / PARTIAL_MANIFEST)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_kill_while_a_delivery_is_published_loses_nothing(tmp_path, monkeypatch, number, when):
+    folder = tmp_path / "s"
+    artifact = shard_of(folder)
+    record = deliver(folder, "0.txt", write("a"), rows=3)
+    replace, renames = os.replace, []
+
+    def killed(source, target):
+        renames.append(target)
+        if len(renames) < number or when == "after":
+            replace(source, target)
+        if len(renames) == number:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            artifact.receive(record)
+    again = shard_of(folder)
+    assert [(entry["path"], entry["rows"]) for entry in again.entries] == [("0.txt", 3)]
+    verify(folder / PARTIAL_MANIFEST)
+    assert not list(folder.glob("delivered-*"))
+
+
+def test_a_delivery_that_is_not_whole_or_not_its_own_is_removed(tmp_path):
+    folder = tmp_path / "s"
+    artifact = shard_of(folder)
+    (folder / "delivered-0123-0.txt").write_text("a file without a record")
+    record = deliver(folder, "1.txt", write("b"))
+    record.with_suffix("").unlink()  # a record without a file
+    elsewhere = deliver(folder, "2.txt", write("c"))
+    facts = json.loads(elsewhere.read_text())
+    facts.pop("sha256")
+    facts["entry"]["path"] = "../../2.txt"
+    elsewhere.write_text(json.dumps(facts))
+    (folder / "delivered-4567-3.txt.json").symlink_to(tmp_path / "somewhere")
+    again = shard_of(folder)
+    assert again.names == set()
+    assert [p.name for p in folder.iterdir()] == [PARTIAL_MANIFEST]
+    assert not (tmp_path.parent / "2.txt").exists()
+    assert artifact.folder == folder
+
+
+def test_the_first_beginning_decides_what_the_manifest_says(tmp_path):
+    shard_of(tmp_path / "s")
+    assert ShardedArtifact(tmp_path / "s").begin({"size": 9})["size"] == 4

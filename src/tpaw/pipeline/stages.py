@@ -111,7 +111,7 @@ def _cluster(config: RunConfig, open_generator: OpenGenerator | None) -> Iterato
             "launch.engine to in_process"
         )
     try:
-        from tpaw.pipeline.ray_engine import connected, worker_count
+        from tpaw.pipeline.ray_cluster import connected, worker_count
     except ImportError as error:
         raise InputError(
             f"launch.engine: ray needs Ray: pip install 'tpaw[ray]' ({error})"

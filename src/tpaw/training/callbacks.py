@@ -11,7 +11,12 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tpaw.runtime.interrupt import StopSignal
-from tpaw.runtime.processes import is_main_process, largest_of_all, wait_for_all
+from tpaw.runtime.processes import (
+    is_main_process,
+    largest_of_all,
+    process_count,
+    wait_for_all,
+)
 from tpaw.runtime.progress import Advance
 from tpaw.storage.artifacts import read_manifest, remove_artifacts, write_manifest, write_text
 
@@ -110,7 +115,7 @@ class Recorder(TrainerCallback):
         if not is_main_process():
             return
         saved = self.saved_steps / f"checkpoint-{state.global_step}"
-        write_manifest(saved, {"seconds": self.seconds})
+        write_manifest(saved, {"seconds": self.seconds, "processes": process_count()})
         # Remove older steps only after this one is published. A crash before would lose both.
         for path in self.saved_steps.glob("checkpoint-*"):
             if path != saved:

@@ -19,8 +19,8 @@ from tpaw.objectives.base import Objective
 from tpaw.objectives.tpaw import TeamObjective
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.processes import is_main_process, largest_of_all, process_count
-from tpaw.runtime.progress import Advance
-from tpaw.storage.artifacts import describe_file, flush
+from tpaw.runtime.progress import Advance, note
+from tpaw.storage.artifacts import describe_file, flush, read_manifest
 from tpaw.storage.run_directory import Iteration
 from tpaw.training.arguments import split_optimizer, training_arguments
 from tpaw.training.callbacks import Recorder, seconds_of
@@ -111,6 +111,13 @@ def train_iteration(
         DivergenceError: the policy's log-probs or weights are NaN or infinite.
     """
     resume_from = iteration.last_saved_step()
+    if resume_from is not None and is_main_process():
+        before = read_manifest(resume_from).get("processes", 1)
+        if before != process_count():
+            note(
+                f"θ_{iteration.number} was trained by {before} processes up to the saved step, and "
+                f"is trained by {process_count()} from there on. Results differ by rounding."
+            )
     recorder = Recorder(
         iteration.training, iteration.training_log, advance, stop, seconds_of(resume_from)
     )

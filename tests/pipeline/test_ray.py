@@ -1,0 +1,201 @@
+"""Shards and training on a Ray cluster of two nodes: the same bytes as in one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+import ray.cluster_utils
+from builders import contents, run_settings, save_model
+from messages import refused, says
+
+import tpaw.pipeline.players
+import tpaw.storage.artifacts
+from tpaw.config.schema import RunConfig
+from tpaw.errors import InputError, Interrupted, NonFiniteError, WorkerError
+from tpaw.runtime.interrupt import StopSignal
+from tpaw.selfplay import self_play
+from tpaw.storage.artifacts import ShardedArtifact, read_manifest
+from tpaw.storage.run_directory import RunDirectory
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two nodes with a core each. Their workers find the test's modules, and say nothing."""
+    paths = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (paths | {"RAY_USAGE_STATS_ENABLED": "0"}).items():
+            patch.setenv(name, value)
+        nodes = ray.cluster_utils.Cluster()
+        for _ in range(2):
+            nodes.add_node(num_cpus=1)
+        ray.init(nodes.address, log_to_driver=False, logging_level="ERROR")
+        yield nodes
+        ray.shutdown()
+        nodes.shutdown()
+
+
+@pytest.fixture
+def settings(model_folder, data_file, heldout_file):
+    settings = run_settings(model_folder, data_file, heldout_file) | {"iterations": 1}
+    settings["generate"] |= {"shard_size": 4}
+    settings["score"] |= {"shard_size": 8}
+    return settings | {"launch": {"engine": "ray", "workers": 2}}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, model_folder, data_file, heldout_file):
+    """The run of one process."""
+    settings = run_settings(model_folder, data_file, heldout_file) | {"iterations": 1}
+    settings["generate"] |= {"shard_size": 4}
+    settings["score"] |= {"shard_size": 8}
+    folder = tmp_path_factory.mktemp("alone") / "r"
+    self_play(RunConfig.load(settings), folder)
+    return RunDirectory(folder)
+
+
+def before_training(run):
+    """Everything that a run publishes before its first training."""
+    files = contents(run.root)
+    return {name: text for name, text in files.items() if not name.startswith("iterations/1/c")}
+
+
+def losses(run):
+    lines = run.iteration(0).training_log.read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def worker_pids():
+    """Processes of actors that do shards."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if line.startswith(b"ray::ShardWorker"):
+            found.append(int(folder.name))
+    return found
+
+
+def test_two_workers_give_the_bytes_of_one_process(cluster, settings, alone, tmp_path, monkeypatch):
+    # The process of the run can load no player: others did the work.
+    monkeypatch.setattr(tpaw.pipeline.players, "load_model", None)
+    self_play(RunConfig.load(settings), tmp_path / "r")
+    run = RunDirectory(tmp_path / "r")
+    assert before_training(run) == before_training(alone)
+    assert len(before_training(run)) > 10
+    assert read_manifest(run.checkpoint(1))["processes"] == 2
+    assert read_manifest(alone.checkpoint(1))["processes"] == 1
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
+    assert not list(run.root.rglob("delivered-*"))
+    assert not list(run.root.rglob(".tmp-*"))
+
+
+def test_a_worker_that_dies_costs_nothing(cluster, settings, alone, tmp_path, monkeypatch, capfd):
+    receive, killed = ShardedArtifact.receive, []
+
+    def killing(self, record):
+        receive(self, record)
+        if len(killed) < 2 and "responses" in str(record):
+            pid = worker_pids()[0]
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+
+    monkeypatch.setattr(ShardedArtifact, "receive", killing)
+    self_play(RunConfig.load(settings), tmp_path / "r")
+    assert len(set(killed)) == 2
+    assert before_training(RunDirectory(tmp_path / "r")) == before_training(alone)
+    says(capfd.readouterr().err, "its worker died; another one does it again")
+
+
+def test_a_worker_that_dies_too_often_ends_the_run(cluster, settings, tmp_path, monkeypatch):
+    settings["launch"] |= {"max_retries": 0}
+    receive = ShardedArtifact.receive
+
+    def killing(self, record):
+        receive(self, record)
+        for pid in worker_pids():
+            os.kill(pid, signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardedArtifact, "receive", killing)
+        with refused("launch.max_retries", 0, "θ_0 generates", error=WorkerError):
+            self_play(RunConfig.load(settings), tmp_path / "r")
+    folder = RunDirectory(tmp_path / "r").iteration(0).responses
+    assert 0 < len(ShardedArtifact(folder).names) < 6
+    settings["launch"] |= {"engine": "in_process"}
+    assert self_play(RunConfig.load(settings), tmp_path / "r").index == 1  # it goes on without Ray
+
+
+def test_a_worker_tells_its_error_as_a_whole(cluster, settings, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    model = save_model(tmp_path / "broken")
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    settings["model"] = {"path": str(model)}
+    with refused("model.norm.weight", "θ_0 answers", "machine", error=NonFiniteError):
+        self_play(RunConfig.load(settings), tmp_path / "r")
+
+
+def test_a_stop_reaches_the_processes_that_train(cluster, settings, alone, tmp_path, monkeypatch):
+    settings["train"] |= {"save_every": 100, "epochs": 3}
+    stop = StopSignal()
+    from tpaw.pipeline import ray_engine as engine
+    from tpaw.pipeline import ray_workers
+
+    look = engine.RayEngine._look
+
+    def stopping(self):
+        counts = look(self)
+        if counts.get("training"):
+            stop.signal_number = signal.SIGTERM
+        return counts
+
+    monkeypatch.setattr(ray_workers, "SECONDS_BETWEEN_REPORTS", 0)
+    monkeypatch.setattr(engine.RayEngine, "_look", stopping)
+    with pytest.raises(Interrupted):
+        self_play(RunConfig.load(settings), tmp_path / "r", stop)
+    saved = RunDirectory(tmp_path / "r").iteration(0).last_saved_step()
+    assert saved is not None
+    assert read_manifest(saved)["processes"] == 2
+
+
+@pytest.mark.parametrize(
+    ("launch", "parts"),
+    [
+        ({"workers": 3}, ("launch.workers", 3, "2 CPU cores")),
+        ({"workers": 2}, ("train.batch_size", 7, "2 processes")),
+    ],
+)
+def test_what_the_cluster_cannot_do_is_refused_beforehand(
+    cluster, settings, tmp_path, launch, parts
+):
+    settings["launch"] |= launch
+    settings["train"] |= {"batch_size": 7}
+    with refused(*parts):
+        self_play(RunConfig.load(settings), tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_folder_that_a_machine_does_not_see_is_named(cluster, settings, tmp_path, monkeypatch):
+    import tpaw.pipeline.ray_engine as engine
+
+    place = engine.Place
+
+    def elsewhere(config, root, *others):
+        return place(config, str(Path(root).with_name("elsewhere")), *others)
+
+    monkeypatch.setattr(engine, "Place", elsewhere)
+    with refused("--output", tmp_path / "elsewhere", "shares", error=InputError):
+        self_play(RunConfig.load(settings), tmp_path / "r")
