@@ -33,9 +33,9 @@ def cluster():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (paths | {"RAY_USAGE_STATS_ENABLED": "0"}).items():
             patch.setenv(name, value)
-        nodes = ray.cluster_utils.Cluster()
-        for _ in range(2):
-            nodes.add_node(num_cpus=1)
+        node = {"num_cpus": 1, "include_dashboard": False}
+        nodes = ray.cluster_utils.Cluster(initialize_head=True, head_node_args=node)
+        nodes.add_node(num_cpus=1)
         ray.init(nodes.address, log_to_driver=False, logging_level="ERROR")
         yield nodes
         ray.shutdown()
@@ -152,7 +152,7 @@ def test_a_stop_reaches_the_processes_that_train(cluster, settings, alone, tmp_p
     settings["train"] |= {"save_every": 100, "epochs": 3}
     stop = StopSignal()
     from tpaw.pipeline import ray_engine as engine
-    from tpaw.pipeline import ray_workers
+    from tpaw.pipeline import ray_link
 
     look = engine.RayEngine._look
 
@@ -162,7 +162,7 @@ def test_a_stop_reaches_the_processes_that_train(cluster, settings, alone, tmp_p
             stop.signal_number = signal.SIGTERM
         return counts
 
-    monkeypatch.setattr(ray_workers, "SECONDS_BETWEEN_REPORTS", 0)
+    monkeypatch.setattr(ray_link, "SECONDS_BETWEEN_REPORTS", 0)
     monkeypatch.setattr(engine.RayEngine, "_look", stopping)
     with pytest.raises(Interrupted):
         self_play(RunConfig.load(settings), tmp_path / "r", stop)

@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager
 from itertools import pairwise
 from typing import Any, Protocol
 
-from tpaw.pipeline.training import TrainingData, TrainingJob, train_and_publish
+from tpaw.pipeline.job import TrainingJob
+from tpaw.pipeline.training import TrainingData, train_and_publish
 from tpaw.pipeline.worker import Worker
 from tpaw.runtime.progress import Advance, OnDone
 from tpaw.runtime.shards import Result, Shard, ShardTask, do_here

@@ -27,17 +27,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tpaw.config.schema import RunConfig
 from tpaw.errors import WorkerError, first_line, printable
+from tpaw.pipeline.job import TrainingJob
 from tpaw.pipeline.ray_cluster import worker_count
-from tpaw.pipeline.ray_workers import (
-    GROUP,
-    LINK,
-    SECONDS_BETWEEN_LOOKS,
-    SHARD_WORKER,
-    Failure,
-    Place,
-    Work,
-)
-from tpaw.pipeline.training import TrainingJob
+from tpaw.pipeline.ray_group import GROUP
+from tpaw.pipeline.ray_link import LINK, SECONDS_BETWEEN_LOOKS, Failure, Place, Work
+from tpaw.pipeline.ray_workers import SHARD_WORKER
 from tpaw.pipeline.worker import Worker
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.progress import Advance, OnDone, note, note_once
@@ -155,15 +149,14 @@ class RayEngine:
             with progress as advance:
                 while not ray.wait([fit], timeout=SECONDS_BETWEEN_LOOKS)[0]:
                     counts = self._look()
+                    self._raise_failure()
                     advance(max(counts.get("training", 0) - shown, 0))
                     shown = max(shown, counts.get("training", 0))
                     if self.stop.signal_number is not None and not has_told:
                         ray.get(self._link.stop.remote(self.stop.signal_number))
                         has_told = True
                 self._look()
-                if (failure := ray.get(self._link.failure.remote())) is not None:
-                    self.stop.check()
-                    raise failure.as_error()
+                self._raise_failure()
                 try:
                     ray.get(fit)
                 except ray.exceptions.RayError as error:
@@ -189,6 +182,11 @@ class RayEngine:
             options = {"num_gpus": gpus, "num_cpus": 1}
             self._actors = [SHARD_WORKER.options(**options).remote() for _ in range(self.workers)]
         return self._actors
+
+    def _raise_failure(self) -> None:
+        if (failure := ray.get(self._link.failure.remote())) is not None:
+            self.stop.check()
+            raise failure.as_error()
 
     def _begun(self, actor: Any) -> Any:
         return actor.begin.remote(self._place, self._link)

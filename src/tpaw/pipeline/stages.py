@@ -26,10 +26,11 @@ from tpaw.generation.generator import Completion, OpenGenerator, SamplingParams
 from tpaw.generation.responses import generate_responses
 from tpaw.models.initial import initial_player
 from tpaw.pipeline.engines import Engine, InProcess, parts
+from tpaw.pipeline.job import TrainingJob
 from tpaw.pipeline.preflight import read_and_check
 from tpaw.pipeline.published import Published
 from tpaw.pipeline.space import space_for_responses, space_for_scores
-from tpaw.pipeline.training import TrainingData, TrainingJob
+from tpaw.pipeline.training import TrainingData
 from tpaw.pipeline.worker import (
     AnswerTask,
     GenerateTask,

@@ -1,14 +1,12 @@
 """Train one iteration: the same in the process of the run and in each process of a group.
 
-A `TrainingJob` names checkpoints and folders alone, so that it can be sent to other processes. They
-read the data from the run directory.
+The processes of a group read the data from the run directory.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +16,7 @@ from tpaw.config.schema import RunConfig
 from tpaw.data.inputs import Inputs
 from tpaw.models.fingerprint import fingerprint
 from tpaw.objectives.base import Objective
+from tpaw.pipeline.job import TrainingJob
 from tpaw.pipeline.players import LoadedPlayers
 from tpaw.pipeline.published import Published
 from tpaw.pipeline.space import space_for_training
@@ -25,8 +24,7 @@ from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.memory import memory_limited_by
 from tpaw.runtime.processes import is_main_process
 from tpaw.runtime.progress import Advance
-from tpaw.storage.artifacts import publishing
-from tpaw.team import Player
+from tpaw.storage.artifacts import is_published, publishing
 from tpaw.training.iteration import (
     BuildTrainer,
     dpo_objective,
@@ -39,25 +37,6 @@ from tpaw.training.trl import sft_trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True)
-class TrainingJob:
-    """What one iteration trains.
-
-    Attributes:
-        t: the iteration that trains θ_{t+1}; counts from 0.
-        steps: number of optimizer steps.
-        policy: θ_t.
-        opponents: their responses are rejected. Empty for SFT and DPO.
-        players: the reference models. Empty for SFT.
-    """
-
-    t: int
-    steps: int
-    policy: Player
-    opponents: tuple[Player, ...] = ()
-    players: tuple[Player, ...] = ()
 
 
 class TrainingData:
@@ -128,6 +107,8 @@ def train_and_publish(
         StorageError: the disk is too full.
     """
     iteration, config = data.published.run.iteration(job.t), data.config
+    if is_published(iteration.checkpoint):
+        return  # a process of the group died after that
     meta: dict[str, object] = {"index": iteration.number}
     policy = players.for_training(job.policy)
     if is_main_process():

@@ -1,0 +1,26 @@
+"""What one iteration trains, for any process that has the run directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tpaw.team import Player
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What one iteration trains.
+
+    Attributes:
+        t: the iteration that trains θ_{t+1}; counts from 0.
+        steps: number of optimizer steps.
+        policy: θ_t.
+        opponents: their responses are rejected. Empty for SFT and DPO.
+        players: the reference models. Empty for SFT.
+    """
+
+    t: int
+    steps: int
+    policy: Player
+    opponents: tuple[Player, ...] = ()
+    players: tuple[Player, ...] = ()

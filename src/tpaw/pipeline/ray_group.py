@@ -1,0 +1,94 @@
+"""The processes of the Ray engine that train one iteration together, by Ray Train.
+
+Ray imports this module in processes of its own too, so torch is imported by those that train.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from tpaw.pipeline.job import TrainingJob
+from tpaw.pipeline.ray_link import SECONDS_BETWEEN_LOOKS, Failure, Place
+from tpaw.runtime.interrupt import StopSignal
+from tpaw.runtime.progress import notes_go_to
+
+
+class _RemoteStop(StopSignal):
+    """The stop signal of a process that trains: the controller's, as the link tells it."""
+
+    def __init__(self, link: Any) -> None:
+        super().__init__()
+        self._link = link
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        while self.signal_number is None:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            with contextlib.suppress(ray.exceptions.RayError):
+                self.signal_number = ray.get(self._link.stop_number.remote()) or None
+
+
+def _train_in_group(settings: dict[str, Any]) -> None:
+    """One process of a group that trains; Ray Train calls it."""
+    import torch
+    from ray.train import get_context
+    from ray.train.torch import get_device
+
+    from tpaw.data.inputs import load_inputs
+    from tpaw.pipeline.players import LoadedPlayers
+    from tpaw.pipeline.published import Published
+    from tpaw.pipeline.training import TrainingData, train_and_publish
+    from tpaw.runtime.isolation import isolated
+
+    place: Place = settings["place"]
+    job: TrainingJob = settings["job"]
+    link: Any = settings["link"]
+    if ray.get(link.failure.remote()) is not None:
+        return  # an error, and not the death of a process: trying again would not help
+    rank = get_context().get_world_rank()
+    done = 0
+
+    def advance(count: int, note: str = "") -> None:
+        nonlocal done
+        done += count
+        if rank == 0:
+            link.report.remote("training", done)
+
+    notes_go_to(lambda text: link.note.remote(text))
+    try:
+        run = place.enter()
+        if (device := get_device()).type == "cuda":
+            torch.cuda.set_device(device)
+        data = TrainingData(place.config, load_inputs(run.inputs, place.config), Published(run))
+        with isolated(deterministic=place.config.deterministic):
+            train_and_publish(job, data, LoadedPlayers(place.config), advance, _RemoteStop(link))
+    except Exception as error:
+        ray.get(link.fail.remote(Failure.of(error, f"training, process {rank}")))
+        raise
+
+
+def run_group(
+    settings: dict[str, Any], workers: int, use_gpu: bool, retries: int, folder: str
+) -> None:
+    """Run the group. It is a task, so that the controller stays free to look and to stop."""
+    from ray.train import FailureConfig, ScalingConfig
+    from ray.train import RunConfig as TrainRunConfig
+    from ray.train.torch import TorchTrainer
+
+    TorchTrainer(
+        _train_in_group,
+        train_loop_config=settings,
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+        run_config=TrainRunConfig(
+            storage_path=folder, failure_config=FailureConfig(max_failures=retries)
+        ),
+    ).fit()
+
+
+GROUP: Any = ray.remote(num_cpus=0)(run_group)
