@@ -11,13 +11,17 @@ from pathlib import Path
 import pytest
 import ray
 import ray.cluster_utils
+import ray_driver
+import torch
 from builders import contents, run_settings, save_model
 from messages import refused, says
+from safetensors.torch import load_file, save_file
 
 import tpaw.pipeline.players
 import tpaw.storage.artifacts
 from tpaw.config.schema import RunConfig
 from tpaw.errors import InputError, Interrupted, NonFiniteError, WorkerError
+from tpaw.pipeline import ray_engine, ray_link
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.selfplay import self_play
 from tpaw.storage.artifacts import ShardedArtifact, read_manifest
@@ -63,8 +67,28 @@ def alone(tmp_path_factory, model_folder, data_file, heldout_file):
 
 def before_training(run):
     """Everything that a run publishes before its first training."""
-    files = contents(run.root)
-    return {name: text for name, text in files.items() if not name.startswith("iterations/1/c")}
+    files, after = contents(run.root), ("iterations/1/checkpoint", "iterations/1/evaluation")
+    return {name: text for name, text in files.items() if not name.startswith(after)}
+
+
+class TrainingIsNext(Exception):
+    pass
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Run until the first training."""
+
+    def train(*args):
+        raise TrainingIsNext
+
+    def run(settings, folder):
+        monkeypatch.setattr(ray_engine.RayEngine, "train", train)
+        with pytest.raises(TrainingIsNext):
+            self_play(RunConfig.load(settings), folder)
+        return RunDirectory(folder)
+
+    return run
 
 
 def losses(run):
@@ -99,7 +123,35 @@ def test_two_workers_give_the_bytes_of_one_process(cluster, settings, alone, tmp
     assert not list(run.root.rglob(".tmp-*"))
 
 
-def test_a_worker_that_dies_costs_nothing(cluster, settings, alone, tmp_path, monkeypatch, capfd):
+def test_fsdp_shards_the_model_and_goes_on_after_a_process_dies(
+    cluster, settings, alone, tmp_path, monkeypatch
+):
+    folder = tmp_path / "facts"
+    folder.mkdir()
+    settings["train"] |= {"parallel": "fsdp2", "save_every": 1}
+
+    @ray.remote(num_cpus=0)
+    def group(*arguments):
+        ray_driver.run_fsdp_group(str(folder), *arguments)
+
+    monkeypatch.setattr(ray_engine, "GROUP", group)
+    self_play(RunConfig.load(settings), tmp_path / "r")
+    assert (folder / "killed").exists()
+    for rank in range(2):
+        facts = json.loads((folder / f"rank-{rank}.json").read_text())
+        assert facts["kinds"] == ["DTensor"]
+        assert {f"__{i}_0.distcp" for i in range(2)} <= set(facts["saved"])
+    run = RunDirectory(tmp_path / "r")
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
+    weights = load_file(Path(run.checkpoint(1)) / "model.safetensors")
+    for name, expected in load_file(Path(alone.checkpoint(1)) / "model.safetensors").items():
+        assert weights[name].dtype == torch.float32
+        assert torch.allclose(weights[name], expected, atol=1e-4)
+
+
+def test_a_worker_that_dies_costs_nothing(
+    cluster, settings, alone, tmp_path, monkeypatch, capfd, untrained
+):
     receive, killed = ShardedArtifact.receive, []
 
     def killing(self, record):
@@ -110,9 +162,9 @@ def test_a_worker_that_dies_costs_nothing(cluster, settings, alone, tmp_path, mo
             killed.append(pid)
 
     monkeypatch.setattr(ShardedArtifact, "receive", killing)
-    self_play(RunConfig.load(settings), tmp_path / "r")
+    run = untrained(settings, tmp_path / "r")
     assert len(set(killed)) == 2
-    assert before_training(RunDirectory(tmp_path / "r")) == before_training(alone)
+    assert before_training(run) == before_training(alone)
     says(capfd.readouterr().err, "its worker died; another one does it again")
 
 
@@ -136,9 +188,6 @@ def test_a_worker_that_dies_too_often_ends_the_run(cluster, settings, tmp_path, 
 
 
 def test_a_worker_tells_its_error_as_a_whole(cluster, settings, tmp_path):
-    import torch
-    from safetensors.torch import load_file, save_file
-
     model = save_model(tmp_path / "broken")
     weights = load_file(model / "model.safetensors")
     weights["model.norm.weight"][0] = torch.nan
@@ -151,10 +200,7 @@ def test_a_worker_tells_its_error_as_a_whole(cluster, settings, tmp_path):
 def test_a_stop_reaches_the_processes_that_train(cluster, settings, alone, tmp_path, monkeypatch):
     settings["train"] |= {"save_every": 100, "epochs": 3}
     stop = StopSignal()
-    from tpaw.pipeline import ray_engine as engine
-    from tpaw.pipeline import ray_link
-
-    look = engine.RayEngine._look
+    look = ray_engine.RayEngine._look
 
     def stopping(self):
         counts = look(self)
@@ -163,7 +209,7 @@ def test_a_stop_reaches_the_processes_that_train(cluster, settings, alone, tmp_p
         return counts
 
     monkeypatch.setattr(ray_link, "SECONDS_BETWEEN_REPORTS", 0)
-    monkeypatch.setattr(engine.RayEngine, "_look", stopping)
+    monkeypatch.setattr(ray_engine.RayEngine, "_look", stopping)
     with pytest.raises(Interrupted):
         self_play(RunConfig.load(settings), tmp_path / "r", stop)
     saved = RunDirectory(tmp_path / "r").iteration(0).last_saved_step()
@@ -189,13 +235,11 @@ def test_what_the_cluster_cannot_do_is_refused_beforehand(
 
 
 def test_a_folder_that_a_machine_does_not_see_is_named(cluster, settings, tmp_path, monkeypatch):
-    import tpaw.pipeline.ray_engine as engine
-
-    place = engine.Place
+    place = ray_engine.Place
 
     def elsewhere(config, root, *others):
         return place(config, str(Path(root).with_name("elsewhere")), *others)
 
-    monkeypatch.setattr(engine, "Place", elsewhere)
+    monkeypatch.setattr(ray_engine, "Place", elsewhere)
     with refused("--output", tmp_path / "elsewhere", "shares", error=InputError):
         self_play(RunConfig.load(settings), tmp_path / "r")

@@ -61,7 +61,8 @@ class RayEngine:
         self._use_gpu = config.device != "cpu" and bool(ray.cluster_resources().get("GPU"))
         self.workers = worker_count(config)
         threads = None if self._use_gpu else 1
-        self._place = Place(config, str(run.root.absolute()), os.getcwd(), threads)
+        root, lock = str(run.root.absolute()), run.lock_file.read_text(encoding="utf-8")
+        self._place = Place(config, root, lock, os.getcwd(), threads)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         self._here = {"scheduling_strategy": here}
         self._link = LINK.options(**self._here).remote()

@@ -49,12 +49,14 @@ class Place(NamedTuple):
     Attributes:
         config: the configuration of the run.
         root: absolute path of the run directory.
+        lock: content of the run's lock file, which names the controller.
         folder: working directory of the controller, which relative paths refer to.
         threads: threads of a worker on a CPU; None leaves torch's choice.
     """
 
     config: RunConfig
     root: str
+    lock: str
     folder: str
     threads: int | None
 
@@ -65,7 +67,11 @@ class Place(NamedTuple):
             InputError: this machine does not see the run directory.
         """
         run = RunDirectory(self.root)
-        if not run.has_begun() or not Path(self.folder).is_dir():
+        try:
+            is_shared = run.lock_file.read_text(encoding="utf-8") == self.lock
+        except OSError:
+            is_shared = False
+        if not is_shared or not Path(self.folder).is_dir():
             raise InputError(
                 f"--output {self.root}: the machine {socket.gethostname()} does not see this run "
                 "directory; put it on a file system that every machine of the cluster shares"

@@ -126,6 +126,11 @@ class RunDirectory:
         return self.root / "run.json"
 
     @property
+    def lock_file(self) -> Path:
+        """The lock; it names the process that holds it."""
+        return self.root / "lock"
+
+    @property
     def config_file(self) -> Path:
         """YAML file, sealed: the complete configuration."""
         return self.root / "config.yaml"
@@ -378,7 +383,7 @@ def open_run(root: str | Path, config: RunConfig) -> Iterator[RunDirectory]:
         if not run.has_begun():
             check_output(root, config)  # before a lock file appears in a folder that is not a run
         run.root.mkdir(parents=True, exist_ok=True)
-        with locked(run.root / "lock"):
+        with locked(run.lock_file):
             kept = check_output(root, config)
             _remove_temporaries(run)
             old = run.facts() if run.has_begun() else None
@@ -421,7 +426,7 @@ def restart_iteration(root: str | Path, number: int) -> None:
             f"{key}: θ_{number} is already published in {root}; only an unfinished iteration can "
             "restart"
         )
-    with _storage_failures(run.root), locked(run.root / "lock"):
+    with _storage_failures(run.root), locked(run.lock_file):
         remove_artifacts(iteration.training)
         iteration.training_log.unlink(missing_ok=True)
 
