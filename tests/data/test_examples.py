@@ -306,6 +306,12 @@ def test_a_target_that_would_end_early_is_counted(tmp_path):
     assert prepared.skipped == {"an end-of-sequence token within the target": 1}
 
 
+def test_a_target_that_only_ends_is_counted(tmp_path):
+    pairs = [{"prompt": "p", "completion": text} for text in ("a", "<|end|>")]
+    prepared = prepare(write_jsonl(tmp_path / "a.jsonl", pairs), max_skipped=0.5)
+    assert prepared.skipped == {"the target is empty but for an end-of-sequence token": 1}
+
+
 def test_a_row_that_the_template_refuses_is_counted(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = (
