@@ -280,6 +280,14 @@ def test_an_edited_run_file_is_refused(run, config, change):
         check_output(run.root, config)
 
 
+def test_a_run_file_without_its_checksum_is_refused(run, config):
+    facts = json.loads(run.run_file.read_text())
+    del facts["sha256"]
+    run.run_file.write_text(json.dumps(facts))
+    with refused(run.run_file, "checksum", error=ArtifactError):
+        check_output(run.root, config)
+
+
 @pytest.mark.parametrize("content", ["{}", "[]", "{", "", "7"])
 def test_a_damaged_run_file_is_named(run, config, content):
     run.run_file.write_text(content)
