@@ -350,4 +350,4 @@ def test_a_text_that_the_tokenizer_drops_or_joins(tmp_path):
     found = prepare_examples(config, "data", tokenizer, (5,), 128)
     [example] = found.examples
     assert (example.prompt_ids.tolist(), example.target_ids.tolist()) == ([0], [2, 1, 5])
-    assert found.skipped == {"the prompt has no tokens": 1}
+    assert found.skipped == {"no tokens": 1}

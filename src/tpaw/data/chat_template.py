@@ -213,8 +213,8 @@ class ChatFormat:
             # A template may add text after the end-of-sequence token. The model never generates
             # that text, so it is not part of the target.
             target_ids = target_ids[: self._end(target_ids)]
-        if not prompt_ids:
-            return Unusable("the prompt has no tokens")
+        if not prompt_ids or not target_ids:
+            return Unusable("no tokens")
         if len(prompt_ids) + len(target_ids) > self.max_length:
             return self.too_long
         return Encoded(prompt_ids, target_ids, rendered.prompt)
