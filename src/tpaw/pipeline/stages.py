@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from transformers import Trainer, TrainingArguments
 
-from tpaw.config.plan import optimizer_steps
+from tpaw.config.plan import kept_checkpoints, optimizer_steps
 from tpaw.config.schema import RunConfig
 from tpaw.data.examples import Example
 from tpaw.data.inputs import Inputs, load_inputs, publish_inputs
@@ -24,10 +24,16 @@ from tpaw.generation.generator import OpenGenerator, SamplingParams
 from tpaw.generation.responses import generate_responses, read_responses
 from tpaw.models.fingerprint import fingerprint
 from tpaw.models.initial import initial_player
+from tpaw.models.size import size_of
 from tpaw.objectives.base import Objective
 from tpaw.pipeline.players import LoadedPlayers
 from tpaw.pipeline.preflight import read_and_check
-from tpaw.pipeline.space import space_for_responses, space_for_scores, space_for_training
+from tpaw.pipeline.space import (
+    space_for_evaluation,
+    space_for_responses,
+    space_for_scores,
+    space_for_training,
+)
 from tpaw.report.summary import write_summary
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.isolation import isolated
@@ -37,7 +43,8 @@ from tpaw.runtime.watch import Watch
 from tpaw.scoring.score import fill_store
 from tpaw.scoring.store import LogprobStore
 from tpaw.storage.artifacts import is_published, publishing, read_manifest, remove_artifacts
-from tpaw.storage.run_directory import RunDirectory, open_run, verify_run
+from tpaw.storage.removal import remove_weights
+from tpaw.storage.run_directory import RunDirectory, finish_removals, open_run, verify_run
 from tpaw.team import Player, Team
 from tpaw.training.iteration import (
     BuildTrainer,
@@ -74,6 +81,7 @@ def opened_stages(
         inputs = read_and_check(config, output, watch)
         with open_run(output, config) as run:
             verify_run(run, config.iterations, watch)
+            finish_removals(run, config.iterations)
             if inputs is not None and not is_published(run.inputs):
                 publish_inputs(run.inputs, inputs)
             kept = load_inputs(run.inputs, config)
@@ -152,6 +160,8 @@ class Stages:
     def score(self, triples: Sequence[Triple], players: Sequence[Player], t: int) -> None:
         """log π_j of every target and generated response that the store lacks.
 
+        Then the weights that the run does not need any more are removed, as `keep` says.
+
         Raises:
             Interrupted: a stop was asked for; finished shards are published.
         """
@@ -161,7 +171,7 @@ class Stages:
             missing = sum(key not in store for key in wanted)
             if not missing:
                 continue
-            space_for_scores(self.run, missing)
+            space_for_scores(self.run, self.config, missing)
             title = f"score with θ_{player.index}"
             with self._progress(t, title, missing, "sequences") as on_done:
                 fill_store(
@@ -172,6 +182,7 @@ class Stages:
                     config=self.config.score,
                     on_done=on_done,
                 )
+        self._remove_weights(t, is_trained=False)
 
     def train(self, policy: Player, triples: Sequence[Triple], team: Team, t: int) -> Player:
         """θ_{t+1}, from θ_t by minimising the objective over D_O."""
@@ -195,9 +206,12 @@ class Stages:
         return self._train_on_triples(policy, pairs, [policy], objective, t)
 
     def evaluate(self, player: Player) -> None:
-        """Held-out outcomes of a checkpoint, item by item, and their means; then its suites."""
+        """Held-out outcomes of a checkpoint, item by item, and their means; then its suites.
+
+        This ends an iteration: the weights that `keep` does not keep are removed.
+        """
         if self.inputs.heldout and not is_published(self.run.evaluation(player.index)):
-            space_for_responses(self.run, self.config, 2 * len(self.inputs.heldout))
+            space_for_evaluation(self.run, self.config, len(self.inputs.heldout))
             HeldoutEvaluation(
                 config=self.config,
                 heldout=self.inputs.heldout,
@@ -211,6 +225,8 @@ class Stages:
         if self.suites.missing(player.index):
             self.players.release()  # the harness loads the player itself
             self.suites.publish(player.index)
+        if player.index > 0:
+            self._remove_weights(player.index - 1, is_trained=True)
 
     def report(self) -> None:
         """summary.json, from what is published."""
@@ -244,7 +260,7 @@ class Stages:
             meta: dict[str, object] = {"index": iteration.number}
             steps = optimizer_steps(self.config, rows, t)
             model = self.players.for_training(policy)
-            space_for_training(iteration, self.config, model.num_parameters(), steps)
+            space_for_training(iteration, self.config, size_of(model), steps)
             title = self._title(t, f"train θ_{iteration.number}")
             with (
                 publishing(folder, meta) as temporary,
@@ -266,6 +282,12 @@ class Stages:
             self.players.release()
         remove_artifacts(iteration.training)
         return Player(iteration.number, str(folder), read_manifest(folder)["fingerprint"])
+
+    def _remove_weights(self, t: int, *, is_trained: bool) -> None:
+        """Remove the weights of the checkpoints before the newest that `keep` does not keep."""
+        kept = kept_checkpoints(self.config, t, is_trained=is_trained)
+        for i in sorted(set(range(1, max(kept))) - kept):
+            remove_weights(self.run.checkpoint(i), f"keep: {self.config.keep}")
 
     def _store(self, player: Player) -> LogprobStore:
         if player.fingerprint not in self._stores:
