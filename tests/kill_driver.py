@@ -19,6 +19,7 @@ import transformers
 
 import tpaw.evaluation.heldout
 import tpaw.scoring.score
+import tpaw.storage.removal
 import tpaw.training.callbacks
 from tpaw.config.schema import RunConfig
 from tpaw.generation.slot_cache import SlotCache
@@ -35,7 +36,14 @@ PLACES: dict[str, tuple[Any, str]] = {
     "save": (transformers.Trainer, "_save_optimizer_and_scheduler"),
     "saved": (tpaw.training.callbacks, "write_manifest"),
     "evaluate": (tpaw.evaluation.heldout, "exact_match_items"),
+    "withdraw": (
+        tpaw.storage.removal,
+        "write_sealed",
+    ),  # weights are removed: just before it counts
+    "withdrawn": (tpaw.storage.removal, "write_sealed"),  # it counts, and the files are there
+    "removed": (tpaw.storage.removal, "flush"),  # the files are gone
 }
+AFTER = ("published", "withdrawn")
 
 
 def kill_at(place: str, count: int) -> None:
@@ -46,7 +54,7 @@ def kill_at(place: str, count: int) -> None:
     def passing(*args: Any, **kwargs: Any) -> Any:
         nonlocal left
         left -= 1
-        if left == 0 and place != "published":
+        if left == 0 and place not in AFTER:
             os.kill(os.getpid(), signal.SIGKILL)
         result = original(*args, **kwargs)
         if left == 0:

@@ -107,6 +107,11 @@ def test_plan_spends_nothing(tpaw_, config, monkeypatch, tmp_path):
     assert "Layout: packed rows, in which responses share their prompt." in out
     assert [word for word in out.split() if word in ("24", "48", "72")][:3] == ["24", "24", "48"]
     assert "θ_2 θ_1 θ_0" in out
+    size = "28,960 parameters in fp32"
+    says(re.search("Disk: .*", out)[0], "θ_3", "keep: all", size)
+    says(re.search("With keep: team.*", out)[0], "keep: last")
+    # Weights, gradients and squared gradients.
+    assert f"Memory: training holds {12 * 28960 / 1000:.1f} kB" in out
     question, answer = sums(1)[0].values()
     assert f"prompt '<|user|>{question}<|end|>\\n<|assistant|>'" in out
     assert f"target {answer + '<|end|>'!r}" in out

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import random
+
 import pytest
 from messages import refused
 
-from tpaw.config.plan import plan_run
+from tpaw.config.plan import kept_checkpoints, plan_run
 from tpaw.config.schema import RunConfig
+from tpaw.pipeline.baselines import baseline
+from tpaw.selfplay import algorithm_1
 
 N = 100
 
@@ -72,3 +76,98 @@ def test_an_iteration_that_would_change_nothing_is_refused():
     with refused("iteration 1"):
         plan(**settings)
     assert plan(**settings, **{"train.warmup": "0"})[0].optimizer_steps == 1
+
+
+class Recording:
+    """Stages that note whose weights are read, and where `keep` removes some."""
+
+    def __init__(self, config):
+        self.config = config
+        self.scored = set()
+        self.newest = 0
+        self.read = []  # a checkpoint whose weights are read, or a point: (t, is trained, newest)
+        self.teams = []
+
+    def load_examples(self):
+        return ["an example"]
+
+    def initial_player(self):
+        return 0
+
+    def generate(self, player, examples, t):
+        self.read.append(player)
+
+    def build_triples(self, examples, opponents):
+        self.opponents = opponents
+        return [-1, *opponents]  # who wrote the sequences; -1: the data
+
+    def score(self, triples, players, t):
+        self.teams.append({*self.opponents, *players})
+        missing = {(j, author) for j in players for author in triples} - self.scored
+        self.read += sorted({j for j, _ in missing})
+        self.scored |= missing
+        self.read.append((t, False, self.newest))
+
+    def train(self, policy, triples, team, t):
+        self.read.append(policy)
+        self.newest = t + 1
+        return t + 1
+
+    def train_by_sft(self, policy, t):
+        return self.train(policy, None, None, t)
+
+    def train_by_dpo(self, policy, t):
+        self.opponents = ()
+        self.score([-1, -2], [policy], t)
+        return self.train(policy, None, None, t)
+
+    def evaluate(self, player):
+        self.read.append(player)
+        if player > 0:
+            self.read.append((player - 1, True, player))
+
+    def report(self):
+        pass
+
+
+def recorded(config):
+    stages = Recording(config)
+    (algorithm_1 if config.method == "self_play" else baseline)(config, stages)
+    return stages
+
+
+def random_config(rng, method):
+    changes = {"iterations": rng.randint(1, 9), "train.learning_rate": 1e-3, "train.epochs": 1}
+    changes["objective.lambda"] = 0.1
+    if method == "self_play":
+        changes |= {f"team.{who}.last": rng.randint(1, 7) for who in ("opponents", "main_players")}
+    variant = {"self_play": "tpaw", "sft": "sft_continue", "dpo": "dpo"}[method]
+    return RunConfig.load(
+        "starter", variant, overrides=[f"{key}={value}" for key, value in changes.items()]
+    )
+
+
+@pytest.mark.parametrize("method", ["self_play", "sft", "dpo"])
+def test_weights_are_kept_until_nothing_reads_them(method):
+    rng = random.Random(0)
+    for _ in range(30 if method == "self_play" else 5):
+        config = random_config(rng, method)
+        stages = recorded(config)
+        points = [(k, point) for k, point in enumerate(stages.read) if isinstance(point, tuple)]
+        assert len(points) == config.iterations * (1 if method == "sft" else 2)
+        # What one more iteration reads and plays with.
+        longer = recorded(config.model_copy(update={"iterations": config.iterations + 1}))
+        for k, (t, is_trained, newest) in points:
+            later = {j for j in stages.read[k:] if isinstance(j, int) and j <= newest}
+
+            def kept(keep, config=config, t=t, is_trained=is_trained):
+                changed = config.model_copy(update={"keep": keep})
+                return kept_checkpoints(changed, t, is_trained=is_trained)
+
+            assert kept("last") == later | {newest}
+            assert kept("all") == set(range(newest + 1))
+            assert kept("last") <= kept("team") <= kept("all")
+            if is_trained and method == "self_play":
+                assert kept("team") == longer.teams[t + 1] | {newest}
+            elif is_trained:
+                assert kept("team") == {newest}

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import yaml
 from builders import contents, run_settings, sums, write_jsonl
 from fork_server import Forked
+
+from tpaw.config.files import to_yaml
+from tpaw.storage.run_directory import RunDirectory
 
 # Points of one run directory, one after the other; counts begin anew with each process.
 IN_EACH_STAGE = [
@@ -109,3 +113,21 @@ def test_killed_between_any_two_publications(tmp_path, two_iterations):
     assert outcomes.count("killed") > 12
     assert set(outcomes) <= {"killed", "exit 0"}
     assert contents(tmp_path / "killed") == uninterrupted
+
+
+def test_killed_while_weights_are_removed(tmp_path, finished):
+    whole, config = finished
+    left = RunDirectory(shutil.copytree(whole.root, tmp_path / "left"))
+    for path in (left.checkpoint(4), left.evaluation(4)):
+        shutil.rmtree(path)
+    left.training_log(4).unlink()
+    settings = tmp_path / "config.yaml"
+    settings.write_text(to_yaml(config.model_copy(update={"keep": "last"}), comments=False))
+    # The log-probs of iteration 4 are stored, so θ_1 and θ_2 go, and then θ_4 trains from θ_3.
+    points = ["withdraw:1", "withdrawn:1", "removed:1", "train:2"]
+    assert run(left.root, settings, *points) == ["killed"] * len(points)
+    removed = {f"iterations/{i}/checkpoint/model.safetensors" for i in (1, 2, 3)}
+    files = contents(whole.root)
+    assert contents(left.root) == {name: files[name] for name in files.keys() - removed}
+    assert all(left.weights_removed(i) for i in (1, 2, 3))
+    assert not list(left.root.rglob(".tmp-*"))

@@ -29,6 +29,7 @@ from tpaw.errors import (
     TpawError,
 )
 from tpaw.models.references import find_checkpoint
+from tpaw.models.size import ModelSize
 from tpaw.report.summary import summarise
 from tpaw.selfplay import self_play
 from tpaw.storage.artifacts import describe_file, read_json, write_manifest
@@ -237,7 +238,7 @@ def test_each_stage_asks_for_its_space_before_it_writes(settings, tmp_path, monk
     asked, peak = {}, 0
     run, rmtree = RunDirectory(tmp_path / "r"), shutil.rmtree
 
-    def require_space(folder, needed, work):
+    def require_space(folder, needed, work, advice=""):
         places = (run.evaluation(0), run.responses(1), run.root / "logprobs", run.checkpoint(1))
         asked[work] = needed, [place.name for place in places if place.exists()]
 
@@ -251,15 +252,21 @@ def test_each_stage_asks_for_its_space_before_it_writes(settings, tmp_path, monk
 
     monkeypatch.setattr(tpaw.pipeline.space, "require_space", require_space)
     monkeypatch.setattr(shutil, "rmtree", measure)
-    self_play(RunConfig.load(settings), run.root)
-    assert [there for _, there in asked.values()] == [
-        ["evaluation", "responses", "logprobs", "checkpoint"],  # of θ_1, with the words of θ_0's
-        ["evaluation"],
-        ["evaluation", "responses"],
-        ["evaluation", "responses", "logprobs"],
-    ]
-    # The tiny model's files have headers and names that the estimate does not count.
-    assert asked["training θ_1"][0] == pytest.approx(peak, rel=0.2)
+    config = RunConfig.load(settings)
+    self_play(config, run.root)
+    assert {work: there for work, (_, there) in asked.items()} == {
+        "this run": [],
+        # Of θ_1, with the words of θ_0's.
+        "evaluating 10 held-out records": ["evaluation", "responses", "logprobs", "checkpoint"],
+        "generating 24 responses": ["evaluation"],
+        "scoring 48 sequences": ["evaluation", "responses"],
+        "training θ_1": ["evaluation", "responses", "logprobs"],
+    }
+    # The tiny model's files have headers and names, which are not among the weights.
+    needed = asked["training θ_1"][0]
+    assert peak <= needed
+    without_weights = tpaw.pipeline.space.bytes_of_training(config, ModelSize(0, 320), 12)
+    assert needed - without_weights == pytest.approx(peak, rel=0.2)
 
 
 def test_a_full_disk_stops_a_run_before_the_stage_that_would_fill_it(
@@ -267,9 +274,13 @@ def test_a_full_disk_stops_a_run_before_the_stage_that_would_fill_it(
 ):
     settings |= {"iterations": 1}
     usage = namedtuple("usage", "total used free")
+
+    def free(path):  # somebody else fills the disk after the run has begun
+        return usage(0, 0, 300_000 if RunDirectory(tmp_path / "r").has_begun() else 10**9)
+
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 5000))
-        with refused(tmp_path / "r", "training θ_1", "5.0 kB", error=StorageError):
+        patch.setattr(shutil, "disk_usage", free)
+        with refused(tmp_path / "r", "training θ_1", "300.0 kB", error=StorageError):
             self_play(RunConfig.load(settings), tmp_path / "r")
     assert not RunDirectory(tmp_path / "r").checkpoint(1).exists()
     assert self_play(RunConfig.load(settings), tmp_path / "r").index == 1

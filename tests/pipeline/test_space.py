@@ -6,6 +6,7 @@ import pytest
 
 import tpaw.pipeline.space
 from tpaw.config.schema import RunConfig
+from tpaw.models.size import ModelSize
 from tpaw.pipeline.space import space_for_responses, space_for_training
 from tpaw.storage.run_directory import RunDirectory
 
@@ -15,9 +16,8 @@ PARAMETERS = 1000
 @pytest.fixture
 def asked(monkeypatch):
     found = []
-    monkeypatch.setattr(
-        tpaw.pipeline.space, "require_space", lambda folder, needed, work: found.append(needed)
-    )
+    require = lambda folder, needed, work, advice="": found.append(needed)  # noqa: E731
+    monkeypatch.setattr(tpaw.pipeline.space, "require_space", require)
     return found
 
 
@@ -46,17 +46,20 @@ def test_training_needs_the_most_that_is_there_at_a_time(
     config = RunConfig.load(settings)
     iteration = RunDirectory(tmp_path).iteration(0)
     expected = most_on_the_disk(steps, save_every, moments)
-    space_for_training(iteration, config, PARAMETERS, steps)
+    for parameters in (PARAMETERS, 0):  # without parameters, the small files are left
+        space_for_training(iteration, config, ModelSize(parameters, 320), steps)
     saved = iteration.training / "checkpoint-1"
     saved.mkdir(parents=True)
     (saved / "optimizer.pt").write_bytes(b"x" * 100)
-    space_for_training(iteration, config, PARAMETERS, steps)
-    assert asked == [expected, expected - 100]
+    space_for_training(iteration, config, ModelSize(PARAMETERS, 320), steps)
+    assert asked[0] - asked[1] == expected
+    assert asked[0] - asked[2] == 100
 
 
 def test_responses_may_be_as_long_as_the_longer_of_both_limits(settings, tmp_path, asked):
-    for generate, evaluate in ((8, 16), (16, 8), (16, None)):
+    for generate, evaluate in ((8, 16), (16, 8), (16, None), (17, 8)):
         settings["generate"] = {"max_new_tokens": generate}
         settings["evaluate"] |= {"max_new_tokens": evaluate}
         space_for_responses(RunDirectory(tmp_path), RunConfig.load(settings), 10)
-    assert asked == [10 * 16 * 8] * 3  # 4 bytes of id and about 4 of text for each token
+    assert asked[0] == asked[1] == asked[2] > 10 * 16 * 8
+    assert asked[3] - asked[2] == 10 * 8  # 4 bytes of id and about 4 of text for each token

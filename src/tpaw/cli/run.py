@@ -124,19 +124,33 @@ def plan(
     set_: Overrides = [],  # noqa: B006
     trust: Trust = False,
 ) -> None:
-    """Show the players and the cost of every iteration. Nothing is trained or written."""
+    """Show the players, the cost and the disk space of every iteration.
+
+    Nothing is trained or written.
+    """
     settings = _load(config, set_, trust)
     from tpaw.config.plan import plan_run
+    from tpaw.models.size import model_size
     from tpaw.pipeline.preflight import read_inputs, try_architecture
-    from tpaw.report.tables import plan_table
+    from tpaw.pipeline.space import bytes_of_inputs, described_space, plan_space
+    from tpaw.report.tables import plan_table, space_table
     from tpaw.runtime.progress import progress
 
     with progress("read and tokenize", None, "records") as advance:
         inputs = read_inputs(settings, advance)
     layout = try_architecture(settings)
+    plans = plan_run(settings, len(inputs.examples))
+    sizes = (
+        model_size(settings.model),
+        len(inputs.heldout),
+        bytes_of_inputs(inputs.examples, inputs.heldout),
+    )
+    spaces = plan_space(settings, plans, *sizes)
     console = console_of_stdout()
-    console.print(plan_table(plan_run(settings, len(inputs.examples))))
-    for text in (*layout, inputs.described(), *inputs.first_rows()):
+    console.print(plan_table(plans))
+    console.print(space_table([space._asdict() for space in spaces]))
+    space = described_space(settings, plans, *sizes)
+    for text in (*space, *layout, inputs.described(), *inputs.first_rows()):
         console.print_text(text)
 
 

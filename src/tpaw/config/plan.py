@@ -1,4 +1,4 @@
-"""The plan of a run: who plays in each iteration and what each iteration costs.
+"""The plan of a run: who plays in each iteration, what it costs, and which weights it still needs.
 
 It needs the configuration and the number of examples only, no model and no torch.
 """
@@ -62,13 +62,10 @@ def plan_run(config: RunConfig, examples: int) -> list[IterationPlan]:
     plans = []
     scored: set[tuple[int, int]] = set()
     for t in range(config.iterations):
-        history = range(t + 1)
+        opponents, main_players = players_of(config, t)
         if config.method == "self_play":
-            opponents = config.team.opponents.select(history)
-            main_players = config.team.main_players.select(history)
             triples, responses, authors = len(opponents) * examples, examples, (-1, *opponents)
         else:
-            opponents, main_players = (), (t,) if config.method == "dpo" else ()
             triples, responses, authors = examples, 0, (-1, -2)
         # Identifies sequences by their author: -1 for the targets of the data, -2 for its rejected
         # responses, t for the responses of θ_t.
@@ -109,3 +106,47 @@ def optimizer_steps(config: RunConfig, triples: int, t: int) -> int:
         t: the iteration that trains θ_{t+1}; counts from 0.
     """
     return at_iteration(config.train.epochs, t) * math.ceil(triples / config.train.batch_size)
+
+
+def players_of(config: RunConfig, t: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The opponents and the main players of an iteration.
+
+    Args:
+        config: the configuration of the run.
+        t: the iteration that trains θ_{t+1}; counts from 0. It may be beyond the last iteration.
+
+    Returns:
+        Two tuples of indices, newest first. sft has no players. dpo has its reference model as the
+        only main player.
+    """
+    if config.method == "self_play":
+        history = range(t + 1)
+        return config.team.opponents.select(history), config.team.main_players.select(history)
+    return (), (t,) if config.method == "dpo" else ()
+
+
+def kept_checkpoints(config: RunConfig, t: int, *, is_trained: bool) -> set[int]:
+    """The checkpoints that keep their weights, by the setting `keep`.
+
+    An opponent plays with its stored responses, so the run reads the weights of main players and of
+    the newest checkpoint only. A checkpoint is scored as a main player in several iterations.
+
+    Args:
+        config: the configuration of the run.
+        t: the iteration that trains θ_{t+1}; counts from 0.
+        is_trained: True at the end of the iteration, when θ_{t+1} is evaluated. False when the
+            log-probs of the iteration are stored and the training from θ_t has not begun.
+
+    Returns:
+        Indices of checkpoints that exist at this moment. θ_0 may be among them; it is not the
+        run's, and stays.
+    """
+    newest = t + 1 if is_trained else t
+    if config.keep == "all":
+        return set(range(newest + 1))
+    if config.keep == "team":
+        # Also at the end of the run: the team that one more iteration would have.
+        opponents, main_players = players_of(config, newest)
+        return {newest, *opponents, *main_players}
+    upcoming = players_of(config, t + 1)[1] if t + 1 < config.iterations else ()
+    return {newest, *(j for j in upcoming if j <= newest)}

@@ -516,6 +516,17 @@ class RunConfig(Section):
     iterations: Rounds = Field(
         4, description="T, the number of iterations. Iteration i trains θ_i from θ_{i−1}."
     )
+    keep: Literal["all", "team", "last"] = Field(
+        "all",
+        json_schema_extra=CHANGEABLE,  # what is removed is not needed again
+        description="Which checkpoints keep their weights. all: every one. team: those of the "
+        "newest team, the opponents and main players of another iteration; older weights are "
+        "removed after θ_i is published and evaluated. last: those that a later stage of this run "
+        "reads; they are removed before θ_i trains, and at the end only θ_T has weights. "
+        "Responses, log-probs and evaluations always stay, and model.path is never touched. "
+        "Removed weights do not come back when this setting changes. Methods sft and dpo have no "
+        "team: team and last keep the newest checkpoint.",
+    )
     max_length: int = Field(
         2048,
         ge=2,

@@ -180,6 +180,8 @@ def _initial_answers(run: RunDirectory) -> str:
 
 
 def _why_absent(run: RunDirectory, i: int, suite: str | None) -> str:
+    if suite is not None and (removed := run.weights_removed(i)) is not None:
+        return f"not evaluated on {suite}, and {removed}; compare another checkpoint"
     if suite is not None:
         return f"not evaluated on {suite}; run: tpaw evaluate {run.root}@{i} --suite {suite}"
     if is_published(run.inputs) and not read_manifest(run.inputs)["heldout_rows"]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tpaw.errors import InputError
+from tpaw.storage.removal import removed_by
 
 # Besides the weights: configuration, stop tokens, tokenizer, chat template and code of the model.
 _DECISIVE = (
@@ -108,6 +109,10 @@ def weight_files(folder: Path) -> list[Path]:
     for file in files:
         _safetensors_header(file)
     files = files or sorted(folder.glob("pytorch_model*.bin"))
+    if not files and (by := removed_by(folder)) is not None:
+        raise InputError(
+            f"{folder}: the weights of this checkpoint were removed by {by}; use a later checkpoint"
+        )
     if not files:
         raise InputError(
             f"model.path: {folder}: the folder has no weights (*.safetensors); give a complete "

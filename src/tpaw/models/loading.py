@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from tpaw.config.schema import ModelConfig
 from tpaw.errors import ArtifactError, InputError
+from tpaw.models.fingerprint import weight_files
 from tpaw.team import Player
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ def load_model(
         device: device of the weights.
 
     Raises:
-        InputError: the player's folder does not exist, or its pickled weights contain more than
-            tensors.
+        InputError: the player's folder does not exist or has no weights, or its pickled weights
+            contain more than tensors.
         ArtifactError: some of the model's weights are missing from the folder.
     """
     from transformers import AutoModelForCausalLM
@@ -45,6 +46,7 @@ def load_model(
             f"{player.path}: the folder does not exist, but θ_{player.index} is needed; restore "
             "it, or for θ_0 set model.path"
         )
+    weight_files(Path(player.path))  # it says why there are none
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             player.path,

@@ -40,17 +40,25 @@ class Checkpoint(NamedTuple):
 
 
 def find_checkpoint(reference: str, *, trust: bool = False) -> Checkpoint:
-    """Find one checkpoint.
+    """Find one checkpoint, to load it.
 
     Args:
         reference: RUN, RUN@i or MODEL.
         trust: whether a run may ask for `model.trust_remote_code`.
 
     Raises:
-        InputError: the reference names no checkpoint, or its run asks for code without `trust`.
+        InputError: the reference names no checkpoint, its weights were removed, or its run asks for
+            code without `trust`.
     """
     if (found := find_in_run(reference)) is not None:
-        return checkpoint_of(*found, trust=trust)
+        run, i = found
+        if (removed := run.weights_removed(i)) is not None:
+            whole = ", ".join(f"@{j}" for j in _published(run) if not run.weights_removed(j))
+            raise InputError(
+                f"{run.root}@{i}: {removed}; its responses, log-probs and evaluations are kept; "
+                f"checkpoints with weights: {whole}"
+            )
+        return checkpoint_of(run, i, trust=trust)
     if Path(reference).is_dir() and not (Path(reference) / "config.json").is_file():
         raise InputError(
             f"{reference}: neither a run directory (no run.json) nor a model folder (no "
@@ -73,6 +81,7 @@ def find_checkpoints(reference: str, *, trust: bool = False) -> list[Checkpoint]
 
     Args:
         reference: RUN for all its published checkpoints (θ_0 first), or RUN@i or MODEL for one.
+            The weights of a run's checkpoint may be removed.
         trust: whether a run may ask for `model.trust_remote_code`.
 
     Raises:
@@ -81,6 +90,8 @@ def find_checkpoints(reference: str, *, trust: bool = False) -> list[Checkpoint]
     run = RunDirectory(reference)
     if run.has_begun():
         return [checkpoint_of(run, i, trust=trust) for i in _published(run)]
+    if (found := find_in_run(reference)) is not None:
+        return [checkpoint_of(*found, trust=trust)]
     return [find_checkpoint(reference, trust=trust)]
 
 

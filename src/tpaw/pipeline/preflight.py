@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -22,10 +23,12 @@ from tpaw.models.checks import (
 )
 from tpaw.models.loading import disable_dropout, pick_device
 from tpaw.models.reduced import reduced_model
+from tpaw.models.size import model_size
 from tpaw.models.tokenizers import load_tokenizer, stop_token_ids
+from tpaw.pipeline.space import bytes_of_inputs, space_for_run
 from tpaw.runtime.progress import OnDone, ignore
 from tpaw.runtime.watch import Watch
-from tpaw.storage.artifacts import is_published
+from tpaw.storage.artifacts import is_published, read_manifest
 from tpaw.storage.run_directory import RunDirectory, check_output
 from tpaw.training.arguments import check_training
 
@@ -38,18 +41,41 @@ def read_and_check(config: RunConfig, output: str | Path, watch: Watch) -> Input
 
     Raises:
         InputError: naming the setting, the file or the record.
+        StorageError: the disk is too full for what the run occupies at its peak.
     """
     _refuse_several_processes()
     check_output(output, config)
-    check_suites(config.evaluate.suites)
-    if is_published(RunDirectory(output).inputs):
+    run = RunDirectory(output)
+    check_suites(config.evaluate.suites, run, config.iterations)
+    if is_published(run.inputs):
         check_training(config)  # some of its settings may have changed
+        _check_space_of_the_rest(config, run)
         return None
     with watch.progress("read and tokenize", None, "records") as on_done:
         inputs = read_inputs(config, on_done)
-    plan_run(config, len(inputs.examples))  # it refuses an iteration without effect
+    plans = plan_run(config, len(inputs.examples))  # it refuses an iteration without effect
     try_architecture(config)
+    size_of_inputs = bytes_of_inputs(inputs.examples, inputs.heldout)
+    size = model_size(config.model)
+    space_for_run(run.root, config, plans, size, len(inputs.heldout), size_of_inputs)
     return inputs
+
+
+def _check_space_of_the_rest(config: RunConfig, run: RunDirectory) -> None:
+    """Check the space for a resumed run.
+
+    Raises:
+        StorageError: the disk is too full.
+    """
+    published = [i for i in range(1, config.iterations + 1) if is_published(run.checkpoint(i))]
+    model = config.model
+    if published:  # θ_0 may be gone
+        newest = str(run.checkpoint(published[-1]))
+        model = model.model_copy(update={"path": newest, "revision": None})
+    inputs = read_manifest(run.inputs)
+    plans = plan_run(config, inputs["rows"])
+    with contextlib.suppress(InputError):  # a stage that needs the model says what is wrong
+        space_for_run(run.root, config, plans, model_size(model), inputs["heldout_rows"], 0)
 
 
 def _refuse_several_processes() -> None:

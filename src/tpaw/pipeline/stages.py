@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tpaw.config.plan import optimizer_steps
+from tpaw.config.plan import kept_checkpoints, optimizer_steps
 from tpaw.config.schema import RunConfig
 from tpaw.data.examples import Example
 from tpaw.data.inputs import Inputs, load_inputs, publish_inputs
@@ -29,7 +29,7 @@ from tpaw.pipeline.engines import Engine, InProcess, parts
 from tpaw.pipeline.job import TrainingJob
 from tpaw.pipeline.preflight import read_and_check
 from tpaw.pipeline.published import Published
-from tpaw.pipeline.space import space_for_responses, space_for_scores
+from tpaw.pipeline.space import space_for_evaluation, space_for_responses, space_for_scores
 from tpaw.pipeline.training import TrainingData
 from tpaw.pipeline.worker import (
     AnswerTask,
@@ -48,7 +48,8 @@ from tpaw.runtime.progress import OnDone, ignore, note, progress
 from tpaw.runtime.watch import Watch
 from tpaw.scoring.score import fill_store
 from tpaw.storage.artifacts import is_published, read_manifest, remove_artifacts
-from tpaw.storage.run_directory import RunDirectory, open_run, verify_run
+from tpaw.storage.removal import remove_weights
+from tpaw.storage.run_directory import RunDirectory, finish_removals, open_run, verify_run
 from tpaw.team import Player, Team
 from tpaw.training.triples import Triple, preference_pairs
 
@@ -74,6 +75,7 @@ def opened_stages(
         inputs = read_and_check(config, output, watch)
         with open_run(output, config) as run:
             verify_run(run, config.iterations, watch)
+            finish_removals(run, config.iterations)
             if inputs is not None and not is_published(run.inputs):
                 publish_inputs(run.inputs, inputs)
             kept = load_inputs(run.inputs, config)
@@ -182,6 +184,8 @@ class Stages:
     def score(self, triples: Sequence[Triple], players: Sequence[Player], t: int) -> None:
         """log π_j of every target and generated response that the store lacks.
 
+        Then the weights that the run does not need any more are removed, as `keep` says.
+
         Raises:
             Interrupted: a stop was asked for; finished shards are published.
         """
@@ -191,7 +195,7 @@ class Stages:
             missing = sum(key not in store for key in wanted)
             if not missing:
                 continue
-            space_for_scores(self.run, missing)
+            space_for_scores(self.run, self.config, missing)
             task = ScoreTask(player, self.run.logprobs(player.fingerprint))
             title = f"score with θ_{player.index}"
             with self._progress(t, title, missing, "sequences") as on_done:
@@ -202,6 +206,7 @@ class Stages:
                     partial(self.engine.do, task, on_done=on_done),
                     shard_size=self.config.score.shard_size,
                 )
+        self._remove_weights(t, is_trained=False)
 
     def train(self, policy: Player, triples: Sequence[Triple], team: Team, t: int) -> Player:
         """θ_{t+1}, from θ_t by minimising the objective over D_O."""
@@ -222,9 +227,12 @@ class Stages:
         return self._train(TrainingJob(t, steps, policy, players=(policy,)), pairs)
 
     def evaluate(self, player: Player) -> None:
-        """Held-out outcomes of a checkpoint, item by item, and their means; then its suites."""
+        """Held-out outcomes of a checkpoint, item by item, and their means; then its suites.
+
+        This ends an iteration: the weights that `keep` does not keep are removed.
+        """
         if self.inputs.heldout and not is_published(self.run.evaluation(player.index)):
-            space_for_responses(self.run, self.config, 2 * len(self.inputs.heldout))
+            space_for_evaluation(self.run, self.config, len(self.inputs.heldout))
             HeldoutEvaluation(
                 config=self.config,
                 heldout=self.inputs.heldout,
@@ -238,6 +246,8 @@ class Stages:
         if missing_suites(self.run, player.index, self.config.evaluate.suites):
             for _ in self.engine.do(SuitesTask(), [player.index], ignore):
                 pass
+        if player.index > 0:
+            self._remove_weights(player.index - 1, is_trained=True)
 
     def report(self) -> None:
         """summary.json, from what is published."""
@@ -252,6 +262,12 @@ class Stages:
             self.engine.train(job, triples, progress(title, job.steps, "steps"))
         remove_artifacts(iteration.training)
         return Player(iteration.number, str(folder), read_manifest(folder)["fingerprint"])
+
+    def _remove_weights(self, t: int, *, is_trained: bool) -> None:
+        """Remove the weights of the checkpoints before the newest that `keep` does not keep."""
+        kept = kept_checkpoints(self.config, t, is_trained=is_trained)
+        for i in sorted(set(range(1, max(kept))) - kept):
+            remove_weights(self.run.checkpoint(i), f"keep: {self.config.keep}")
 
     def _answer(
         self,

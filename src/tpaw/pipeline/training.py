@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 from tpaw.config.schema import RunConfig
 from tpaw.data.inputs import Inputs
 from tpaw.models.fingerprint import fingerprint
+from tpaw.models.size import size_of
 from tpaw.objectives.base import Objective
 from tpaw.pipeline.job import TrainingJob
 from tpaw.pipeline.players import LoadedPlayers
@@ -112,7 +113,7 @@ def train_and_publish(
     meta: dict[str, object] = {"index": iteration.number}
     policy = players.for_training(job.policy)
     if is_main_process():
-        space_for_training(iteration, config, policy.num_parameters(), job.steps)
+        space_for_training(iteration, config, size_of(policy), job.steps)
     with (
         _published_by_the_main_process(iteration.checkpoint, meta) as folder,
         memory_limited_by("train.tokens_per_row", config.train.tokens_per_row),

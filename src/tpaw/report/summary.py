@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +17,7 @@ from tpaw.storage.artifacts import (
     read_manifest,
     write_json,
 )
+from tpaw.storage.removal import removed_by
 from tpaw.storage.run_directory import RunDirectory
 
 
@@ -43,7 +45,8 @@ def summarise(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
         `evaluation/heldout.py`), `responses` (counts of D_{i-1}), `training` (means over the last
         half of the steps), `sequences_scored`, `suites` (scores of benchmark suites in percent, by
         suite, with those of each benchmark), `seconds` for each stage, and `checkpoint` (a path
-        relative to the run). `notes` names each damaged training.jsonl, whose metrics are absent.
+        relative to the run) with `weights_removed_by`, the setting, if its weights were removed.
+        `notes` names these checkpoints, and each damaged training.jsonl, whose metrics are absent.
 
     Raises:
         ArtifactError: a manifest or a results.json is damaged.
@@ -51,6 +54,7 @@ def summarise(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
     notes: list[str] = []
     iterations = [_iteration(run, i, notes) for i in range(config.iterations + 1)]
     skipped = read_manifest(run.inputs)["skipped"] if is_published(run.inputs) else {}
+    notes += _removed_weights(iterations)
     done = sum("checkpoint" in entry for entry in iterations)
     return {
         "method": config.method,
@@ -80,6 +84,8 @@ def _iteration(run: RunDirectory, i: int, notes: list[str]) -> dict[str, Any]:
         seconds["score"] = round(sum(shard["seconds"] for shard in scored), 3)
     if i > 0 and is_published(run.checkpoint(i)):
         entry["checkpoint"] = run.checkpoint(i).relative_to(run.root).as_posix()
+        if (by := removed_by(run.checkpoint(i))) is not None:
+            entry["weights_removed_by"] = by
         seconds["train"] = read_manifest(run.checkpoint(i))["seconds"]
         try:
             entry["training"] = _late_means(run.read_training_log(i))
@@ -96,6 +102,19 @@ def _iteration(run: RunDirectory, i: int, notes: list[str]) -> dict[str, Any]:
         seconds["suites"] = round(sum(task["seconds"] for task in tasks), 3)
     entry["seconds"] = seconds
     return entry
+
+
+def _removed_weights(iterations: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a sentence for each setting that has removed weights."""
+    names: dict[str, list[str]] = {}
+    for entry in iterations:
+        if "weights_removed_by" in entry:
+            names.setdefault(entry["weights_removed_by"], []).append(f"θ_{entry['iteration']}")
+    return [
+        f"The weights of {', '.join(found)} were removed by {by}. "
+        "Responses, log-probs and evaluations are kept."
+        for by, found in names.items()
+    ]
 
 
 def _suite_scores(results: dict[str, Any]) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
 from tpaw.config.plan import IterationPlan
 from tpaw.errors import printable
+from tpaw.storage.failures import readable_size
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
@@ -98,6 +99,31 @@ def plan_table(plans: Sequence[IterationPlan]) -> Table:
             str(plan.epochs),
             f"{plan.to_generate:,}",
             f"{plan.to_score:,}",
+        )
+    return table
+
+
+def space_table(spaces: Sequence[Mapping[str, Any]]) -> Table:
+    """Build a table with one line for each iteration: what it occupies on disk at most.
+
+    Args:
+        spaces: the fields of each `pipeline.space.IterationSpace`.
+    """
+    caption = (
+        "Largest sizes on disk. Other weights: checkpoints of the run that have weights while θ_i "
+        "trains. Peak and end: of the run directory, with everything before."
+    )
+    table = Table(caption=caption, caption_style="", caption_justify="left")
+    table.add_column("trains")
+    table.add_column("other weights")
+    for heading in ("responses", "log-probs", "evaluation", "peak", "end"):
+        table.add_column(heading, justify="right")
+    for space in spaces:
+        sizes = ("responses", "logprobs", "evaluation", "peak", "after")
+        table.add_row(
+            f"θ_{space['iteration']}",
+            " ".join(f"θ_{j}" for j in reversed(space["kept"])) or "–",
+            *(readable_size(space[key]) if space[key] else "–" for key in sizes),
         )
     return table
 

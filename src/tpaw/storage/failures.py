@@ -49,13 +49,14 @@ def storage_failure(error: BaseException, folder: str | Path) -> str | None:
     return None
 
 
-def require_space(folder: Path, needed: float, work: str) -> None:
+def require_space(folder: Path, needed: float, work: str, advice: str = "") -> None:
     """Refuse work that would fill the disk.
 
     Args:
         folder: a folder on the disk. It need not exist yet.
         needed: upper bound of what the work writes, in bytes.
         work: the work, as the subject of a sentence.
+        advice: one more sentence, which says how to need less.
 
     Raises:
         StorageError: naming needed and free space.
@@ -65,7 +66,7 @@ def require_space(folder: Path, needed: float, work: str) -> None:
         raise StorageError(
             f"{folder}: {work} needs up to {readable_size(needed)} of disk space, and "
             f"{readable_size(free)} are free. Published files and saved steps are kept. Free some "
-            "space, then run the same command again."
+            f"space, then run the same command again.{' ' * bool(advice)}{advice}"
         )
 
 

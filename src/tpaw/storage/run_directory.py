@@ -41,6 +41,7 @@ from tpaw.storage.artifacts import (
 )
 from tpaw.storage.failures import nearest_folder, storage_failure
 from tpaw.storage.lock import locked, now
+from tpaw.storage.removal import finish_removal, removed_by
 from tpaw.storage.seals import SEAL, is_intact, seal_text
 
 FORMAT = 2
@@ -161,6 +162,11 @@ class RunDirectory:
     def checkpoint(self, i: int) -> Path:
         """Artifact: θ_i, which transformers and vLLM can load."""
         return self.iteration(i - 1).checkpoint
+
+    def weights_removed(self, i: int) -> str | None:
+        """Say that `keep` has removed the weights of θ_i, as a clause; None if it has not."""
+        by = removed_by(self.checkpoint(i))
+        return f"the weights of θ_{i} were removed by {by}" if by else None
 
     def training(self, i: int) -> Path:
         """Folder of the saved steps of the iteration that trains θ_i."""
@@ -422,9 +428,10 @@ def restart_iteration(root: str | Path, number: int) -> None:
             "--restart-iteration"
         )
     if is_published(iteration.checkpoint):
+        removed = f", and {clause}" if (clause := run.weights_removed(number)) else ""
         raise InputError(
-            f"{key}: θ_{number} is already published in {root}; only an unfinished iteration can "
-            "restart"
+            f"{key}: θ_{number} is already published in {root}{removed}; only an unfinished "
+            "iteration can restart"
         )
     with _storage_failures(run.root), locked(run.lock_file):
         remove_artifacts(iteration.training)
@@ -449,6 +456,17 @@ def verify_run(run: RunDirectory, iterations: int, watch: Watch) -> None:
         with watch.progress("verify published files", size, "bytes") as on_done:
             for manifest in manifests:
                 verify(manifest, on_done)
+
+
+def finish_removals(run: RunDirectory, iterations: int) -> None:
+    """Remove the weights whose removal a crash cut short.
+
+    Args:
+        run: the run directory, locked.
+        iterations: number of iterations of the run, T.
+    """
+    for i in range(1, iterations + 1):
+        finish_removal(run.checkpoint(i))
 
 
 def environment() -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 import yaml
 from builders import make_model, save_model, sums, write_jsonl
 from fork_server import Forked
-from messages import complains, refused
+from messages import complains, refused, says
 
 pytest.importorskip("lm_eval")  # in the extra "evaluate"
 
@@ -35,6 +35,7 @@ from tpaw.evaluation.items import read_items
 from tpaw.report.tables import suites_of_run
 from tpaw.selfplay import self_play
 from tpaw.storage.artifacts import is_published, read_json, verify
+from tpaw.storage.removal import remove_weights
 from tpaw.storage.run_directory import RunDirectory
 from tpaw.study.config import Condition
 from tpaw.study.results import collect, measures_in
@@ -225,6 +226,33 @@ def test_a_run_is_evaluated_checkpoint_by_checkpoint_and_once(
         evaluate_suite(str(root), str(suite), trust=True)
     manifests = finished[0].__class__(root).manifests(4)
     assert all_[3].folder / "manifest.json" in manifests  # tpaw run names it too
+
+
+def test_a_checkpoint_without_weights_is_left_out_and_a_missing_suite_keeps_them(
+    finished, suite, tmp_path, capsys
+):
+    whole, config = finished
+    run = RunDirectory(shutil.copytree(whole.root, tmp_path / "run"))
+    (stored,) = evaluate_suite(f"{run.root}@1", str(suite), trust=True)
+    for i in (1, 2):
+        remove_weights(run.checkpoint(i), "keep: last")
+    (again,) = evaluate_suite(f"{run.root}@1", str(suite), trust=True)
+    assert again == stored
+    with refused(f"{run.root}@2", "keep: last"):
+        evaluate_suite(f"{run.root}@2", str(suite), trust=True)
+    capsys.readouterr()
+    found = evaluate_suite(str(run.root), str(suite), trust=True)
+    assert [one.results["player"] for one in found] == [0, 1, 3, 4]
+    says(capsys.readouterr().err.partition("\n")[0], f"{run.root}@2", "keep: last")
+    evaluated = config.evaluate.model_copy(update={"suites": (str(suite),)})
+    config = config.model_copy(update={"evaluate": evaluated, "keep": "last"})
+    with refused("evaluate.suites", "local", "θ_2", "keep: last"):
+        self_play(config, run.root)
+    # Whose weights are there is evaluated first.
+    other = RunDirectory(shutil.copytree(whole.root, tmp_path / "other"))
+    self_play(config, other.root)
+    assert all((other.suite(i, "local") / "results.json").exists() for i in range(5))
+    assert [bool(other.weights_removed(i)) for i in range(1, 5)] == [True, True, True, False]
 
 
 @pytest.mark.process

@@ -28,7 +28,7 @@ from tpaw.models.references import Checkpoint, checkpoint_of, find_checkpoints
 from tpaw.models.tokenizers import load_tokenizer, stop_token_ids
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.isolation import isolated
-from tpaw.runtime.progress import progress
+from tpaw.runtime.progress import note, progress
 from tpaw.runtime.watch import Watch
 from tpaw.scoring.score import Precision
 from tpaw.storage.artifacts import (
@@ -113,7 +113,7 @@ def evaluate_suite(
             f"--output {output}: cannot be set for a run: its results are stored in the run; "
             "remove --output"
         )
-    works = [_work(checkpoint, suite, output) for checkpoint in checkpoints]
+    works = _with_weights([_work(checkpoint, suite, output) for checkpoint in checkpoints])
     todo = [work for work in works if not is_published(work.folder)]
     for work in works:
         _check_folder(work)
@@ -132,19 +132,55 @@ def evaluate_suite(
     return [Evaluated(w.folder, dict(read_json(w.folder / "results.json"))) for w in works]
 
 
-def check_suites(names: Sequence[str]) -> None:
+def check_suites(names: Sequence[str], run: RunDirectory, iterations: int) -> None:
     """Refuse suites that cannot be evaluated. It does not load their data.
 
     Args:
         names: names of suites or paths of YAML files.
+        run: the run directory. It need not exist.
+        iterations: number of iterations of the run, T.
 
     Raises:
-        InputError: a suite is unknown or not valid, or lm_eval is not installed.
+        InputError: a suite is unknown or not valid, lm_eval is not installed, or a suite is not
+            evaluated on a checkpoint whose weights were removed.
     """
-    if load_suites(names, trust=True):
+    suites = load_suites(names, trust=True)
+    if suites:
         from tpaw.evaluation.benchmarks.harness import harness_version
 
         harness_version()
+    for suite in suites:
+        for i in range(1, iterations + 1):
+            removed = run.weights_removed(i)
+            if removed is not None and not is_published(run.suite(i, suite.name)):
+                raise InputError(
+                    f"evaluate.suites: {suite.name}: θ_{i} cannot be evaluated, because {removed}; "
+                    "remove this suite from the run's settings. `tpaw evaluate` evaluates the "
+                    "other checkpoints."
+                )
+
+
+def _with_weights(works: list[_Work]) -> list[_Work]:
+    """Leave out, with a note, checkpoints that cannot be evaluated any more.
+
+    Raises:
+        InputError: there is no other checkpoint.
+    """
+    kept = []
+    removed = ""
+    for work in works:
+        run, i = work.checkpoint.run, work.checkpoint.player.index
+        if run is None or is_published(work.folder) or not (clause := run.weights_removed(i)):
+            kept.append(work)
+            continue
+        removed = f"{run.root}@{i}: cannot be evaluated, because {clause}"
+        if len(works) > 1:
+            note(removed)
+    if not kept:
+        raise InputError(
+            f"{removed}; its finished evaluations are kept. Evaluate another checkpoint."
+        )
+    return kept
 
 
 def missing_suites(run: RunDirectory, i: int, names: Sequence[str]) -> list[Suite]:
