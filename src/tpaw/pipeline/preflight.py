@@ -13,6 +13,7 @@ from tpaw.errors import InputError
 from tpaw.evaluation.benchmarks.run import check_suites
 from tpaw.evaluation.exact_match import has_answers
 from tpaw.logprobs.prepare import prepare_for_logprobs
+from tpaw.models.adapters import require_peft
 from tpaw.models.checks import (
     BUILD_ERRORS,
     cannot_build,
@@ -21,6 +22,7 @@ from tpaw.models.checks import (
     read_config,
 )
 from tpaw.models.loading import disable_dropout, pick_device
+from tpaw.models.quantization import check_quantization
 from tpaw.models.reduced import reduced_model
 from tpaw.models.tokenizers import load_tokenizer, stop_token_ids
 from tpaw.runtime.progress import OnDone, ignore
@@ -44,12 +46,21 @@ def read_and_check(config: RunConfig, output: str | Path, watch: Watch) -> Input
     check_suites(config.evaluate.suites)
     if is_published(RunDirectory(output).inputs):
         check_training(config)  # some of its settings may have changed
+        _check_libraries(config)
         return None
     with watch.progress("read and tokenize", None, "records") as on_done:
         inputs = read_inputs(config, on_done)
     plan_run(config, len(inputs.examples))  # it refuses an iteration without effect
     try_architecture(config)
     return inputs
+
+
+def _check_libraries(config: RunConfig) -> None:
+    """Refuse adapters and 4-bit weights where their libraries are missing or cannot work."""
+    if config.model.adapter is not None:
+        require_peft()
+    if config.model.quantization is not None:
+        check_quantization(pick_device(config.device))
 
 
 def _refuse_several_processes() -> None:
@@ -74,6 +85,7 @@ def read_inputs(config: RunConfig, on_done: OnDone = ignore) -> Inputs:
     """
     pick_device(config.device)
     check_training(config)
+    _check_libraries(config)
     model_config = check_model(config.model, config.max_length, is_trained=True)
     tokenizer = load_tokenizer(config.model)
     stop_ids = stop_token_ids(config.model, tokenizer)

@@ -22,7 +22,7 @@ from tpaw.evaluation.benchmarks.run import SuitesOfRun
 from tpaw.evaluation.heldout import HeldoutEvaluation
 from tpaw.generation.generator import OpenGenerator, SamplingParams
 from tpaw.generation.responses import generate_responses, read_responses
-from tpaw.models.fingerprint import fingerprint
+from tpaw.models.fingerprint import adapter_fingerprint, fingerprint
 from tpaw.models.initial import initial_player
 from tpaw.objectives.base import Objective
 from tpaw.pipeline.players import LoadedPlayers
@@ -38,7 +38,7 @@ from tpaw.scoring.score import fill_store
 from tpaw.scoring.store import LogprobStore
 from tpaw.storage.artifacts import is_published, publishing, read_manifest, remove_artifacts
 from tpaw.storage.run_directory import RunDirectory, open_run, verify_run
-from tpaw.team import Player, Team
+from tpaw.team import Base, Player, Team
 from tpaw.training.iteration import (
     BuildTrainer,
     dpo_objective,
@@ -50,6 +50,7 @@ from tpaw.training.triples import Triple, TripleDataset, pair_with_responses, pr
 from tpaw.training.trl import sft_trainer
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 
@@ -182,7 +183,7 @@ class Stages:
         """θ_{t+1}, from θ_t by SFT on the targets."""
         examples = self.load_examples()
 
-        def build(model: PreTrainedModel, arguments: TrainingArguments) -> Trainer:
+        def build(model: PreTrainedModel | PeftModel, arguments: TrainingArguments) -> Trainer:
             return sft_trainer(model, arguments, examples, self.inputs.tokenizer)
 
         return self._train(policy, t, len(examples), build)
@@ -227,7 +228,7 @@ class Stages:
         # The policy need not be a player: then there is nothing to compare its first step with.
         start_column = players.index(policy) if policy in players else None
 
-        def build(model: PreTrainedModel, arguments: TrainingArguments) -> Trainer:
+        def build(model: PreTrainedModel | PeftModel, arguments: TrainingArguments) -> Trainer:
             dataset = TripleDataset.of(triples, [self._store(player) for player in players])
             return team_trainer(
                 model, arguments, dataset, self.inputs, self.config, objective, start_column
@@ -239,12 +240,15 @@ class Stages:
         """θ_{t+1}, from θ_t with the trainer that `build` makes; the saved steps are removed."""
         iteration = self.run.iteration(t)
         folder = iteration.checkpoint
+        # Without adapters, what is trained is a whole model, even if θ_0 was an adapter.
+        base = policy.base if self.config.model.adapter is not None else None
         if not is_published(folder):
             self.watch.stop.check()
             meta: dict[str, object] = {"index": iteration.number}
             steps = optimizer_steps(self.config, rows, t)
-            model = self.players.for_training(policy)
-            space_for_training(iteration, self.config, model.num_parameters(), steps)
+            model = self.players.for_training(policy, t)
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            space_for_training(iteration, self.config, trained, steps)
             title = self._title(t, f"train θ_{iteration.number}")
             with (
                 publishing(folder, meta) as temporary,
@@ -257,15 +261,27 @@ class Stages:
                     self.inputs,
                     self.config,
                     iteration,
+                    base,
                     publish_to=temporary,
                     advance=advance,
                     stop=self.watch.stop,
                 )
-                meta["fingerprint"] = fingerprint(temporary)
+                meta |= self._identified(temporary, base)
             del model  # otherwise its memory would not be freed
-            self.players.release()
+            # TRL replaces the forward of a base.
+            self.players.release(keep_base=self.config.method != "sft")
         remove_artifacts(iteration.training)
-        return Player(iteration.number, str(folder), read_manifest(folder)["fingerprint"])
+        return Player(iteration.number, str(folder), read_manifest(folder)["fingerprint"], base)
+
+    def _identified(self, checkpoint: Path, base: Base | None) -> dict[str, object]:
+        """What the manifest of a checkpoint says of the player that it is."""
+        if base is None:
+            return {"fingerprint": fingerprint(checkpoint)}
+        return {
+            "fingerprint": adapter_fingerprint(base.fingerprint, checkpoint),
+            "base": base.fingerprint,
+            "quantization": self.config.model.quantization,
+        }
 
     def _store(self, player: Player) -> LogprobStore:
         if player.fingerprint not in self._stores:
