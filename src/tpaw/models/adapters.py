@@ -10,7 +10,10 @@ and s = alpha / r.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +49,14 @@ def require_peft() -> None:
         require_version("peft>=0.18")
     except ImportError as error:
         raise InputError(f"model: adapters need PEFT: pip install 'tpaw[lora]' ({error})") from None
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the warnings that PEFT causes when it reads names that transformers has replaced."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield
 
 
 class AdaptedBase:
@@ -149,15 +160,19 @@ def check_fits(folder: Path, found: PreTrainedConfig, name: str, trust_remote_co
     advice = f"set base_model_name_or_path in its {ADAPTER_CONFIG} to its own base"
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
-        model = peft.get_peft_model(_on_meta(found, trust_remote_code), config)
+        with _quietly():
+            model = peft.get_peft_model(_on_meta(found, trust_remote_code), config)
         expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise InputError(f"{problem} ({error}); {advice}") from None
-    for key, tensor in expected.items():
-        if shapes.get(key) != tuple(tensor.shape):
-            there = f"the shape {shapes[key]}" if key in shapes else "none"
+    needed = {key: tuple(tensor.shape) for key, tensor in expected.items()}
+    # PEFT may save whole embeddings beside an adapter.
+    given = {key: shape for key, shape in shapes.items() if key in needed or ".lora_" in key}
+    for key in sorted(needed.keys() | given.keys()):
+        if needed.get(key) != given.get(key):
+            there, here = (str(of.get(key, "none")) for of in (given, needed))
             raise InputError(
-                f"{problem}: for {key} it has {there}, and the model needs {tuple(tensor.shape)}; "
+                f"{problem}: the shape of {key} is {there} in the adapter, and must be {here}; "
                 f"{advice}"
             )
 
@@ -226,9 +241,10 @@ def _load(base: PreTrainedModel, folder: str, *, is_trainable: bool) -> PeftMode
     config = peft.PeftConfig.from_pretrained(folder)
     # As `disable_dropout` does: only the modules change.
     config.lora_dropout = 0.0
-    return peft.PeftModel.from_pretrained(
-        base, folder, config=config, is_trainable=is_trainable, torch_device=str(base.device)
-    )
+    with _quietly():
+        return peft.PeftModel.from_pretrained(
+            base, folder, config=config, is_trainable=is_trainable, torch_device=str(base.device)
+        )
 
 
 def _stack(
@@ -250,7 +266,7 @@ def _stack(
         earlier = load_file(Path(folder) / ADAPTER_WEIGHTS)
         rank, scaling = lora.rank, lora.scaling
     settings = lora_settings(config, rank + config.rank)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _quietly():
         torch.manual_seed(seed)
         policy = peft.get_peft_model(base, settings)
     ratio = scaling / (settings.lora_alpha / settings.r)
@@ -289,7 +305,8 @@ def _wrapped(
     model = _on_meta(found, trust_remote_code)
     head = model.get_output_embeddings()
     try:
-        policy = peft.get_peft_model(model, lora_settings(config, config.rank))
+        with _quietly():
+            policy = peft.get_peft_model(model, lora_settings(config, config.rank))
     except ValueError as error:
         raise InputError(
             f"model.adapter.target_modules: {list(config.target_modules)}: {error}"

@@ -71,7 +71,7 @@ def find_checkpoint(reference: str, *, trust: bool = False) -> Checkpoint:
         raise InputError(
             f"{reference}: neither a local folder nor a model on the Hub: {error}"
         ) from None
-    player = Player(0, str(path), fingerprint(path))
+    player, tokenizer = Player(0, str(path), fingerprint(path)), str(path)
     if base is not None:
         refuse_another_base(path, base.fingerprint, base.name)
         player = Player(0, str(path), adapter_fingerprint(base.fingerprint, path), base)
@@ -79,8 +79,10 @@ def find_checkpoint(reference: str, *, trust: bool = False) -> Checkpoint:
         settings = settings_of(path, read_adapter_config(model) or {})
         quantization = recorded_facts(path).get("quantization") if settings else None
         model = model.model_copy(update={"adapter": settings, "quantization": quantization})
+        if not (path / "tokenizer_config.json").is_file():
+            tokenizer = base.path
     name = Path(reference).name  # the folder of a Hub model is named after its commit
-    return Checkpoint(name, player, model, None, str(path))
+    return Checkpoint(name, player, model, None, tokenizer)
 
 
 def find_checkpoints(reference: str, *, trust: bool = False) -> list[Checkpoint]:
