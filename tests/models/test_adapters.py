@@ -140,9 +140,7 @@ def trained_part(policy, rank):
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(4, 8), (2, 4), (3, 7)], ids=str)
-def test_stacked_adapters_are_one_by_exact_concatenation(
-    base, base_folder, tmp_path, rank, alpha
-):
+def test_stacked_adapters_are_one_by_exact_concatenation(base, base_folder, tmp_path, rank, alpha):
     first = save_adapter(tmp_path / "first", base_folder, seed=3, r=rank, lora_alpha=alpha)
     policy = AdaptedBase(base).policy(str(first), FRESH, seed=5)
     before = logits(policy)
@@ -244,4 +242,6 @@ def test_merged_is_the_base_with_deltas(base, base_folder, adapters):
     model = merged(base, str(adapters[1]))
     for layer, change in deltas(adapters[1], 2).items():
         original = make_model().get_submodule(layer).weight.double()
-        assert torch.allclose(model.get_submodule(layer).weight.double(), original + change, atol=1e-6)
+        assert torch.allclose(
+            model.get_submodule(layer).weight.double(), original + change, atol=1e-6
+        )

@@ -172,7 +172,7 @@ def check_fits(folder: Path, found: PreTrainedConfig, name: str, trust_remote_co
         if needed.get(key) != given.get(key):
             there, here = (str(of.get(key, "none")) for of in (given, needed))
             raise InputError(
-                f"{problem}: the shape of {key} is {there} in the adapter, and must be {here}; "
+                f"{problem}: {key} has the shape {there} in the adapter and {here} in the model; "
                 f"{advice}"
             )
 
@@ -203,14 +203,14 @@ def check_continues(
             raise InputError(
                 f"model.adapter.target_modules: {list(config.target_modules)}: the adapter in "
                 f"{folder} has other layers too ({_some(lora.modules - wanted)}); a new adapter "
-                f"on top of it needs them; set them to {saved.get('target_modules')}"
+                f"on top of it needs them; set them to [{_kinds(lora.modules | wanted)}]"
             )
         return
     given = LoraWeights(config.rank, config.scaling, wanted)
     if given != lora:
         raise InputError(
-            f"model.adapter: {_described(given, config.targets)}: the adapter in {folder} has "
-            f"{_described(lora, saved.get('target_modules'))}; use these values to train it "
+            f"model.adapter: {_described(given)}: the adapter in {folder} has "
+            f"{_described(lora)}; use these values to train it "
             "further, set model.adapter.each_iteration to fresh to train a new adapter on top of "
             "it, or remove model.adapter to merge it into its base"
         )
@@ -338,9 +338,15 @@ def _no_such_layer(target: str) -> InputError:
     )
 
 
-def _described(lora: LoraWeights, targets: Any) -> str:
-    alpha = lora.rank * lora.scaling
-    return f"rank {lora.rank}, alpha {alpha:g}, target_modules {targets}"
+def _described(lora: LoraWeights) -> str:
+    return (
+        f"rank {lora.rank}, alpha {lora.rank * lora.scaling:g}, target_modules "
+        f"[{_kinds(lora.modules)}] in {len(lora.modules)} layers"
+    )
+
+
+def _kinds(names: frozenset[str]) -> str:
+    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
 
 
 def _some(names: frozenset[str]) -> str:
