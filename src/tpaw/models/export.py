@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from tpaw.errors import InputError
 from tpaw.models.adapter_files import ADAPTER_WEIGHTS
 from tpaw.models.adapters import merged
-from tpaw.models.loading import load_base
+from tpaw.models.loading import cast_weights, load_base
 from tpaw.models.references import Checkpoint
 from tpaw.models.tokenizers import load_tokenizer
 from tpaw.storage.artifacts import MANIFEST, flush, is_published, temporary_beside, verify
@@ -81,8 +81,7 @@ def _write_model(checkpoint: Checkpoint, folder: Path, dtype: Dtype) -> None:
     model, wanted = _whole(checkpoint), getattr(torch, _NAMES[dtype])
     size = sum(parameter.numel() for parameter in model.parameters()) * wanted.itemsize
     require_space(folder.parent, size, f"exporting {checkpoint.name}")
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(wanted)
+    cast_weights(model, wanted)
     model.generation_config = GenerationConfig()  # transformers refuses to save some
     model.save_pretrained(folder)
     load_tokenizer(checkpoint.model, checkpoint.tokenizer_folder).save_pretrained(folder)

@@ -51,8 +51,7 @@ def load_model(
     if config.adapter is not None or config.quantization is not None:
         return wear(load_base(player, config, dtype=dtype, device=device), folder)
     model = merged(load_base(player, config, dtype=torch.float32, device=device), folder)
-    for parameter in model.parameters():  # buffers keep their type, as when a model is loaded
-        parameter.data = parameter.data.to(dtype)
+    cast_weights(model, dtype)
     return model
 
 
@@ -60,6 +59,7 @@ def load_base(
     player: Player, config: ModelConfig, *, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     """Load the model of a player without its adapter; see `load_model`."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     for folder in (player.base_folder, player.path):
@@ -73,7 +73,7 @@ def load_base(
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=dtype,
+            dtype=torch.float32 if quantized else dtype,
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=None if config.allow_pickle else True,
@@ -92,10 +92,19 @@ def load_base(
             f"{path}: weights of the model are missing: {missing}; restore the complete model"
         )
     model.to(device)
+    if quantized:  # the 4 bits are those of the weights in fp32, whatever the run computes in
+        cast_weights(model, dtype)
     model.eval()
     use_one_kernel(model)
     disable_dropout(model)
     return model
+
+
+def cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Cast the weights of a model in place. Buffers keep their type, as when a model is loaded."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
