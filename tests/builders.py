@@ -7,10 +7,12 @@ import random
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -111,6 +113,16 @@ def make_model(kind: str = "qwen2", seed: int = 0, vocab_size: int = 320) -> tor
 def save_model(folder: Path, kind: str = "qwen2", seed: int = 0, **tokenizer_options: bool) -> Path:
     make_model(kind, seed).save_pretrained(folder)
     make_tokenizer(**tokenizer_options).save_pretrained(folder)
+    return folder
+
+
+def save_adapter(folder: Path, base: Path, seed: int = 0, **settings) -> Path:
+    """A random LoRA adapter over a saved model, as PEFT saves it."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    config = peft.LoraConfig(init_lora_weights=False, **(options | settings))
+    peft.get_peft_model(model, config).save_pretrained(folder)
     return folder
 
 

@@ -283,15 +283,13 @@ def _(x):
 
 @row("B31")
 def _(x):
-    """an adapter instead of a model"""
+    """an adapter that does not name its base"""
     model = x.model()
     (model / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     for file in ("config.json", "model.safetensors"):
         (model / file).unlink()
-    for command in ("plan", "run"):
-        model_refused(x, model, "adapter", command=command)
-    for command in ("answer", "evaluate"):
-        model_refused(x, model, "no config.json", command=command)
+    for command in ("plan", "run", "answer", "evaluate"):
+        model_refused(x, model, "base_model_name_or_path", command=command)
 
 
 @row("B32")

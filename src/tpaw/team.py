@@ -12,19 +12,50 @@ PlayerOrIndex = TypeVar("PlayerOrIndex")
 
 
 @dataclass(frozen=True)
+class Base:
+    """The model that an adapter belongs to.
+
+    Attributes:
+        path: folder of the model.
+        fingerprint: hash of weights, configuration and tokenizer.
+        name: what others call it: a Hub id, or the absolute path of the folder.
+        revision: commit of a Hub model; None for a folder.
+    """
+
+    path: str
+    fingerprint: str
+    name: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
 class Player:
     """A checkpoint that takes part in self-play: θ_0 (the SFT model) or a θ_t that the run made.
 
     Attributes:
         index: t of θ_t.
-        path: folder of the model.
-        fingerprint: hash of weights, configuration and tokenizer. It identifies a player: a moved
-            or copied model is the same player, an edited model is a different one.
+        path: folder of the model, or of the adapter in PEFT's layout.
+        fingerprint: hash of weights, configuration and tokenizer, those of the base included. It
+            identifies a player: a moved or copied model is the same player, an edited model is a
+            different one.
+        base: the model that the adapter in `path` belongs to; None for a player that is a whole
+            model. θ_0 of a run with adapters is a base without an adapter: `path` is the base.
     """
 
     index: int
     path: str
     fingerprint: str
+    base: Base | None = None
+
+    @property
+    def base_folder(self) -> str:
+        """Folder of the model: the base, or the whole model."""
+        return self.path if self.base is None else self.base.path
+
+    @property
+    def adapter_folder(self) -> str | None:
+        """Folder of the adapter that goes on top of `base_folder`; None if there is none."""
+        return None if self.path == self.base_folder else self.path
 
 
 @dataclass(frozen=True)

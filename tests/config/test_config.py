@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from tpaw.config.changes import differences
 from tpaw.config.files import recipe_names, to_yaml
-from tpaw.config.schema import ObjectiveConfig, RunConfig
+from tpaw.config.schema import AdapterConfig, ObjectiveConfig, RunConfig
 
 PAPER_RECIPES = {
     "ultrachat-qwen2.5-1.5b": ((1e-6, 1e-6, 1e-7, 1e-7), (2, 2, 2, 1)),
@@ -302,6 +302,20 @@ def test_only_what_changes_results_counts_as_a_difference():
         "data.limit: None → 3",
         "objective.eta: 6.0 → 4.0",
     ]
+
+
+@pytest.mark.parametrize(("name", "quantization"), [("lora", None), ("qlora", "nf4")])
+def test_adapters_go_on_top_of_a_recipe_with_split_weights(name, quantization):
+    plain = RunConfig.load("ultrachat-llama-3.1-8b")
+    assert (plain.train.weights, plain.model.adapter) == ("split", None)
+    config = RunConfig.load("ultrachat-llama-3.1-8b", name)
+    assert config.model.adapter == AdapterConfig(rank=64, alpha=None)
+    assert config.model.quantization == quantization
+    assert config.train.weights == "fp32"
+    # A rank that was set before stays.
+    assert RunConfig.load("starter", {"model": {"adapter": {"rank": 8}}}, name).model.adapter == (
+        AdapterConfig(rank=8)
+    )
 
 
 def test_recipe_names():

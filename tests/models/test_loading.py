@@ -347,13 +347,16 @@ def test_weights_that_are_missing_are_found_before_they_are_loaded(settings, tmp
 
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq"])
-def test_quantised_weights(settings, tmp_path, method):
+def test_quantised_weights(settings, tmp_path, method, monkeypatch):
     folder = save_model(tmp_path / "m")
     how = {"quant_method": method, "load_in_4bit": True, "bits": 4, "group_size": 128}
     edit_config(folder, quantization_config=how)
     with refused(folder, "quantised", method):
         check(settings, folder)
-    with refused(folder, "quantised", hide=REASON):  # the library is not installed here
+    monkeypatch.setattr(
+        transformers.quantizers.quantizer_bnb_4bit, "is_bitsandbytes_available", lambda: False
+    )
+    with refused(folder, "quantised", hide=REASON):
         check_model(ModelConfig(path=str(folder)))
 
 

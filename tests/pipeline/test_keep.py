@@ -210,4 +210,4 @@ def test_what_is_left_of_a_run_must_fit(finished, tmp_path, monkeypatch):
 def test_memory_of_training(settings, changes, bytes_each):
     settings["train"] |= changes.pop("train", {})
     config = RunConfig.load(settings | changes)
-    assert memory_of_training(config, 1000) == bytes_each * 1000
+    assert memory_of_training(config, ModelSize(1000, 320)) == bytes_each * 1000

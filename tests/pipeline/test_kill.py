@@ -105,6 +105,19 @@ def test_a_baseline_killed_in_every_stage(tmp_path, settings, method, points):
         assert whole == killed
 
 
+def test_a_run_with_adapters_killed_in_every_stage(tmp_path, settings):
+    settings |= {"iterations": 2, "evaluate": {}}
+    settings["model"]["adapter"] = {"rank": 4}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    assert run(tmp_path / "whole", config) == []
+    points = ["train:3", "save:1", "saved:1", "train:6", "score:3", "train:7"]
+    assert run(tmp_path / "killed", config, *points) == ["killed"] * len(points)
+    files = contents(tmp_path / "whole")
+    assert "iterations/2/checkpoint/adapter_model.safetensors" in files
+    assert contents(tmp_path / "killed") == files
+
+
 def test_killed_between_any_two_publications(tmp_path, two_iterations):
     config, uninterrupted = two_iterations
     # Each process publishes three more files and dies, before or after the rename.

@@ -1,11 +1,11 @@
-"""The commands `run`, `sft`, `status`, `plan` and `config`."""
+"""The commands `run`, `sft`, `status`, `plan`, `export` and `config`."""
 
 from __future__ import annotations
 
 import json
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -23,6 +23,7 @@ config_app = typer.Typer(
 )
 app.add_typer(config_app, name="config", no_args_is_help=True)
 
+Dtype = Literal["fp32", "bf16", "fp16"]
 Sources = Annotated[
     list[str],
     typer.Argument(
@@ -141,7 +142,7 @@ def plan(
     layout = try_architecture(settings)
     plans = plan_run(settings, len(inputs.examples))
     sizes = (
-        model_size(settings.model),
+        model_size(settings.model, settings.iterations),
         len(inputs.heldout),
         bytes_of_inputs(inputs.examples, inputs.heldout),
     )
@@ -152,6 +153,42 @@ def plan(
     space = described_space(settings, plans, *sizes)
     for text in (*space, *layout, inputs.described(), *inputs.first_rows()):
         console.print_text(text)
+
+
+@app.command(cls=Command)
+def export(
+    reference: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_RUN",
+            help="RUN (its newest checkpoint), RUN@3 (its θ_3), or a model or adapter (folder or "
+            "Hub id).",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The new folder. It must be empty or absent.")
+    ],
+    dtype: Annotated[Dtype, typer.Option(help="Type of the weights that are written.")] = "fp32",
+    merge: Annotated[
+        bool,
+        typer.Option(
+            "--merge",
+            help="Write an adapter as an ordinary model: add it to the weights of its base, in "
+            "fp32. It has no effect on a checkpoint that is a whole model.",
+        ),
+    ] = False,
+    trust: Trust = False,
+) -> None:
+    """Write a checkpoint as a model folder for other programs.
+
+    The folder holds weights, configuration and tokenizer.
+    Without --merge, an adapter is written as an adapter of PEFT.
+    """
+    from tpaw.models.export import export as export_checkpoint
+    from tpaw.models.references import find_checkpoint
+
+    export_checkpoint(find_checkpoint(reference, trust=trust), output, dtype, merge=merge)
+    console_of_stdout().print_text(f"Written: {output}")
 
 
 @config_app.command("list")

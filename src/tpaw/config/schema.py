@@ -162,13 +162,67 @@ class DataConfig(Section):
     )
 
 
+class AdapterConfig(Section):
+    """A LoRA adapter of PEFT. The model below it, the base, never changes."""
+
+    rank: int = Field(
+        64, ge=1, le=65_536, description="Rank of the adapter: the inner size of A and B."
+    )
+    alpha: Positive | None = Field(
+        None,
+        description="The adapter adds alpha ÷ rank times BA to a weight, as in PEFT. Default: "
+        "twice the rank.",
+    )
+    target_modules: Strings = Field(
+        ("all-linear",),
+        description="Layers that get an adapter: all-linear for every linear layer but the output "
+        "head, or a list of the last parts of their names, such as [q_proj, v_proj].",
+    )
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Must be 0. An implicit reward compares the log-probs of two forward passes, "
+        "so a forward pass must not be random.",
+    )
+    each_iteration: Literal["continue", "fresh"] = Field(
+        "continue",
+        description="continue: each iteration trains the same adapter further, so its rank stays. "
+        "fresh: each iteration trains a new adapter of this rank on top of those before, which no "
+        "longer change. A checkpoint is then one adapter: the exact concatenation of all of them. "
+        "Its rank grows by `rank` in each iteration.",
+    )
+
+    @field_validator("dropout")
+    @classmethod
+    def _no_dropout(cls, dropout: float) -> float:
+        if dropout != 0:
+            raise ValueError(
+                f"{dropout}: must be 0, because an implicit reward compares the log-probs of two "
+                "forward passes, and dropout makes them random; remove the setting"
+            )
+        return dropout
+
+    @property
+    def scaling(self) -> float:
+        """The factor of BA."""
+        return (2 * self.rank if self.alpha is None else self.alpha) / self.rank
+
+    @property
+    def targets(self) -> str | list[str]:
+        """`target_modules` in PEFT's form."""
+        return "all-linear" if self.target_modules == ("all-linear",) else [*self.target_modules]
+
+
 class ModelConfig(Section):
     """θ_0, and how to load every checkpoint."""
 
     path: str = Field(
         json_schema_extra=CHANGEABLE,  # a resumed run checks the model's fingerprint
         description="θ_0, the SFT model: a folder, a model id on the Hugging Face Hub, or "
-        "tpaw://starter/model. It must be a decoder-only model that transformers can load.",
+        "tpaw://starter/model. It must be a decoder-only model that transformers can load, or a "
+        "LoRA adapter of PEFT over one. Without `adapter`, such an adapter is merged into its "
+        "base when it is loaded. With it, the same adapter is trained further.",
     )
     revision: str | None = Field(
         None,
@@ -199,6 +253,18 @@ class ModelConfig(Section):
         description="Read weights from pickled files (pytorch_model.bin). A pickled file can run "
         "code when it is read, so set it to true only for a model whose authors you trust. "
         "safetensors files need no permission.",
+    )
+    adapter: AdapterConfig | None = Field(
+        None,
+        description="Train a LoRA adapter instead of all weights, and keep only adapters as "
+        "checkpoints. It needs the extra `lora`. The adapter's weights are always fp32; with "
+        "precision bf16 the base is bf16, in training, scoring and generation. `adapter: {}` uses "
+        "the defaults. Default: null, which trains all weights.",
+    )
+    quantization: Literal["nf4"] | None = Field(
+        None,
+        description="nf4: hold the base in 4 bits (QLoRA, by bitsandbytes), in training, scoring "
+        "and generation. It needs `adapter` and the extra `qlora`. Default: null.",
     )
 
 
@@ -585,6 +651,16 @@ class RunConfig(Section):
             raise ValueError(
                 "train.parallel: fsdp2: cannot be used with train.weights split, which needs whole "
                 "weights; set train.parallel to ddp, or train.weights to fp32"
+            )
+        if self.train.weights == "split" and self.model.adapter is not None:
+            raise ValueError(
+                "train.weights: split: cannot be used with model.adapter, whose weights are always "
+                "fp32; set train.weights to fp32"
+            )
+        if self.model.quantization is not None and self.model.adapter is None:
+            raise ValueError(
+                f"model.quantization: {self.model.quantization}: quantised weights cannot be "
+                "trained; set model.adapter, for example to {}, or remove this setting"
             )
         if self.generate.max_new_tokens >= self.max_length:
             raise ValueError(

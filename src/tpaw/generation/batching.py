@@ -26,6 +26,7 @@ from tpaw.generation.continuous_batching import greedy_logits, why_unsupported
 from tpaw.generation.generator import SamplingParams
 from tpaw.generation.padded_batches import generate_padded
 from tpaw.models.finite import non_finite
+from tpaw.models.quantization import computing_in_fp32
 
 # Lengths of the prompts of the trial. Padding is most of the shorter ones. DeepSeek-V4 compresses
 # 128 tokens into one, so the longest has more; a convolution looks beyond the shortest.
@@ -140,7 +141,8 @@ def _in_fp32(model: PreTrainedModel) -> Iterator[bool]:
     try:
         for tensor, data in rounded:
             tensor.data = data.float()
-        yield True
+        with computing_in_fp32(model):
+            yield True
     finally:
         for tensor, data in rounded:
             tensor.data = data

@@ -32,6 +32,7 @@ from tpaw.logprobs.packing import (
 from tpaw.logprobs.response import HeadChangedError, LogprobHead, response_logps
 from tpaw.models.checks import why_length_matters
 from tpaw.models.loading import is_sharded
+from tpaw.models.quantization import computing_in_fp32
 
 # Relative, and absolute in nats. Two correct ways to compute a log-prob in fp32 differ by about
 # 1e-6 of it, more in deep models with large activations. A wrong one is off by 1e-2 and more in a
@@ -232,7 +233,8 @@ class _Trial:
 
         head = LogprobHead.attached_to(self.model)
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_bf16)
-        with torch.no_grad(), autocast, _narrow_windows(self.model, self.longest):
+        windows = _narrow_windows(self.model, self.longest)
+        with torch.no_grad(), autocast, windows, computing_in_fp32(self.model):
             logps_S = response_logps(entered, send_to_device(batch, device), head)
         if head is not None:
             head.raise_if_changed()

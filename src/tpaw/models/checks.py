@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from tpaw.config.schema import ModelConfig
 from tpaw.errors import InputError, first_line, printable
+from tpaw.models.adapter_files import (
+    base_fingerprint,
+    base_of,
+    read_adapter_config,
+    recorded_facts,
+    refuse_another_base,
+)
+from tpaw.models.adapters import check_continues, check_fits, check_targets, require_peft
 from tpaw.models.fingerprint import weight_files
+from tpaw.models.initial import locate
 from tpaw.storage.resources import resolve_path
 
 if TYPE_CHECKING:
@@ -40,14 +49,15 @@ def check_model(
         The configuration of the model.
 
     Raises:
-        InputError: the model cannot be found or read, is an adapter, is an encoder-decoder, has no
+        InputError: the model cannot be found or read, is an encoder-decoder, has no
             language-modelling head, is quantised, is pickled, or has too few positions; its
-            attention cannot be used; or its weights do not fit its configuration.
+            attention cannot be used; its weights do not fit its configuration; or it is an adapter
+            that does not fit its base or the section `adapter`.
     """
+    if (base := base_of(model)) is not None:
+        return _check_adapter(model, base, max_length, is_trained=is_trained)
     name = f"model.path: {model.path}"
     path = Path(resolve_path(model.path))
-    if (path / "adapter_config.json").is_file():
-        raise InputError(f"{name}: this is an adapter; merge it into its base model first")
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"{name}: the folder has no config.json; give a model folder")
     found = read_config(model)
@@ -63,11 +73,29 @@ def check_model(
     _check_attention(found, model)
     if path.is_dir():
         check_weights(model, path, is_quantised=quantization is not None)
+    if model.adapter is not None and is_trained:
+        require_peft()
+        check_targets(found, model.adapter, model.trust_remote_code)
+    return found
+
+
+def _check_adapter(
+    model: ModelConfig, base: ModelConfig, max_length: int | None, *, is_trained: bool
+) -> PreTrainedConfig:
+    require_peft()
+    found = check_model(base, max_length, is_trained=is_trained)
+    folder, _ = locate(model, model.revision)
+    check_fits(folder, found, base.path, model.trust_remote_code)
+    if (actual := base_fingerprint(base)) is not None and recorded_facts(folder).get("base"):
+        refuse_another_base(folder, actual, base.path)
+    if model.adapter is not None and is_trained:
+        saved = read_adapter_config(model)
+        check_continues(folder, saved, found, model.adapter, model.trust_remote_code)
     return found
 
 
 def read_config(model: ModelConfig) -> PreTrainedConfig:
-    """The configuration of a model.
+    """The configuration of a model, or of the base of an adapter.
 
     Args:
         model: the section `model` of the configuration.
@@ -75,6 +103,7 @@ def read_config(model: ModelConfig) -> PreTrainedConfig:
     Raises:
         InputError: it cannot be found or read.
     """
+    model = base_of(model) or model
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 

@@ -11,10 +11,11 @@ from typing import Any
 from tpaw.errors import InputError
 from tpaw.storage.removal import removed_by
 
+ADAPTER_CONFIG = "adapter_config.json"
 # Besides the weights: configuration, stop tokens, tokenizer, chat template and code of the model.
 _DECISIVE = (
     "config.json",
-    "adapter_config.json",
+    ADAPTER_CONFIG,
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
@@ -29,6 +30,8 @@ _DECISIVE = (
 )
 # Fields of config files that say where and how a model was saved. The weights hold their own dtype.
 _NOTES = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype"}
+# The same in adapter_config.json. The base has a fingerprint of its own.
+_NOTES_OF_ADAPTERS = {"base_model_name_or_path", "revision", "inference_mode", "peft_version"}
 
 
 def fingerprint(folder: Path, weights: str | None = None) -> str:
@@ -56,6 +59,22 @@ def fingerprint(folder: Path, weights: str | None = None) -> str:
     return digest.hexdigest()
 
 
+def adapter_fingerprint(base: str, folder: Path) -> str:
+    """Hash a player that is an adapter over a base.
+
+    Args:
+        base: the `fingerprint` of the base.
+        folder: the adapter's folder.
+
+    Returns:
+        The sha256 as 64 hexadecimal digits.
+
+    Raises:
+        InputError: the folder has no weights, or a file of weights is damaged.
+    """
+    return hashlib.sha256(f"{base}\n{fingerprint(folder)}".encode()).hexdigest()
+
+
 def weights_hash(folder: Path) -> str:
     """Hash the weights of a model.
 
@@ -79,7 +98,7 @@ def weights_hash(folder: Path) -> str:
             with file.open("rb") as handle:
                 digest.update(hashlib.file_digest(handle, "sha256").digest())
             continue
-        for name, facts in _safetensors_header(file).items():
+        for name, facts in safetensors_header(file).items():
             begin, end = facts["data_offsets"]
             tensors[name] = (f"{facts['dtype']}{facts['shape']}", file, begin, end)
     opened: dict[Path, mmap.mmap] = {}
@@ -107,7 +126,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     files = sorted(folder.glob("*.safetensors"))
     for file in files:
-        _safetensors_header(file)
+        safetensors_header(file)
     files = files or sorted(folder.glob("pytorch_model*.bin"))
     if not files and (by := removed_by(folder)) is not None:
         raise InputError(
@@ -126,7 +145,10 @@ def _decisive_content(path: Path) -> bytes:
     if not path.name.endswith("config.json"):
         return content
     try:
-        return json.dumps(_without_notes(json.loads(content)), sort_keys=True).encode()
+        tree = json.loads(content)
+        if path.name == ADAPTER_CONFIG and isinstance(tree, dict):
+            tree = {key: value for key, value in tree.items() if key not in _NOTES_OF_ADAPTERS}
+        return json.dumps(_without_notes(tree), sort_keys=True).encode()
     except (ValueError, RecursionError):
         return content  # whoever reads it says what is wrong
 
@@ -137,7 +159,15 @@ def _without_notes(tree: Any) -> Any:
     return [_without_notes(value) for value in tree] if isinstance(tree, list) else tree
 
 
-def _safetensors_header(file: Path) -> dict[str, Any]:
+def safetensors_header(file: Path) -> dict[str, Any]:
+    """Read the header of a safetensors file.
+
+    Returns:
+        By name of a tensor: `dtype`, `shape`, and `data_offsets` from the start of the file.
+
+    Raises:
+        InputError: the file is damaged.
+    """
     with file.open("rb") as handle:
         size = int.from_bytes(handle.read(8), "little")
         try:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from tpaw.config.schema import ModelConfig
 from tpaw.errors import ArtifactError, InputError
-from tpaw.models.fingerprint import fingerprint, weights_hash
-from tpaw.storage.artifacts import read_sealed, write_sealed
+from tpaw.models.adapter_files import base_of, refuse_another_base
+from tpaw.models.fingerprint import adapter_fingerprint, fingerprint, weights_hash
+from tpaw.storage.artifacts import Facts, read_sealed, write_sealed
 from tpaw.storage.resources import resolve_path
-from tpaw.team import Player
+from tpaw.team import Base, Player
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "*.py"]
 
@@ -29,7 +30,8 @@ def initial_player(config: ModelConfig, record: Path, *, may_record: bool = True
         folder that does not exist; loading it raises an error.
 
     Raises:
-        InputError: the model differs from the recorded one, or the folder has no weights.
+        InputError: the model differs from the recorded one, the folder has no weights, or it is an
+            adapter that was trained on another model.
         ArtifactError: the record is damaged or edited, or missing although it may not be written.
     """
     recorded = read_sealed(record) if record.exists() else None
@@ -41,14 +43,24 @@ def initial_player(config: ModelConfig, record: Path, *, may_record: bool = True
     path = resolve_path(config.path)
     if recorded is not None and recorded["revision"] is None and not Path(path).is_dir():
         # Later iterations do not need θ_0. `load_model` reports an iteration that does.
-        return Player(0, path, recorded["fingerprint"])
+        return Player(0, path, recorded["fingerprint"], _recorded_base(config, path, recorded))
     # A branch may have moved since the run began, so resume with the recorded commit.
     commit = config.revision
     if recorded is not None and recorded["path"] == config.path:
         commit = recorded["revision"]
     folder, revision = locate(config, commit)
+    pinned = None if recorded is None else recorded.get("base")
+    base = find_base(config, commit, pinned["revision"] if pinned else None)
     weights = weights_hash(folder)
-    player = Player(0, str(folder), fingerprint(folder, weights))
+    if base is not None:
+        refuse_another_base(folder, base.fingerprint, base.name)
+        player = Player(0, str(folder), adapter_fingerprint(base.fingerprint, folder), base)
+    else:
+        player = Player(0, str(folder), fingerprint(folder, weights))
+        if config.adapter is not None:  # the base alone, whose adapter is 0
+            name = config.path if revision else str(folder.absolute())
+            itself = Base(str(folder), player.fingerprint, name, revision)
+            player = replace(player, base=itself)
     if recorded is not None:
         # Earlier versions recorded the hash of the weights alone.
         if recorded["fingerprint"] not in (player.fingerprint, weights):
@@ -62,9 +74,40 @@ def initial_player(config: ModelConfig, record: Path, *, may_record: bool = True
         player = replace(player, fingerprint=recorded["fingerprint"])
     else:
         record.parent.mkdir(exist_ok=True)
-        facts = {"index": 0, "path": config.path, "revision": revision}
+        facts: dict[str, object] = {"index": 0, "path": config.path, "revision": revision}
+        if base is not None:
+            facts["base"] = {key: getattr(base, key) for key in ("name", "revision", "fingerprint")}
         write_sealed(record, facts | {"fingerprint": player.fingerprint})
     return player
+
+
+def find_base(config: ModelConfig, commit: str | None, base_commit: str | None) -> Base | None:
+    """Find the base of an adapter; None for a whole model. A Hub model is downloaded.
+
+    Args:
+        config: the section `model` of the configuration.
+        commit: of the adapter, if it is on the Hub.
+        base_commit: of the base, if it is on the Hub; None for what the adapter says.
+
+    Raises:
+        InputError: the adapter names no base that exists.
+        OSError, ValueError: the Hub's client cannot provide the base.
+    """
+    over = base_of(config.model_copy(update={"revision": commit}))
+    if over is None:
+        return None
+    folder, revision = locate(over, base_commit or over.revision)
+    name = over.path if revision else str(folder.absolute())
+    return Base(str(folder), fingerprint(folder), name, revision)
+
+
+def _recorded_base(config: ModelConfig, path: str, recorded: Facts) -> Base | None:
+    base = recorded.get("base")
+    if base is not None:
+        over = config.model_copy(update={"path": base["name"], "revision": base["revision"]})
+        folder, _ = locate(over, base["revision"])
+        return Base(str(folder), base["fingerprint"], base["name"], base["revision"])
+    return None if config.adapter is None else Base(path, recorded["fingerprint"], path)
 
 
 def locate(config: ModelConfig, revision: str | None) -> tuple[Path, str | None]:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 from tpaw.config.schema import ModelConfig
 from tpaw.errors import ArtifactError, InputError
+from tpaw.models.adapters import merged, wear
 from tpaw.models.fingerprint import weight_files
+from tpaw.models.quantization import quantized_loading, use_one_kernel
 from tpaw.team import Player
 
 if TYPE_CHECKING:
@@ -28,10 +30,13 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a player in evaluation mode, with dropout disabled.
 
+    A player that is an adapter is its base with the adapter on top. Without `adapter` and
+    `quantization` in the configuration, the adapter is merged into the base, in fp32.
+
     Args:
         player: the player to load.
         config: the section `model` of the configuration.
-        dtype: type of the weights in memory.
+        dtype: type of the weights in memory. Those of an adapter are always fp32.
         device: device of the weights.
 
     Raises:
@@ -39,39 +44,69 @@ def load_model(
             contain more than tensors.
         ArtifactError: some of the model's weights are missing from the folder.
     """
+    import torch
+
+    folder = player.adapter_folder
+    if folder is None:
+        return load_base(player, config, dtype=dtype, device=device)
+    if config.adapter is not None or config.quantization is not None:
+        return wear(load_base(player, config, dtype=dtype, device=device), folder)
+    model = merged(load_base(player, config, dtype=torch.float32, device=device), folder)
+    cast_weights(model, dtype)
+    return model
+
+
+def load_base(
+    player: Player, config: ModelConfig, *, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """Load the model of a player without its adapter; see `load_model`."""
+    import torch
     from transformers import AutoModelForCausalLM
 
-    if not Path(player.path).is_dir():
-        raise InputError(
-            f"{player.path}: the folder does not exist, but θ_{player.index} is needed; restore "
-            "it, or for θ_0 set model.path"
-        )
-    weight_files(Path(player.path))  # it says why there are none
+    for folder in (player.base_folder, player.path):
+        if not Path(folder).is_dir():
+            raise InputError(
+                f"{folder}: the folder does not exist, but θ_{player.index} is needed; restore "
+                "it, or for θ_0 set model.path"
+            )
+        weight_files(Path(folder))  # it says why there are none
+    path = player.base_folder
+    quantized = {} if config.quantization is None else quantized_loading(dtype, device)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            player.path,
-            dtype=dtype,
+            path,
+            dtype=torch.float32 if quantized else dtype,
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=None if config.allow_pickle else True,
             output_loading_info=True,
+            **quantized,
         )
     except pickle.UnpicklingError:  # torch runs no code from it
         raise InputError(
-            f"{player.path}: its pickled weights are damaged, or contain code, which was not run; "
+            f"{path}: its pickled weights are damaged, or contain code, which was not run; "
             "use another model"
         ) from None
     # transformers initializes missing weights at random and only warns about it.
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise ArtifactError(
-            f"{player.path}: weights of the model are missing: {missing}; restore the complete "
-            "model"
+            f"{path}: weights of the model are missing: {missing}; restore the complete model"
         )
     model.to(device)
+    if quantized:  # the 4 bits are those of the weights in fp32, whatever the run computes in
+        cast_weights(model, dtype)
     model.eval()
+    use_one_kernel(model)
     disable_dropout(model)
     return model
+
+
+def cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Cast the weights of a model in place. Buffers keep their type, as when a model is loaded."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

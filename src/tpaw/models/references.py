@@ -13,8 +13,14 @@ from typing import NamedTuple
 
 from tpaw.config.schema import ModelConfig
 from tpaw.errors import InputError
-from tpaw.models.fingerprint import fingerprint
-from tpaw.models.initial import initial_player, locate
+from tpaw.models.adapter_files import (
+    read_adapter_config,
+    recorded_facts,
+    refuse_another_base,
+    settings_of,
+)
+from tpaw.models.fingerprint import ADAPTER_CONFIG, adapter_fingerprint, fingerprint
+from tpaw.models.initial import find_base, initial_player, locate
 from tpaw.storage.artifacts import is_published, read_manifest
 from tpaw.storage.run_directory import RunDirectory, refuse_untrusted_code
 from tpaw.team import Player
@@ -59,7 +65,8 @@ def find_checkpoint(reference: str, *, trust: bool = False) -> Checkpoint:
                 f"checkpoints with weights: {whole}"
             )
         return checkpoint_of(run, i, trust=trust)
-    if Path(reference).is_dir() and not (Path(reference) / "config.json").is_file():
+    names = ("config.json", ADAPTER_CONFIG)
+    if Path(reference).is_dir() and not any((Path(reference) / n).is_file() for n in names):
         raise InputError(
             f"{reference}: neither a run directory (no run.json) nor a model folder (no "
             "config.json)"
@@ -67,13 +74,23 @@ def find_checkpoint(reference: str, *, trust: bool = False) -> Checkpoint:
     model = ModelConfig(path=reference)
     try:
         path, _ = locate(model, None)
+        base = find_base(model, None, None)
     except (OSError, ValueError) as error:  # the Hub's client raises both
         raise InputError(
             f"{reference}: neither a local folder nor a model on the Hub: {error}"
         ) from None
-    player = Player(0, str(path), fingerprint(path))
+    player, tokenizer = Player(0, str(path), fingerprint(path)), str(path)
+    if base is not None:
+        refuse_another_base(path, base.fingerprint, base.name)
+        player = Player(0, str(path), adapter_fingerprint(base.fingerprint, path), base)
+        # As the run that made it loads it.
+        settings = settings_of(path, read_adapter_config(model) or {})
+        quantization = recorded_facts(path).get("quantization") if settings else None
+        model = model.model_copy(update={"adapter": settings, "quantization": quantization})
+        if not (path / "tokenizer_config.json").is_file():
+            tokenizer = base.path
     name = Path(reference).name  # the folder of a Hub model is named after its commit
-    return Checkpoint(name, player, model, None, str(path))
+    return Checkpoint(name, player, model, None, tokenizer)
 
 
 def find_checkpoints(reference: str, *, trust: bool = False) -> list[Checkpoint]:
@@ -134,12 +151,14 @@ def checkpoint_of(run: RunDirectory, i: int, *, trust: bool) -> Checkpoint:
     model = run.load_config().model
     refuse_untrusted_code(model, run, trust=trust)
     name = f"{run.root.name}@{i}"
-    if i == 0:
+    base = None
+    if i == 0 or model.adapter is not None:  # whose base is that of θ_0
         may_record = not run.uses_initial_player()
         player = initial_player(model, run.initial_player_file, may_record=may_record)
-    else:
+        base = player.base
+    if i > 0:
         folder = run.checkpoint(i)
-        player = Player(i, str(folder), read_manifest(folder)["fingerprint"])
+        player = Player(i, str(folder), read_manifest(folder)["fingerprint"], base)
     return Checkpoint(name, player, model, run, str(run.inputs / "tokenizer"))
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from tpaw.config.schema import ModelConfig
+from tpaw.models.adapters import with_new_adapter
 from tpaw.models.checks import BUILD_ERRORS, cannot_build, read_config
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 
@@ -15,19 +17,22 @@ class ModelSize(NamedTuple):
     """What decides the size of a checkpoint.
 
     Attributes:
-        parameters: number of parameters that a checkpoint holds. Tied weights count once.
+        parameters: number of parameters that are trained and saved. Tied weights count once.
         vocabulary: number of tokens.
+        frozen: number of parameters of the base of adapters. They are in memory only.
     """
 
     parameters: int
     vocabulary: int
+    frozen: int = 0
 
 
-def model_size(model: ModelConfig) -> ModelSize:
-    """The size of a model on disk. It is built without memory for the weights.
+def model_size(model: ModelConfig, iterations: int = 1) -> ModelSize:
+    """The size of what a run trains. It is built without memory for the weights.
 
     Args:
         model: the section `model` of the configuration. Its folder needs no weights.
+        iterations: number of adapters that are stacked, where each iteration makes a new one.
 
     Raises:
         InputError: the model's configuration cannot be found or read.
@@ -43,9 +48,14 @@ def model_size(model: ModelConfig) -> ModelSize:
             )
     except BUILD_ERRORS as error:
         raise cannot_build(model, error) from None
-    return size_of(built)
+    if model.adapter is None:
+        return size_of(built)
+    stacked = iterations if model.adapter.each_iteration == "fresh" else 1
+    return size_of(with_new_adapter(built, model.adapter, model.adapter.rank * stacked))
 
 
-def size_of(model: PreTrainedModel) -> ModelSize:
+def size_of(model: PreTrainedModel | PeftModel) -> ModelSize:
     """The size of a model that is built or loaded."""
-    return ModelSize(model.num_parameters(), model.config.get_text_config().vocab_size)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return ModelSize(trained, model.config.get_text_config().vocab_size, frozen)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tpaw.config.schema import ModelConfig
 from tpaw.errors import InputError, first_line
+from tpaw.models.adapter_files import base_of, find_file
 from tpaw.models.template_trial import try_template
 from tpaw.storage.resources import resolve_path
 
@@ -27,10 +28,11 @@ def load_tokenizer(config: ModelConfig, folder: str | None = None) -> PreTrained
     """
     from transformers import AutoTokenizer
 
+    home = _home_of(config, "tokenizer_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            folder or resolve_path(config.path),
-            revision=None if folder else config.revision,
+            folder or resolve_path(home.path),
+            revision=None if folder else home.revision,
             trust_remote_code=config.trust_remote_code,
         )
         ids = tokenizer("a", add_special_tokens=False).input_ids
@@ -72,9 +74,10 @@ def stop_token_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> t
     from transformers import GenerationConfig
 
     ids = [tokenizer.eos_token_id]
-    path = resolve_path(config.path)
+    home = _home_of(config, "generation_config.json")
+    path = resolve_path(home.path)
     try:
-        published = GenerationConfig.from_pretrained(path, revision=config.revision).eos_token_id
+        published = GenerationConfig.from_pretrained(path, revision=home.revision).eos_token_id
         ids += published if isinstance(published, list) else [published]
         known = tuple(dict.fromkeys(int(i) for i in ids if i is not None))
     except Exception as error:  # a damaged file makes transformers raise any type
@@ -89,3 +92,9 @@ def stop_token_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> t
             "set model.eos_token"
         )
     return known
+
+
+def _home_of(config: ModelConfig, name: str) -> ModelConfig:
+    """The model that has a file: an adapter, or its base if the adapter does not have it."""
+    base = base_of(config)
+    return config if base is None or find_file(config, name) is not None else base

@@ -14,6 +14,7 @@ from tpaw.errors import InputError
 from tpaw.evaluation.benchmarks.run import check_suites
 from tpaw.evaluation.exact_match import has_answers
 from tpaw.logprobs.prepare import prepare_for_logprobs
+from tpaw.models.adapters import require_peft
 from tpaw.models.checks import (
     BUILD_ERRORS,
     cannot_build,
@@ -22,6 +23,7 @@ from tpaw.models.checks import (
     read_config,
 )
 from tpaw.models.loading import disable_dropout, pick_device
+from tpaw.models.quantization import check_quantization
 from tpaw.models.reduced import reduced_model
 from tpaw.models.size import model_size
 from tpaw.models.tokenizers import load_tokenizer, stop_token_ids
@@ -49,6 +51,7 @@ def read_and_check(config: RunConfig, output: str | Path, watch: Watch) -> Input
     check_suites(config.evaluate.suites, run, config.iterations)
     if is_published(run.inputs):
         check_training(config)  # some of its settings may have changed
+        _check_libraries(config)
         _check_space_of_the_rest(config, run)
         return None
     with watch.progress("read and tokenize", None, "records") as on_done:
@@ -56,7 +59,7 @@ def read_and_check(config: RunConfig, output: str | Path, watch: Watch) -> Input
     plans = plan_run(config, len(inputs.examples))  # it refuses an iteration without effect
     try_architecture(config)
     size_of_inputs = bytes_of_inputs(inputs.examples, inputs.heldout)
-    size = model_size(config.model)
+    size = model_size(config.model, config.iterations)
     space_for_run(run.root, config, plans, size, len(inputs.heldout), size_of_inputs)
     return inputs
 
@@ -75,7 +78,17 @@ def _check_space_of_the_rest(config: RunConfig, run: RunDirectory) -> None:
     inputs = read_manifest(run.inputs)
     plans = plan_run(config, inputs["rows"])
     with contextlib.suppress(InputError):  # a stage that needs the model says what is wrong
-        space_for_run(run.root, config, plans, model_size(model), inputs["heldout_rows"], 0)
+        space_for_run(
+            run.root, config, plans, model_size(model, config.iterations), inputs["heldout_rows"], 0
+        )
+
+
+def _check_libraries(config: RunConfig) -> None:
+    """Refuse adapters and 4-bit weights where their libraries are missing or cannot work."""
+    if config.model.adapter is not None:
+        require_peft()
+    if config.model.quantization is not None:
+        check_quantization(pick_device(config.device))
 
 
 def _refuse_several_processes() -> None:
@@ -100,6 +113,7 @@ def read_inputs(config: RunConfig, on_done: OnDone = ignore) -> Inputs:
     """
     pick_device(config.device)
     check_training(config)
+    _check_libraries(config)
     model_config = check_model(config.model, config.max_length, is_trained=True)
     tokenizer = load_tokenizer(config.model)
     stop_ids = stop_token_ids(config.model, tokenizer)

@@ -130,16 +130,21 @@ def bytes_of_inputs(examples: Sequence[Example], heldout: Sequence[Example]) -> 
     return sum(map(len, parts)) * BYTES_PER_TOKEN + records + 2 * BYTES_PER_SHARD
 
 
-def memory_of_training(config: RunConfig, parameters: int) -> int:
+def memory_of_training(config: RunConfig, size: ModelSize) -> int:
     """Bytes of memory for weights, gradients and optimizer state while a model trains.
 
-    Activations and logits come on top. See the table in `training/split_weights.py`.
+    Activations and logits come on top. See the table in `training/split_weights.py`. The base of
+    adapters is in the precision of the run. In 4 bits, with a scale for each 64 weights, it takes
+    0.56 bytes a weight; its embeddings are not quantised, and come on top.
     """
+    parameters = size.parameters
     if config.train.weights == "split":
         return 8 * parameters
+    each = 2 if config.precision == "bf16" else 4
+    base = size.frozen * (0.5625 if config.model.quantization is not None else each)
     copy = 2 if config.precision == "bf16" else 0  # of autocast
     state = BYTES_OF_OPTIMIZER.get(config.train.optimizer, BYTES_OF_ADAM)
-    return (BYTES_OF_WEIGHTS + copy + 4 + state) * parameters
+    return int(base) + (BYTES_OF_WEIGHTS + copy + 4 + state) * parameters
 
 
 def plan_space(
@@ -242,7 +247,7 @@ def described_space(
         f"{readable_size(bytes_of_checkpoint(size))}, for {size.parameters:,} parameters in fp32; "
         f"a saved step has {readable_size(saved_step)}.",
         f"With {'; with '.join(others)}. Results of suites are not counted.",
-        f"Memory: training holds {readable_size(memory_of_training(config, size.parameters))} of "
+        f"Memory: training holds {readable_size(memory_of_training(config, size))} of "
         "weights, gradients and optimizer state. Activations come on top.",
     ]
 

@@ -257,11 +257,13 @@ class Stages:
         """θ_{t+1}. Its saved steps are removed once it is published."""
         iteration = self.run.iteration(job.t)
         folder = iteration.checkpoint
+        # Without adapters, what is trained is a whole model, even if θ_0 was an adapter.
+        base = job.policy.base if self.config.model.adapter is not None else None
         if not is_published(folder):
             title = self._title(job.t, f"train θ_{iteration.number}")
             self.engine.train(job, triples, progress(title, job.steps, "steps"))
         remove_artifacts(iteration.training)
-        return Player(iteration.number, str(folder), read_manifest(folder)["fingerprint"])
+        return Player(iteration.number, str(folder), read_manifest(folder)["fingerprint"], base)
 
     def _remove_weights(self, t: int, *, is_trained: bool) -> None:
         """Remove the weights of the checkpoints before the newest that `keep` does not keep."""

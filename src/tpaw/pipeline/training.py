@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from tpaw.config.schema import RunConfig
 from tpaw.data.inputs import Inputs
-from tpaw.models.fingerprint import fingerprint
+from tpaw.models.fingerprint import adapter_fingerprint, fingerprint
 from tpaw.models.size import size_of
 from tpaw.objectives.base import Objective
 from tpaw.pipeline.job import TrainingJob
@@ -26,6 +26,7 @@ from tpaw.runtime.memory import memory_limited_by
 from tpaw.runtime.processes import is_main_process
 from tpaw.runtime.progress import Advance
 from tpaw.storage.artifacts import is_published, publishing
+from tpaw.team import Base
 from tpaw.training.iteration import (
     BuildTrainer,
     dpo_objective,
@@ -37,6 +38,7 @@ from tpaw.training.triples import Triple, TripleDataset, preference_pairs
 from tpaw.training.trl import sft_trainer
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 
@@ -75,7 +77,7 @@ class TrainingData:
         # The policy need not be a player: then there is nothing to compare its first step with.
         start_column = job.players.index(job.policy) if job.policy in job.players else None
 
-        def build(policy: PreTrainedModel, arguments: TrainingArguments) -> Trainer:
+        def build(policy: PreTrainedModel | PeftModel, arguments: TrainingArguments) -> Trainer:
             stores = [self.published.store(player) for player in job.players]
             dataset = TripleDataset.of(read() if triples is None else triples, stores)
             return team_trainer(
@@ -111,7 +113,9 @@ def train_and_publish(
     if is_published(iteration.checkpoint):
         return  # a process of the group died after that
     meta: dict[str, object] = {"index": iteration.number}
-    policy = players.for_training(job.policy)
+    # Without adapters, what is trained is a whole model, even if θ_0 was an adapter.
+    base = job.policy.base if config.model.adapter is not None else None
+    policy = players.for_training(job.policy, job.t)
     if is_main_process():
         space_for_training(iteration, config, size_of(policy), job.steps)
     with (
@@ -124,14 +128,27 @@ def train_and_publish(
             data.inputs,
             config,
             iteration,
+            base,
             publish_to=folder,
             advance=advance,
             stop=stop,
         )
         if is_main_process():
-            meta["fingerprint"] = fingerprint(folder)
+            meta |= _identified(folder, base, config)
     del policy  # otherwise its memory would not be freed
-    players.release()
+    # TRL replaces the forward of a base.
+    players.release(keep_base=config.method != "sft")
+
+
+def _identified(checkpoint: Path, base: Base | None, config: RunConfig) -> dict[str, object]:
+    """What the manifest of a checkpoint says of the player that it is."""
+    if base is None:
+        return {"fingerprint": fingerprint(checkpoint)}
+    return {
+        "fingerprint": adapter_fingerprint(base.fingerprint, checkpoint),
+        "base": base.fingerprint,
+        "quantization": config.model.quantization,
+    }
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 from tpaw.config.schema import ObjectiveConfig, RunConfig, at_iteration
 from tpaw.data.inputs import Inputs
 from tpaw.errors import ArtifactError, DivergenceError, InputError
+from tpaw.models.adapters import complete_adapter
 from tpaw.objectives.base import Objective
 from tpaw.objectives.tpaw import TeamObjective
 from tpaw.runtime.interrupt import StopSignal
@@ -22,17 +23,20 @@ from tpaw.runtime.processes import is_main_process, largest_of_all, process_coun
 from tpaw.runtime.progress import Advance, note
 from tpaw.storage.artifacts import describe_file, flush, read_manifest
 from tpaw.storage.run_directory import Iteration
+from tpaw.team import Base
 from tpaw.training.arguments import split_optimizer, training_arguments
 from tpaw.training.callbacks import Recorder, seconds_of
+from tpaw.training.frozen_ranks import FrozenRanks
 from tpaw.training.split_weights import restore_fp32
 from tpaw.training.trainer import TeamTrainer
 from tpaw.training.triples import TripleDataset
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 # Makes the trainer of one iteration from the policy and its arguments.
-BuildTrainer = Callable[["PreTrainedModel", TrainingArguments], Trainer]
+BuildTrainer = Callable[["PreTrainedModel | PeftModel", TrainingArguments], Trainer]
 
 
 def team_objective(config: ObjectiveConfig, t: int) -> TeamObjective:
@@ -58,7 +62,7 @@ def dpo_objective(config: ObjectiveConfig, t: int) -> TeamObjective:
 
 
 def team_trainer(
-    policy: PreTrainedModel,
+    policy: PreTrainedModel | PeftModel,
     arguments: TrainingArguments,
     dataset: TripleDataset,
     inputs: Inputs,
@@ -81,22 +85,24 @@ def team_trainer(
 
 
 def train_iteration(
-    policy: PreTrainedModel,
+    policy: PreTrainedModel | PeftModel,
     build: BuildTrainer,
     inputs: Inputs,
     config: RunConfig,
     iteration: Iteration,
+    base: Base | None = None,
     *,
     publish_to: Path,
     advance: Advance,
     stop: StopSignal,
 ) -> dict[str, Any]:
-    """Train θ_{t+1} from `policy`, which is θ_t in fp32, and save it into `publish_to` in fp32.
+    """Train θ_{t+1} from `policy`, which is θ_t, and save it into `publish_to` in fp32.
 
     Resumes from the last saved step, if there is one.
 
     Args:
         build: makes the trainer.
+        base: the model below the policy's adapter; None if all weights are trained.
         advance: called with 1 after each step, and with a note for each line of the log.
 
     Returns:
@@ -123,17 +129,20 @@ def train_iteration(
     )
     # The responses of θ_{t+1} end where those of self-play did. The sampling defaults of θ_0 are
     # dropped: they were not used, and transformers refuses to save some that are published.
-    policy.generation_config = GenerationConfig(
+    generation = GenerationConfig(
         eos_token_id=list(inputs.stop_ids),
         pad_token_id=inputs.tokenizer.pad_token_id,
         bos_token_id=inputs.tokenizer.bos_token_id,
     )
+    policy.generation_config = generation
     arguments = training_arguments(config, iteration.t, iteration.training)
     with _tensorboard_in(iteration.folder / "tensorboard"), _with_advice(iteration):
         trainer = build(policy, arguments)
         _check_parallel(trainer, config)
         trainer.add_callback(recorder)
         trainer.remove_callback(PrinterCallback)
+        if config.model.adapter is not None and config.model.adapter.each_iteration == "fresh":
+            trainer.add_callback(FrozenRanks(policy, config.model.adapter.rank))
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         if trainer.state.global_step < trainer.state.max_steps:
             stop.check()
@@ -153,6 +162,9 @@ def train_iteration(
     if not is_main_process():
         return {}
     (publish_to / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
+    if base is not None:
+        generation.save_pretrained(str(publish_to))  # PEFT saves the adapter alone
+        complete_adapter(publish_to, base)
     flush(iteration.training_log)
     log = describe_file(iteration.folder, iteration.training_log)
     return {"seconds": recorder.seconds, "processes": process_count(), "training_log": log}

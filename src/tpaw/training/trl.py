@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
@@ -18,6 +18,9 @@ from tpaw.config.schema import RunConfig
 from tpaw.data.examples import Example
 from tpaw.errors import InputError
 from tpaw.runtime.processes import process_count
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 _IGNORED_LABEL = -100
 
@@ -44,7 +47,7 @@ def sft_arguments(config: RunConfig) -> tuple[type[TrainingArguments], dict[str,
 
 
 def sft_trainer(
-    policy: PreTrainedModel,
+    policy: PreTrainedModel | PeftModel,
     arguments: TrainingArguments,
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
@@ -57,12 +60,17 @@ def sft_trainer(
     labels = [
         np.concatenate([np.full_like(e.prompt_ids, _IGNORED_LABEL), e.target_ids]) for e in examples
     ]
-    return SFTTrainer(
+    weights = [(p, p.data) for p in policy.parameters() if p.requires_grad]
+    trainer = SFTTrainer(
         model=policy,
         args=arguments,
         train_dataset=Dataset.from_dict({"input_ids": ids, "labels": labels}),
         processing_class=copy.deepcopy(tokenizer),  # TRL gives it a padding token
     )
+    # TRL rounds the adapter of a quantised base to bf16, in which small updates vanish.
+    for parameter, data in weights:
+        parameter.data = data
+    return trainer
 
 
 def _micro_batches(config: RunConfig) -> dict[str, int]:

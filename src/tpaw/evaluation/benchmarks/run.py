@@ -270,6 +270,7 @@ def _work(checkpoint: Checkpoint, suite: Suite, output: Path | None) -> _Work:
             "fewshot_seed": suite.fewshot_seed,
             "chat_template": has_template and bool(suite.apply_chat_template),
             "dtype": str(_dtype(checkpoint, found)).removeprefix("torch."),
+            **({"quantization": q} if (q := checkpoint.model.quantization) is not None else {}),
             "tasks": [task.definition() for task in suite.tasks],
         },
     }

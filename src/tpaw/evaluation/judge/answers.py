@@ -125,7 +125,11 @@ def _configured(
             f"--data: missing; give a file of records, because the run of {checkpoint.name} has no "
             f"held-out records ({KEY})"
         )
-    model = config.model.model_copy(update={"path": checkpoint.player.path, "revision": None})
+    # A model that stands alone may be an adapter that names its base. A run knows the base.
+    player = checkpoint.player
+    path = player.path if checkpoint.run is None else player.base_folder
+    loaded = {key: getattr(checkpoint.model, key) for key in ("adapter", "quantization")}
+    model = config.model.model_copy(update={"path": path, "revision": None, **loaded})
     config = config.model_copy(update={"model": model})
     pick_device(config.device)
     found = check_model(config.model, config.max_length)
@@ -158,6 +162,7 @@ def _settings(
         "sampling": params._asdict() | {"stop_token_ids": list(params.stop_token_ids)},
         "seed": config.seed,
         "precision": config.precision,
+        **({"quantization": q} if (q := config.model.quantization) is not None else {}),
         "shard_size": config.generate.shard_size,
     }
 
