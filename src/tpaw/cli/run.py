@@ -14,7 +14,11 @@ from tpaw.config.files import recipe_summaries, to_yaml
 from tpaw.config.schema import RunConfig
 from tpaw.errors import InputError
 from tpaw.evaluation.benchmarks.suite import load_suites
-from tpaw.storage.run_directory import RunDirectory, refuse_untrusted_code
+from tpaw.storage.run_directory import (
+    RunDirectory,
+    refuse_untrusted_code,
+    refuse_untrusted_server,
+)
 from tpaw.storage.run_directory import restart_iteration as discard_training
 
 app = typer.Typer()
@@ -175,6 +179,7 @@ def _load(sources: list[str], overrides: list[str], trust: bool) -> RunConfig:
     load_suites(config.evaluate.suites, trust=trust)
     for run in used:
         refuse_untrusted_code(config.model, run, trust=trust)
+        refuse_untrusted_server(config.generate, run, trust=trust)
     return config
 
 

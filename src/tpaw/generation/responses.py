@@ -36,12 +36,14 @@ class Response(NamedTuple):
         token_ids: int32, with the stop token if the model emitted one.
         text: the decoded response.
         finish_reason: "stop", or "length" if the response was truncated.
+        server_logp: see `Completion`.
     """
 
     example_id: str
     token_ids: TokenIds
     text: str
     finish_reason: FinishReason
+    server_logp: float | None = None
 
 
 def generate_responses(
@@ -123,6 +125,8 @@ def _publish(
         "text": [decode(completion.token_ids) for completion in completions],
         "finish_reason": [completion.finish_reason for completion in completions],
     }
+    if any(completion.server_logp is not None for completion in completions):
+        columns["server_logp"] = [completion.server_logp for completion in completions]
     identical = sum(
         np.array_equal(example.target_ids, completion.token_ids)
         for example, completion in zip(examples, completions, strict=True)
@@ -143,7 +147,7 @@ def read_responses(folder: Path) -> list[Response]:
     responses: list[Response] = []
     for entry in ShardedArtifact(folder).entries:
         table = read_table(folder / entry["path"])
-        columns = (table[field] for field in Response._fields)
+        columns = (table[field] for field in Response._fields if field in table)
         responses += [Response(*row) for row in zip(*columns, strict=True)]
     return responses
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 
-from tpaw.config.schema import RunConfig
-from tpaw.generation.generator import OpenGenerator
+from tpaw.config.schema import GenerateConfig, RunConfig
+from tpaw.generation.generator import Generator, OpenGenerator
 from tpaw.generation.hf import hf_opener
+from tpaw.generation.server import Servers
 from tpaw.logprobs.prepare import prepare_for_logprobs
 from tpaw.models.loading import load_model, pick_device
+from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.progress import note_once
 from tpaw.scoring.score import Precision, ScoringModel
 from tpaw.team import Player
@@ -27,10 +31,17 @@ class LoadedPlayers:
     Generation and scoring use the same weights where both compute in fp32. In bf16, generation
     loads weights rounded to bf16, and scoring computes with fp32 weights under autocast, as
     training does.
+
+    A generation server counts as a player in memory: it ends before another player is loaded.
+
+    Args:
+        config: the run's configuration.
+        stop: tells a server that starts whether the user asked for a stop.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, stop: StopSignal | None = None) -> None:
         self.config = config
+        self.servers = Servers((stop or StopSignal()).check)
         self.device = pick_device(config.device)
         self.precision = Precision(self.device.type, config.precision == "bf16")
         self._kept: tuple[str, torch.dtype, PreTrainedModel] | None = None
@@ -38,7 +49,9 @@ class LoadedPlayers:
 
     @property
     def open_generator(self) -> OpenGenerator:
-        """Generation with the Hugging Face model in this process."""
+        """Generation with the backend of the configuration."""
+        if self.config.generate.backend == "server":
+            return self._open_server
         return hf_opener(lambda player: self._load(player, self.precision.dtype))
 
     def for_scoring(self, player: Player) -> ScoringModel:
@@ -57,13 +70,22 @@ class LoadedPlayers:
         return load_model(player, self.config.model, dtype=torch.float32, device=self.device)
 
     def release(self) -> None:
-        """Free the memory of the player that is kept."""
+        """Free the memory of the player that is kept, and end its server."""
+        self.servers.close()
         self._kept = self._scorer = None
         gc.collect()  # a trainer and its policy refer to each other
         torch.cuda.empty_cache()
 
+    @contextlib.contextmanager
+    def _open_server(self, player: Player, config: GenerateConfig) -> Iterator[Generator]:
+        if config.server.command is not None and self._kept is not None:
+            self.release()  # the server may need this memory
+        with self.servers.open(player, config) as generator:
+            yield generator
+
     def _load(self, player: Player, dtype: torch.dtype) -> PreTrainedModel:
         if self._kept is None or self._kept[:2] != (player.fingerprint, dtype):
+            self.servers.close()
             self._kept = self._scorer = None
             model = load_model(player, self.config.model, dtype=dtype, device=self.device)
             if dtype == torch.float32 and self.config.train.weights == "split":

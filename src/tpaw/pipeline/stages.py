@@ -34,9 +34,16 @@ from tpaw.runtime.isolation import isolated
 from tpaw.runtime.memory import memory_limited_by
 from tpaw.runtime.progress import note, progress
 from tpaw.runtime.watch import Watch
+from tpaw.scoring.drift import server_drift
 from tpaw.scoring.score import fill_store
 from tpaw.scoring.store import LogprobStore
-from tpaw.storage.artifacts import is_published, publishing, read_manifest, remove_artifacts
+from tpaw.storage.artifacts import (
+    is_published,
+    publishing,
+    read_manifest,
+    remove_artifacts,
+    write_sealed,
+)
 from tpaw.storage.run_directory import RunDirectory, open_run, verify_run
 from tpaw.team import Player, Team
 from tpaw.training.iteration import (
@@ -63,7 +70,7 @@ def opened_stages(
     """Check everything that can be checked beforehand, then lock the run directory.
 
     Args:
-        open_generator: default: the Hugging Face model in this process.
+        open_generator: default: the backend of the configuration.
 
     Raises:
         InputError: before anything is written.
@@ -78,7 +85,9 @@ def opened_stages(
                 publish_inputs(run.inputs, inputs)
             kept = load_inputs(run.inputs, config)
             note(kept.described())
-            yield Stages(config, run, kept, watch, open_generator)
+            stages = Stages(config, run, kept, watch, open_generator)
+            with contextlib.closing(stages.players.servers):
+                yield stages
 
 
 class Stages:
@@ -96,7 +105,7 @@ class Stages:
         self.run = run
         self.inputs = inputs
         self.watch = watch
-        self.players = LoadedPlayers(config)
+        self.players = LoadedPlayers(config, watch.stop)
         self.open_generator = open_generator or self.players.open_generator
         self.suites = SuitesOfRun(run, config.evaluate.suites, watch.stop)
         self.params = SamplingParams.of(config.generate, config.max_length, inputs.stop_ids)
@@ -172,6 +181,7 @@ class Stages:
                     config=self.config.score,
                     on_done=on_done,
                 )
+        self._compare_with_server(players, t)
 
     def train(self, policy: Player, triples: Sequence[Triple], team: Team, t: int) -> Player:
         """θ_{t+1}, from θ_t by minimising the objective over D_O."""
@@ -266,6 +276,23 @@ class Stages:
             self.players.release()
         remove_artifacts(iteration.training)
         return Player(iteration.number, str(folder), read_manifest(folder)["fingerprint"])
+
+    def _compare_with_server(self, players: Sequence[Player], t: int) -> None:
+        """Store how far the log-probs of a server that generated D_t are from our own."""
+        iteration = self.run.iteration(t)
+        newest = next((player for player in players if player.index == t), None)
+        if newest is None or iteration.server_drift.exists():
+            return
+        if not is_published(iteration.responses):  # a baseline
+            return
+        responses = read_responses(iteration.responses)
+        if all(response.server_logp is None for response in responses):
+            return
+        prompts = [example.prompt_ids for example in self.load_examples()]
+        drift = server_drift(prompts, responses, self._store(newest))
+        if drift is not None:
+            note(drift.described())
+            write_sealed(iteration.server_drift, drift._asdict())
 
     def _store(self, player: Player) -> LogprobStore:
         if player.fingerprint not in self._stores:

@@ -175,8 +175,9 @@ def _run(todo: Sequence[StudyRun], shared: Path, pool: _Pool) -> dict[str, str]:
 
 def _command(name: str, folder: Path, config: RunConfig) -> list[str]:
     # The study's file is the user's own, so what it allows is allowed in its run directories.
-    is_code = config.model.trust_remote_code or config.evaluate.suites
-    trust = ["--trust"] if is_code else []
+    has_server = config.generate.backend == "server"
+    is_allowed = config.model.trust_remote_code or config.evaluate.suites or has_server
+    trust = ["--trust"] if is_allowed else []
     return [name, str(folder), *trust]
 
 

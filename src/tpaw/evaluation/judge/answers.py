@@ -6,6 +6,7 @@ shards. An interruption costs at most one shard.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from tpaw.evaluation.judge.outputs import OUTPUTS
 from tpaw.generation.generator import SamplingParams
 from tpaw.generation.hf import hf_opener
 from tpaw.generation.responses import Response, generate_responses, read_responses
+from tpaw.generation.server import Servers
 from tpaw.models.checks import check_model, check_vocabulary
 from tpaw.models.loading import load_model, pick_device
 from tpaw.models.references import Checkpoint, find_checkpoint
@@ -29,7 +31,7 @@ from tpaw.runtime.progress import note
 from tpaw.runtime.watch import Watch
 from tpaw.scoring.score import Precision
 from tpaw.storage.artifacts import is_published, own_folder, read_manifest, write_json
-from tpaw.storage.run_directory import environment
+from tpaw.storage.run_directory import environment, refuse_untrusted_server
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -57,7 +59,7 @@ def answer_rows(
         overrides: settings as section.key=value. They override the configuration of the run, or
             the defaults for a model.
         stop: tells whether the user asked for a stop.
-        trust: whether a run may ask for `model.trust_remote_code`.
+        trust: whether a run may ask for `model.trust_remote_code` or for a generation server.
 
     Returns:
         The folder.
@@ -70,6 +72,8 @@ def answer_rows(
     watch = Watch(stop)
     checkpoint = find_checkpoint(reference, trust=trust)
     config, source, found = _configured(checkpoint, data, overrides)
+    if checkpoint.run is not None:
+        refuse_untrusted_server(config.generate, checkpoint.run, trust=trust)
     tokenizer, stop_ids = _tokenizer(checkpoint, config)
     with watch.progress("read and tokenize", None, "records") as on_done:
         prepared = prepare_examples(source, KEY, tokenizer, stop_ids, config.max_length, on_done)
@@ -152,7 +156,7 @@ def _settings(
         "seed": config.seed,
         "precision": config.precision,
         "shard_size": config.generate.shard_size,
-    }
+    } | ({} if config.generate.backend == "hf" else {"backend": config.generate.backend})
 
 
 def _generate(
@@ -167,12 +171,17 @@ def _generate(
     device = pick_device(config.device)
     dtype = Precision(device.type, config.precision == "bf16").dtype
     title = f"generate with {checkpoint.name}"
-    with watch.progress(title, len(examples), "prompts") as on_done:
+    servers = Servers(watch.stop.check)
+    hf = hf_opener(lambda player: load_model(player, config.model, dtype=dtype, device=device))
+    with (
+        contextlib.closing(servers),
+        watch.progress(title, len(examples), "prompts") as on_done,
+    ):
         generate_responses(
             folder,
             checkpoint.player,
             examples,
-            hf_opener(lambda player: load_model(player, config.model, dtype=dtype, device=device)),
+            servers.open if config.generate.backend == "server" else hf,
             config.generate,
             lambda ids: str(tokenizer.decode(ids.tolist(), skip_special_tokens=True)),
             params,
