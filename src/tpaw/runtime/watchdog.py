@@ -14,6 +14,7 @@ session of its own, which Ctrl-C and a kill of the parent's process group do not
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import select
 import signal
@@ -21,61 +22,100 @@ import subprocess
 import sys
 import time
 
-SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_BETWEEN_LOOKS = 0.1
+# Even SIGKILL waits for a process that the kernel holds, in a file system that is gone for example.
+SECONDS_TO_KILL = 10.0
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+PR_SET_CHILD_SUBREAPER = 36
 
 
 class _AskedToEnd(Exception):
-    """SIGTERM, SIGINT or SIGHUP has arrived."""
+    """A signal asks for the end."""
+
+
+class Group:
+    """A command, and the process group that it leads.
+
+    Args:
+        command: program and arguments.
+
+    Attributes:
+        exit_code: of the command, 128 plus the signal that killed it; None while it runs.
+    """
+
+    def __init__(self, command: list[str]) -> None:
+        self.exit_code: int | None = None
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=sys.stderr, process_group=0
+        )
+        self.id = self._process.pid
+
+    def is_there(self) -> bool:
+        """Whether some process of the group has not ended."""
+        # Processes that have ended stay in the group until somebody collects them.
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if pid == 0:
+                    break
+                if pid == self.id:
+                    code = os.waitstatus_to_exitcode(status)
+                    self.exit_code = code if code >= 0 else 128 - code
+        return self._signal(0)
+
+    def end(self, grace: float) -> None:
+        """End every process: by SIGTERM, and after `grace` seconds by SIGKILL."""
+        for number, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, SECONDS_TO_KILL)):
+            deadline = time.monotonic() + seconds
+            self._signal(number)
+            while self.is_there() and time.monotonic() < deadline:
+                time.sleep(0.01)
+
+    def _signal(self, number: int) -> bool:
+        try:
+            os.killpg(self.id, number)
+        except (ProcessLookupError, PermissionError):  # macOS says the latter of ended processes
+            return False
+        return True
 
 
 def main() -> int:
     """Run the command until it ends, or until the parent is gone. Return its exit code."""
     parent, grace, *command = sys.argv[1:]
+    _adopt_orphans()
     try:
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=sys.stderr, process_group=0
-        )
+        group = Group(command)
     except OSError as error:
         print(f"{command[0]}: {error.strerror}", flush=True)
         return 127
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, _raise)
     try:
-        print(child.pid, flush=True)
-        while child.poll() is None and os.getppid() == int(parent):
+        print(group.id, flush=True)
+        while group.is_there() and group.exit_code is None and os.getppid() == int(parent):
             # A fork of the parent may hold the pipe open, so its end alone does not suffice.
             if select.select([sys.stdin], [], [], SECONDS_BETWEEN_LOOKS)[0]:
                 break
     except (_AskedToEnd, OSError):
         pass
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    code = child.poll()
-    _end(child, float(grace))
-    return 0 if code is None else code if code >= 0 else 128 - code
+    code = group.exit_code
+    group.end(float(grace))
+    return 0 if code is None else code
+
+
+def _adopt_orphans() -> None:
+    """Collect what children leave behind, where the kernel can (Linux).
+
+    In a container, process 1 often collects nothing, and a group would never become empty.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def _raise(number: int, frame: object) -> None:
     raise _AskedToEnd
-
-
-def _end(child: subprocess.Popen[bytes], grace: float) -> None:
-    """End every process of the group: by SIGTERM, and after `grace` seconds by SIGKILL."""
-    deadline = time.monotonic() + grace
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, number)
-        while _is_there(child) and (number == signal.SIGKILL or time.monotonic() < deadline):
-            time.sleep(0.02)
-
-
-def _is_there(child: subprocess.Popen[bytes]) -> bool:
-    child.poll()  # otherwise its remains would stay in the group
-    try:
-        os.killpg(child.pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 if __name__ == "__main__":
