@@ -174,14 +174,16 @@ def main():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if args.mode in ("stubborn", "parent"):
         pids.append(subprocess.Popen(["sleep", "600"]).pid)
-    if args.pids:
-        with open(args.pids, "a") as file:
-            file.write("".join(f"{pid}\n" for pid in pids))
     print(f"loading {args.model}", flush=True)
     if args.mode == "never":
         print("still compiling", file=sys.stderr, flush=True)
+    if args.pids:
+        with open(args.pids, "a") as file:
+            file.write("".join(f"{pid}\n" for pid in pids))
+    if args.mode == "never":
+        pass
     elif args.mode == "ends":
-        print("CUDA error: out of memory", file=sys.stderr, flush=True)
+        print("RuntimeError: CUDA out of memory", *["\nbye"] * 40, file=sys.stderr, flush=True)
         sys.exit(7)
     else:
         server = GenerationServer(port=args.port, model=args.model)

@@ -337,6 +337,8 @@ class ServerConfig(Section):
         except ValueError as error:
             raise ValueError(f"{brief(command)}: {str(error).lower()}") from None
         _check_placeholders(command, _OF_COMMAND)
+        if not parts:
+            raise ValueError(f"{brief(command)}: it names no program")
         for name in ("port", "model"):
             if f"{{{name}}}" not in command:
                 raise ValueError(f"{brief(command)}: it must contain {{{name}}}")

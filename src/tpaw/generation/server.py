@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import shlex
+import shutil
 import socket
 import tempfile
 import threading
@@ -25,7 +27,7 @@ import numpy as np
 
 from tpaw.config.schema import GenerateConfig, ServerConfig
 from tpaw.data.token_ids import TokenIds
-from tpaw.errors import InputError, ServerError, for_terminal, printable
+from tpaw.errors import InputError, ServerError, brief, for_terminal, printable
 from tpaw.generation.completion_api import WrongReply, completion_request, read_completion
 from tpaw.generation.endpoint import Endpoint, Refused, Unavailable
 from tpaw.generation.generator import Completion, Generator, SamplingParams
@@ -49,6 +51,7 @@ SECONDS_TO_END = 1.0
 # How often a server is started that another program took the port from.
 STARTS = 3
 LINES_OF_LOG = 30
+ERROR = re.compile(r"\b\w*(Error|Exception)\b: ")
 
 
 @dataclass(eq=False)
@@ -421,7 +424,7 @@ class _StartedServer:
         code = self._process.exit_code
         if code is not None:
             self._failed = True
-            raise ServerError(f"{self._name} ended with exit code {code}. {self._end_of_log()}")
+            raise ServerError(f"{self._name} ended with exit code {code}.\n{self._end_of_log()}")
 
     def wait_until_ready(self) -> None:
         """Wait until the server lists its models.
@@ -449,7 +452,7 @@ class _StartedServer:
                 self._failed = True
                 raise ServerError(
                     f"{self._name} was not ready after {self._timeout:g} s "
-                    f"(generate.server.start_timeout): {last}. {self._end_of_log()}"
+                    f"(generate.server.start_timeout): {last}.\n{self._end_of_log()}"
                 )
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
@@ -460,9 +463,33 @@ class _StartedServer:
             self._log.unlink(missing_ok=True)
 
     def _end_of_log(self) -> str:
-        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
-        shown = "".join(f"\n  {for_terminal(line)[:500]}" for line in lines[-LINES_OF_LOG:])
-        return f"The end of its log, {self._log}:{shown or ' it is empty'}"
+        first_error = ""
+        last: deque[str] = deque(maxlen=LINES_OF_LOG)
+        with self._log.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                shown = for_terminal(line.rstrip())[:500]
+                last.append(f"\n  {shown}")
+                # A server ends with many lines about its end; the cause is before them.
+                if not first_error and ERROR.search(line):
+                    first_error = f"The first error in its log: {shown}\n"
+        if not last:
+            return f"Its log, {self._log}, is empty"
+        return f"{first_error}The end of its log, {self._log}:{''.join(last)}"
+
+
+def check_command(server: ServerConfig) -> None:
+    """Check that the program of the command is there. Nothing is started.
+
+    Raises:
+        InputError: it is not.
+    """
+    if server.command is not None:
+        program = shlex.split(server.command)[0]
+        if shutil.which(program) is None:
+            raise InputError(
+                f"generate.server.command: {brief(server.command)}: there is no program "
+                f"{printable(program)}; install it, or give its path (docs/how-to/vllm.md)"
+            )
 
 
 def _serving(endpoint: Endpoint, model: str, tries: int = 3) -> _Served:

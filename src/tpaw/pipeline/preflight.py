@@ -12,6 +12,7 @@ from tpaw.data.inputs import Inputs
 from tpaw.errors import InputError
 from tpaw.evaluation.benchmarks.run import check_suites
 from tpaw.evaluation.exact_match import has_answers
+from tpaw.generation.server import check_command
 from tpaw.logprobs.prepare import prepare_for_logprobs
 from tpaw.models.checks import (
     BUILD_ERRORS,
@@ -42,6 +43,7 @@ def read_and_check(config: RunConfig, output: str | Path, watch: Watch) -> Input
     _refuse_several_processes()
     check_output(output, config)
     check_suites(config.evaluate.suites)
+    check_command(config.generate.server)
     if is_published(RunDirectory(output).inputs):
         check_training(config)  # some of its settings may have changed
         return None
