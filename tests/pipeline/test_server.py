@@ -293,6 +293,8 @@ def test_no_server_is_left_of_a_run_that_is_killed_and_the_run_goes_on(config, t
     code = killed.wait(timeout=60)
     assert code == (-9 if number == signal.SIGKILL else 128 + number), out.read_text()
     wait_for(lambda: not is_alive(server))
+    if number != signal.SIGKILL:
+        assert f"to resume, run: tpaw run {tmp_path / 'run'} --trust" in out.read_text()
     if number == signal.SIGKILL:
         again = Forked(CLI, "run", str(config("well")), *arguments, out=out)
         assert again.wait(timeout=300) == 0, out.read_text()

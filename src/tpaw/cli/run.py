@@ -16,6 +16,7 @@ from tpaw.errors import InputError
 from tpaw.evaluation.benchmarks.suite import load_suites
 from tpaw.storage.run_directory import (
     RunDirectory,
+    needs_trust,
     refuse_untrusted_code,
     refuse_untrusted_server,
 )
@@ -97,7 +98,8 @@ def sft(
 def _run(settings: RunConfig, output: Path) -> None:
     from tpaw.selfplay import self_play
 
-    with stoppable(f"tpaw run {shlex.quote(str(output))}") as stop:
+    trust = " --trust" if needs_trust(settings) else ""
+    with stoppable(f"tpaw run {shlex.quote(str(output))}{trust}") as stop:
         self_play(settings, output, stop)
     _print_summary(RunDirectory(output), settings)
 

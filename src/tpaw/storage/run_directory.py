@@ -322,6 +322,11 @@ def refuse_untrusted_code(model: ModelConfig, run: RunDirectory, *, trust: bool)
         )
 
 
+def needs_trust(config: RunConfig) -> bool:
+    """Whether a run with this configuration needs `--trust` when it is resumed by its directory."""
+    return config.model.trust_remote_code or config.generate.backend == "server"
+
+
 def refuse_untrusted_server(generate: GenerateConfig, run: RunDirectory, *, trust: bool) -> None:
     """Refuse a generation server that the stored configuration of a run starts or asks.
 
