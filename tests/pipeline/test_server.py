@@ -14,6 +14,7 @@ from pathlib import Path
 
 import generation_server
 import pytest
+import torch
 import yaml
 from builders import SAMPLING, ignore
 from fork_server import CLI, Forked
@@ -28,6 +29,7 @@ from tpaw.generation.endpoint import Endpoint, Unavailable
 from tpaw.generation.generator import FakeGenerator
 from tpaw.generation.responses import read_responses
 from tpaw.generation.server import Servers
+from tpaw.pipeline.players import LoadedPlayers
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.selfplay import self_play
 from tpaw.storage.artifacts import read_sealed
@@ -264,6 +266,41 @@ def test_a_stop_while_a_server_starts_is_prompt(tmp_path):
     assert not any(map(is_alive, pids(file)))
 
 
+def test_a_server_and_a_model_are_not_on_a_gpu_together(settings, monkeypatch):
+    settings["generate"] |= {"backend": "server", "server": {"command": STUB}}
+    players = LoadedPlayers(RunConfig.load(settings))
+    events = []
+    player = Player(0, settings["model"]["path"], "f")
+
+    @contextlib.contextmanager
+    def opened(player, config):
+        events.append("serve")
+        yield None
+
+    monkeypatch.setattr(players.servers, "open", opened)
+    monkeypatch.setattr(players.servers, "close", lambda: events.append("close"))
+    model = players.for_scoring(player).model
+    for device, expected in (
+        ("cpu", ["serve"]),
+        ("cuda", ["close", "serve"]),  # nothing is kept any more
+    ):
+        monkeypatch.setattr(players, "device", torch.device(device))
+        with players.open_generator(player, players.config.generate):
+            assert events == expected
+        assert (players._kept is None) == (device == "cuda")
+        events.clear()
+    monkeypatch.setattr("tpaw.pipeline.players.load_model", lambda *args, **kwargs: model)
+    players._load(player, torch.float32)
+    assert events == ["close"]
+    events.clear()
+    players.for_training(player)
+    assert events == ["close"]
+    players.device = torch.device("cpu")
+    events.clear()
+    players.for_training(player)
+    assert events == ["close"]
+
+
 @pytest.fixture
 def config(settings, tmp_path):
     """Writes the configuration of a run whose server has a mode."""
@@ -302,15 +339,15 @@ def test_no_server_is_left_of_a_run_that_is_killed_and_the_run_goes_on(config, t
         for response in read_responses(run.responses(2)):
             assert response.token_ids[-1] == 4 or response.finish_reason == "length"
         assert not any(map(is_alive, pids(tmp_path / "pids")))
-        # θ_0: its evaluation, then D_0. θ_1 the same. θ_2: its evaluation. And the one killed.
-        assert len(pids(tmp_path / "pids")) == 6
+        # One for each of θ_0 (evaluation and D_0), θ_1 and θ_2. And the one that was killed.
+        assert len(pids(tmp_path / "pids")) == 4
 
 
 def test_a_run_of_somebody_else_starts_and_asks_no_server_without_trust(tpaw_, settings, tmp_path):
     executed = tmp_path / "executed"
     server = GenerationServer()
     commands = {
-        "command": f"touch {executed} {{port}} {{model}}",
+        "command": f"sh -c 'touch {executed}' {{port}} {{model}}",
         "endpoints": [server.url],
     }
     for key, value in commands.items():

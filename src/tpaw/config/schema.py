@@ -282,7 +282,7 @@ class ServerConfig(Section):
         None,
         json_schema_extra=CHANGEABLE,
         description="Command that starts a server on this machine, without a shell. TPAW starts it "
-        "for the newest checkpoint and ends it before it loads a model itself. {model}: the "
+        "for the newest checkpoint and ends it before training. {model}: the "
         "checkpoint's folder. {port}: a free port; both are needed. {index}: t of θ_t. Example: "
         "vllm serve {model} --port {port} --host 127.0.0.1 --generation-config vllm. Write "
         "`env NAME=value` before it to set an environment variable.",

@@ -32,7 +32,8 @@ class LoadedPlayers:
     loads weights rounded to bf16, and scoring computes with fp32 weights under autocast, as
     training does.
 
-    A generation server counts as a player in memory: it ends before another player is loaded.
+    A generation server ends before training begins. On a GPU it also ends before a player is
+    loaded, because both need the memory.
 
     Args:
         config: the run's configuration.
@@ -76,16 +77,22 @@ class LoadedPlayers:
         gc.collect()  # a trainer and its policy refer to each other
         torch.cuda.empty_cache()
 
+    @property
+    def _shares_memory(self) -> bool:
+        """Whether a server and a player in this process must not be in memory together."""
+        return self.device.type == "cuda"
+
     @contextlib.contextmanager
     def _open_server(self, player: Player, config: GenerateConfig) -> Iterator[Generator]:
-        if config.server.command is not None and self._kept is not None:
-            self.release()  # the server may need this memory
+        if config.server.command is not None and self._shares_memory and self._kept is not None:
+            self.release()
         with self.servers.open(player, config) as generator:
             yield generator
 
     def _load(self, player: Player, dtype: torch.dtype) -> PreTrainedModel:
         if self._kept is None or self._kept[:2] != (player.fingerprint, dtype):
-            self.servers.close()
+            if self._shares_memory:
+                self.servers.close()
             self._kept = self._scorer = None
             model = load_model(player, self.config.model, dtype=dtype, device=self.device)
             if dtype == torch.float32 and self.config.train.weights == "split":
