@@ -16,7 +16,7 @@ import tpaw.generation.endpoint
 import tpaw.generation.server
 from tpaw.config.schema import GenerateConfig, ServerConfig
 from tpaw.data.token_ids import token_ids
-from tpaw.errors import ServerError
+from tpaw.errors import MemoryShortageError, ServerError
 from tpaw.generation.generator import FakeGenerator
 from tpaw.generation.server import Servers
 from tpaw.team import Player
@@ -222,6 +222,38 @@ def test_a_prompt_that_one_server_cannot_answer_goes_to_the_other(serve):
     assert ids(answers(bad, good, prompts=prompts, in_flight=2))[0] == [9, 4]
     with refused("HTTP 500", "kernel", "prompt 0", "1 tokens", "are answered", error=ServerError):
         answers(bad, prompts=prompts, in_flight=2)
+
+
+def test_a_prompt_that_nobody_is_left_for_ends_the_work(serve):
+    """One server cannot answer it, and the other one dies while it is there or waits for it."""
+    bad_is_asked = threading.Event()
+
+    def misbehave(body, reply):
+        if body["prompt"] == [9]:
+            bad_is_asked.set()
+            return 500, {"error": {"message": "kernel"}}
+        time.sleep(0.002)
+        return reply
+
+    def die(body, reply):
+        if not bad_is_asked.wait(0.001):
+            return reply
+        other.server.server_close()
+        return None
+
+    bad, other = serve(misbehave=misbehave), serve(misbehave=die)
+    prompts = [(9,), *((i + 10,) for i in range(60))]
+    with pytest.raises(ServerError, match="prompt 0 of its shard"):
+        answers(bad, other, prompts=prompts, in_flight=2)
+
+
+def test_a_generator_whose_servers_are_gone_says_so_each_time(serve):
+    server = serve()
+    with generator(server) as opened:
+        server.close()
+        for _ in range(2):
+            with pytest.raises(ServerError, match="no generation server answers"):
+                opened.generate([token_ids([5])], SAMPLING, 0, ignore)
 
 
 def test_a_busy_server_is_waited_for_as_long_as_it_answers_something(serve):
@@ -433,6 +465,25 @@ def test_the_work_can_go_on_with_the_same_generator_after_a_stop(serve):
         with pytest.raises(KeyboardInterrupt):
             opened.generate([token_ids([5])], SAMPLING, 0, stop)
         assert ids(opened.generate([token_ids([5])], SAMPLING, 0, ignore)) == [[5, 4]]
+
+
+def test_threads_that_run_out_name_the_setting(serve, monkeypatch):
+    def start(self):
+        raise RuntimeError("can't start new thread")
+
+    server = serve()
+    with generator(server, in_flight=9) as opened:
+        monkeypatch.setattr(threading.Thread, "start", start)
+        with pytest.raises(MemoryShortageError, match="generate.server.in_flight: 9"):
+            opened.generate([token_ids([5])], SAMPLING, 0, ignore)
+
+
+def test_a_template_is_filled_once():
+    player = Player(2, "/runs/{port} {index}/x", "f")
+    fill = tpaw.generation.server._fill
+    assert fill("{model}|{index}|{port}|{other}", player, port=7) == (
+        "/runs/{port} {index}/x|2|7|{other}"
+    )
 
 
 def test_an_error_in_a_thread_reaches_the_caller(serve, monkeypatch):

@@ -31,6 +31,7 @@ from tpaw.errors import InputError, ServerError, brief, for_terminal, printable
 from tpaw.generation.completion_api import WrongReply, completion_request, read_completion
 from tpaw.generation.endpoint import Endpoint, Refused, Unavailable
 from tpaw.generation.generator import Completion, Generator, SamplingParams
+from tpaw.runtime.memory import memory_limited_by
 from tpaw.runtime.process_group import ProcessGroup
 from tpaw.runtime.progress import OnDone, note
 from tpaw.team import Player
@@ -83,12 +84,15 @@ class _Row:
 
     Attributes:
         number: its place in the shard.
-        failed_at: endpoints that answer other prompts, but not this one.
+        failed_at: endpoints that answer other prompts, but not this one; and why.
     """
 
     number: int
     prompt: TokenIds
-    failed_at: set[str] = field(default_factory=set)
+    failed_at: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"prompt {self.number} of its shard, {len(self.prompt)} tokens"
 
 
 class ServerGenerator:
@@ -136,6 +140,7 @@ class ServerGenerator:
         for served in self._served:
             if served.failure is not None:
                 served.revive(self._model)
+        asked = _asked(self._served)
         work = _Work(self._served, prompts)
 
         def ask(row: _Row, at: _Served) -> Completion:
@@ -157,14 +162,14 @@ class ServerGenerator:
 
         threads = [
             threading.Thread(target=work.serve, args=(served, ask), daemon=True)
-            for served in self._served
-            if served.failure is None
+            for served in asked
             for _ in range(min(self._config.in_flight, len(prompts)))
         ]
         found: dict[int, Completion] = {}
         try:
-            for thread in threads:
-                thread.start()
+            with memory_limited_by("generate.server.in_flight", self._config.in_flight):
+                for thread in threads:
+                    thread.start()
             while len(found) < len(prompts):
                 try:
                     result = work.finished.get(timeout=SECONDS_BETWEEN_LOOKS)
@@ -253,9 +258,7 @@ class _Work:
                 self._stopped.wait(self._seconds_to_wait(tries, error.wait))
             except (Refused, WrongReply) as error:
                 where = "" if isinstance(error, Refused) else f"{served.endpoint.url}: "
-                raise ServerError(
-                    f"{where}{error} (prompt {row.number} of its shard, {len(row.prompt)} tokens)"
-                ) from None
+                raise ServerError(f"{where}{error} ({row})") from None
             else:
                 with self._changed:
                     served.successes += 1
@@ -265,35 +268,48 @@ class _Work:
                 self.finished.put((row.number, completion))
                 return
 
-    def _give_back(self, row: _Row) -> None:
-        with self._changed:
-            self._waiting.appendleft(row)
-            self._changed.notify_all()
-
     def _give_up(self, row: _Row, served: _Served, why: str, *, answers_others: bool) -> None:
         """An endpoint has not answered a row after all tries: leave the row to the others."""
-        with self._changed:
-            if answers_others:
-                row.failed_at.add(served.endpoint.url)
-            elif served.failure is None:
-                served.failure = why
-                note(f"{served.endpoint.url} does not answer and is no longer asked: {why}")
-            asked = [s for s in self._served if s.failure is None]
-            if not asked:
-                reasons = "".join(f"\n  {s.failure}" for s in self._served)
-                raise ServerError(f"no generation server answers:{reasons}")
-            if all(s.endpoint.url in row.failed_at for s in asked):
-                raise ServerError(
-                    f"{why} (prompt {row.number} of its shard, {len(row.prompt)} tokens); other "
-                    "prompts are answered"
-                )
+        if answers_others:
+            row.failed_at[served.endpoint.url] = why
+        elif served.failure is None:
+            served.failure = why
+            note(f"{served.endpoint.url} does not answer and is no longer asked: {why}")
         self._give_back(row)
+
+    def _give_back(self, row: _Row) -> None:
+        """Let another endpoint take the row.
+
+        Raises:
+            ServerError: there is none for this row, or for one that waits.
+        """
+        with self._changed:
+            self._waiting.appendleft(row)
+            asked = _asked(self._served)
+            for waiting in self._waiting:
+                if all(served.endpoint.url in waiting.failed_at for served in asked):
+                    why = waiting.failed_at[asked[0].endpoint.url]
+                    raise ServerError(f"{why} ({waiting}); other prompts are answered")
+            self._changed.notify_all()
 
     def _seconds_to_wait(self, tries: int, asked: float) -> float:
         wait: float = min(FIRST_WAIT * 2 ** (tries - 1), LONGEST_WAIT)
         # Threads that failed together must not try again together.
         wait *= 0.5 + 0.5 * self._random.random()
         return max(wait, min(asked, LONGEST_ASKED_WAIT))
+
+
+def _asked(served: Sequence[_Served]) -> list[_Served]:
+    """The endpoints that answer.
+
+    Raises:
+        ServerError: there is none.
+    """
+    asked = [s for s in served if s.failure is None]
+    if not asked:
+        reasons = "".join(f"\n  {s.failure}" for s in served)
+        raise ServerError(f"no generation server answers:{reasons}")
+    return asked
 
 
 def _row_seed(seed: int, number: int) -> int:
@@ -353,9 +369,7 @@ class Servers:
                 note(f"{error}; the other endpoints are asked")
                 served.append(_Served(endpoint, False, failure=str(error)))
             self._check()
-        if all(s.failure is not None for s in served):
-            reasons = "".join(f"\n  {s.failure}" for s in served)
-            raise ServerError(f"no generation server answers:{reasons}")
+        _asked(served)
         return served
 
     def _start(self, player: Player, server: ServerConfig, model: str) -> _StartedServer:
@@ -524,9 +538,8 @@ def _fill(template: str, player: Player, **more: Any) -> str:
     """Replace the placeholders of a template, such as {model}."""
     folder = str(Path(player.path).resolve())
     values = {"model": folder, "adapter": folder, "index": player.index, **more}
-    for name, value in values.items():
-        template = template.replace(f"{{{name}}}", str(value))
-    return template
+    # In one pass: a folder may have braces in its name.
+    return re.sub(r"{(\w+)}", lambda found: str(values.get(found[1], found[0])), template)
 
 
 def _free_port() -> int:
