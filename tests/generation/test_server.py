@@ -70,6 +70,16 @@ def closed_port():
     return server.url
 
 
+def patient(seconds=20.0):
+    """An `on_done` that ends a test that would hang."""
+    deadline = time.monotonic() + seconds
+
+    def on_done(count):
+        assert time.monotonic() < deadline, "it hangs"
+
+    return on_done
+
+
 def once(*replies):
     """Misbehave so for the first replies, then answer rightly."""
     left = list(replies)
@@ -244,7 +254,66 @@ def test_a_prompt_that_nobody_is_left_for_ends_the_work(serve):
     bad, other = serve(misbehave=misbehave), serve(misbehave=die)
     prompts = [(9,), *((i + 10,) for i in range(60))]
     with pytest.raises(ServerError, match="prompt 0 of its shard"):
-        answers(bad, other, prompts=prompts, in_flight=2)
+        answers(bad, other, prompts=prompts, in_flight=2, on_done=patient())
+
+
+def test_a_prompt_that_waits_for_a_server_that_dies_ends_the_work(serve):
+    """It was given back by the only server that is left, which cannot answer it."""
+    has_failed, is_given_back = threading.Event(), threading.Event()
+
+    def fail_one(body, reply):
+        if body["prompt"] == [9]:
+            has_failed.set()
+            return 500, {"error": {"message": "kernel"}}
+        if has_failed.is_set():  # the only thread has another prompt now
+            is_given_back.set()
+        # Other prompts are answered meanwhile, so the server is not taken for dead.
+        return reply
+
+    def die(body, reply):
+        is_given_back.wait(10)
+        other.server.server_close()
+        return None
+
+    bad, other = serve(misbehave=fail_one), serve(misbehave=die)
+    prompts = [(9,), *((i + 10,) for i in range(8))]
+    with generator(bad, other, in_flight=1) as opened:
+        # The server answers something between the tries of its only thread.
+        bad_served, _ = opened._served
+        original = bad_served.endpoint.complete
+
+        def complete(request):
+            try:
+                return original(request)
+            finally:
+                bad_served.successes += 1
+
+        bad_served.endpoint.complete = complete
+        with pytest.raises(ServerError, match="kernel.*prompt 0 of its shard"):
+            opened.generate([token_ids(p) for p in prompts], SAMPLING, 0, patient())
+
+
+def test_a_server_that_has_nothing_left_to_do_waits_for_the_prompts_of_one_that_dies(serve):
+    others_are_done = threading.Event()
+    count = 0
+
+    def answer(body, reply):
+        nonlocal count
+        count += 1
+        if count == 9:
+            others_are_done.set()
+        return reply
+
+    def die(body, reply):
+        others_are_done.wait(10)
+        time.sleep(0.05)  # the other server's reply arrives first
+        dying.server.server_close()
+        return None
+
+    dying, other = serve(misbehave=die), serve(misbehave=answer)
+    prompts = [(i + 10,) for i in range(10)]
+    found = answers(dying, other, prompts=prompts, in_flight=1, on_done=patient())
+    assert len(found) == 10
 
 
 def test_a_generator_whose_servers_are_gone_says_so_each_time(serve):

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -42,7 +43,8 @@ PLAYER = Player(0, "/models/theta", "f")
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch):
+def _quick(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # logs of servers that fail are kept
     monkeypatch.setattr(tpaw.generation.server, "SECONDS_BETWEEN_LOOKS", 0.02)
     monkeypatch.setattr(tpaw.generation.server, "FIRST_WAIT", 0.01)
 
@@ -204,7 +206,6 @@ def test_a_server_that_does_not_get_ready_shows_its_log_and_is_ended(
     assert not any(map(is_alive, pids(file)))
     log = Path(re.search(LOG["log"], str(caught.value))[0])
     assert "still compiling" in log.read_text()  # it is kept
-    log.unlink()
 
 
 @pytest.mark.process
@@ -325,11 +326,13 @@ def test_no_server_is_left_of_a_run_that_is_killed_and_the_run_goes_on(config, t
     arguments = ("-o", str(tmp_path / "run"))
     killed = Forked(CLI, "run", str(config("hangs")), *arguments, out=out)
     [server] = wait_for(lambda: pids(tmp_path / "pids"))
-    wait_for(lambda: "log" in out.read_text())
+    log = Path(wait_for(lambda: re.search(LOG["log"], out.read_text()))[0])
     killed.send_signal(number)
     code = killed.wait(timeout=60)
     assert code == (-9 if number == signal.SIGKILL else 128 + number), out.read_text()
     wait_for(lambda: not is_alive(server))
+    assert log.exists() == (number == signal.SIGKILL)
+    log.unlink(missing_ok=True)
     if number != signal.SIGKILL:
         assert f"to resume, run: tpaw run {tmp_path / 'run'} --trust" in out.read_text()
     if number == signal.SIGKILL:

@@ -15,6 +15,8 @@ from tpaw.runtime import watchdog
 
 # Seconds between SIGTERM and SIGKILL.
 GRACE = 15.0
+# What the watchdog may take itself, on a machine with much to do.
+SECONDS_OF_WATCHDOG = 10.0
 
 
 class ProcessGroup:
@@ -62,7 +64,7 @@ class ProcessGroup:
             self._watchdog.stdin.close()
         self._watchdog.terminate()  # a fork of this process may hold the pipe open
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._watchdog.wait(2 * GRACE)
+            self._watchdog.wait(GRACE + watchdog.SECONDS_TO_KILL + SECONDS_OF_WATCHDOG)
         self._watchdog.kill()
         self._watchdog.wait()
         if self._group is not None:  # somebody may have killed the watchdog
