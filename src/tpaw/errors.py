@@ -5,6 +5,7 @@ An error about a setting reads `<key>: <value>: <what is wrong>; <what to do>`.
 
 from __future__ import annotations
 
+import re
 import reprlib
 from typing import Any
 
@@ -61,6 +62,12 @@ class JudgeError(TpawError):
     exit_code = 3
 
 
+class ServerError(TpawError):
+    """No generation server answers, or a reply is wrong. Published responses are kept."""
+
+    exit_code = 3
+
+
 class Interrupted(TpawError):
     """The work stopped at a safe point because the user asked for it."""
 
@@ -98,6 +105,12 @@ def printable(text: str, width: int = 200) -> str:
     """
     shown = for_terminal(text).replace("\n", "\\n")
     return shown if len(shown) <= width else shown[: width - 1] + "…"
+
+
+def public_url(url: str) -> str:
+    """Return a URL without user name, password, query and fragment, which may hold a key."""
+    scheme, slashes, rest = re.split("[?#]", url, maxsplit=1)[0].rpartition("://")
+    return scheme + slashes + rest.rpartition("@")[2]
 
 
 def first_line(error: BaseException) -> str:

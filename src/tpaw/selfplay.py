@@ -45,7 +45,7 @@ def self_play(
     Args:
         output: the run directory. It is created if it does not exist.
         stop: a signal that stops the run at its next safe point.
-        open_generator: opens whatever generates responses. Default: the Hugging Face model.
+        open_generator: opens whatever generates responses. Default: `generate.backend`.
 
     Returns:
         The last checkpoint, θ_T.

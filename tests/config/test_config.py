@@ -352,3 +352,68 @@ def test_the_configuration_in_the_readme_loads(tmp_path):
     config = RunConfig.load(str(tmp_path / "mine.yaml"))
     assert config.train.epochs == (2, 2, 1, 1)
     assert config.evaluate.data.path == "heldout.jsonl"
+
+
+COMMAND = "vllm serve {model} --port {port}"
+SERVER = {
+    "command": COMMAND,
+    "unknown": "vllm serve {model} --port {port} --tp {gpus}",
+    "no_port": "vllm serve {model}",
+    "no_model": "vllm serve my/model --port {port}",
+    "quote": "vllm serve '{model} --port {port}",
+    "empty": " ",
+    "key": "vllm serve {model} --port {port} --api-key sk-123",
+    "token": "env HF_TOKEN=hf_123 vllm serve {model} --port {port}",
+}
+
+
+def served(**server):
+    """The mapping of a configuration that generates by servers."""
+    model = {"model": {"path": "m"}, "data": {"path": "d"}}
+    return model | {"generate": {"backend": "server", "server": server}}
+
+
+@by_first(
+    ("name", "server", "parts"),
+    [
+        ("neither", {}, ["neither", "command", "endpoints"]),
+        ("both", {"command": COMMAND, "endpoints": "http://a:1/v1"}, ["both"]),
+        ("unknown", {"command": SERVER["unknown"]}, ["{gpus}", "{model}, {adapter}, {index}"]),
+        ("no_port", {"command": SERVER["no_port"]}, ["{port}"]),
+        ("no_model", {"command": SERVER["no_model"]}, ["{model}"]),
+        ("quote", {"command": SERVER["quote"]}, ["no closing quotation"]),
+        ("empty", {"command": SERVER["empty"]}, ["names no program"]),
+        ("key", {"command": SERVER["key"]}, ["api_key", "VLLM_API_KEY"]),
+        ("token", {"command": SERVER["token"]}, ["HF_TOKEN"]),
+        ("name", {"command": COMMAND, "model": "theta-{port}"}, ["model", "{port}"]),
+        ("no_url", {"endpoints": ["gpu-7:8000"]}, ["endpoints", "gpu-7:8000", "http://"]),
+        (
+            "password",
+            {"endpoints": "http://me:secret@a/v1"},
+            ["http://a/v1", "_API_KEY"],
+        ),
+        ("query", {"endpoints": "http://a/v1?key=secret"}, ["http://a/v1", "_API_KEY"]),
+        ("twice", {"endpoints": ["http://a/v1", "http://a/v1"]}, ["twice"]),
+        ("in_flight", {"command": COMMAND, "in_flight": 0}, ["generate.server.in_flight", "0"]),
+        ("comand", {"comand": COMMAND}, ["generate.server.comand", "generate.server.command"]),
+    ],
+)
+def test_a_generation_server_that_cannot_be_used_is_refused(name, server, parts):
+    with refused("generate.server", *parts) as caught:
+        RunConfig.load(served(**server))
+    for secret in ("secret", "sk-123", "hf_123"):
+        assert secret not in str(caught.value)
+
+
+def test_settings_of_servers_without_servers_are_refused():
+    with refused("generate.server", COMMAND, "generate.backend"):
+        RunConfig.load(served(command=COMMAND), overrides=["generate.backend=hf"])
+    with refused("generate.temperature", "0.001", "0.01"):
+        RunConfig.load(served(command=COMMAND), overrides=["generate.temperature=0.001"])
+
+
+def test_another_server_may_go_on_with_a_run():
+    config = RunConfig.load(served(command=COMMAND))
+    other = RunConfig.load(served(endpoints=["http://a/v1"], in_flight=3, model="theta-{index}"))
+    plain = RunConfig.load({"model": {"path": "m"}, "data": {"path": "d"}})
+    assert differences(config, other) == differences(config, plain) == []

@@ -14,7 +14,12 @@ from tpaw.config.files import recipe_summaries, to_yaml
 from tpaw.config.schema import RunConfig
 from tpaw.errors import InputError
 from tpaw.evaluation.benchmarks.suite import load_suites
-from tpaw.storage.run_directory import RunDirectory, refuse_untrusted_code
+from tpaw.storage.run_directory import (
+    RunDirectory,
+    needs_trust,
+    refuse_untrusted_code,
+    refuse_untrusted_server,
+)
 from tpaw.storage.run_directory import restart_iteration as discard_training
 
 app = typer.Typer()
@@ -94,7 +99,8 @@ def sft(
 def _run(settings: RunConfig, output: Path) -> None:
     from tpaw.selfplay import self_play
 
-    with stoppable(f"tpaw run {shlex.quote(str(output))}") as stop:
+    trust = " --trust" if needs_trust(settings) else ""
+    with stoppable(f"tpaw run {shlex.quote(str(output))}{trust}") as stop:
         self_play(settings, output, stop)
     _print_summary(RunDirectory(output), settings)
 
@@ -226,6 +232,7 @@ def _load(sources: list[str], overrides: list[str], trust: bool) -> RunConfig:
     load_suites(config.evaluate.suites, trust=trust)
     for run in used:
         refuse_untrusted_code(config.model, run, trust=trust)
+        refuse_untrusted_server(config.generate, run, trust=trust)
     return config
 
 

@@ -10,7 +10,11 @@ import typer
 
 from tpaw.cli.common import Command, Trust, console_of_stdout, stoppable
 from tpaw.evaluation.benchmarks.suite import load_suites
-from tpaw.storage.run_directory import RunDirectory, refuse_untrusted_code
+from tpaw.storage.run_directory import (
+    RunDirectory,
+    refuse_untrusted_code,
+    refuse_untrusted_server,
+)
 from tpaw.study.config import read_study, study_names
 
 app = typer.Typer()
@@ -65,6 +69,8 @@ def prepare(directory: Path, trust: Trust = False) -> None:
     from tpaw.study.sharing import prepare_shared
 
     run = RunDirectory(directory)
-    refuse_untrusted_code(run.load_config().model, run, trust=trust)
+    config = run.load_config()
+    refuse_untrusted_code(config.model, run, trust=trust)
+    refuse_untrusted_server(config.generate, run, trust=trust)
     with stoppable(f"tpaw prepare {shlex.quote(str(directory))}") as stop:
         prepare_shared(directory, stop)

@@ -8,15 +8,17 @@ comment, and `tpaw config schema` prints the JSON schema. `files.py` reads and w
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic.config import JsonDict
 
 from tpaw.config.files import load_tree
 from tpaw.config.messages import validate_as
-from tpaw.errors import brief, printable
+from tpaw.errors import brief, printable, public_url
 from tpaw.team import Newest
 
 Scalar = TypeVar("Scalar")
@@ -36,6 +38,7 @@ PerIteration = Annotated[Scalar | tuple[Scalar, ...], BeforeValidator(_as_tuple)
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Rounds = Annotated[int, Field(ge=1, le=1_000)]
 LARGEST = 1e6
+LOWEST_SERVER_TEMPERATURE = 0.01
 Positive = Annotated[float, Field(gt=0, le=LARGEST)]
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_strings)]
 
@@ -330,6 +333,128 @@ class ObjectiveConfig(Section):
     )
 
 
+# What a template of the section `generate.server` may contain in braces.
+_OF_COMMAND = ("model", "adapter", "index", "port")
+_OF_NAME = ("model", "adapter", "index")
+
+
+class ServerConfig(Section):
+    """The servers of the backend server: OpenAI-compatible, with token ids (vLLM, SGLang).
+
+    Set command or endpoints. If the servers need a key, set TPAW_SERVER_API_KEY in the environment.
+    """
+
+    command: str | None = Field(
+        None,
+        json_schema_extra=CHANGEABLE,
+        description="Command that starts a server on this machine, without a shell. TPAW starts it "
+        "for the newest checkpoint and ends it before training. {model}: the "
+        "checkpoint's folder. {port}: a free port; both are needed. {index}: t of θ_t. Example: "
+        "vllm serve {model} --port {port} --host 127.0.0.1 --generation-config vllm. Write "
+        "`env NAME=value` before it to set an environment variable.",
+    )
+    endpoints: Strings = Field(
+        (),
+        json_schema_extra=CHANGEABLE,
+        description="Base URLs of servers that you run, such as http://gpu-7:8000/v1. They must "
+        "serve the newest checkpoint; a run stops if they serve another model, and goes on with "
+        "the same command once they serve this one. Prompts of an endpoint that fails go to the "
+        "others.",
+    )
+    model: str = Field(
+        "{model}",
+        json_schema_extra=CHANGEABLE,
+        description="Name under which a server serves the checkpoint. {model}: the checkpoint's "
+        "folder, which is the name that vLLM and SGLang use if they are given none. {index}: t of "
+        "θ_t, as in theta-{index}.",
+    )
+    in_flight: Count = Field(
+        256,
+        json_schema_extra=CHANGEABLE,
+        description="Largest number of requests that wait for a reply at a time, for each server.",
+    )
+    logprobs: bool = Field(
+        True,
+        json_schema_extra=CHANGEABLE,
+        description="Ask for the log-prob of each response token, and report how far the server's "
+        "log-probs are from TPAW's. Training never uses them. Set it to false for a server that "
+        "gives none.",
+    )
+    start_timeout: Positive = Field(
+        1800.0,
+        json_schema_extra=CHANGEABLE,
+        description="Seconds that a server started by command may take to get ready. It has no "
+        "effect on endpoints.",
+    )
+    request_timeout: Positive = Field(
+        1800.0,
+        json_schema_extra=CHANGEABLE,
+        description="Seconds until the reply to a request must be complete, waiting time inside "
+        "the server included.",
+    )
+
+    @field_validator("command")
+    @classmethod
+    def _can_be_filled(cls, command: str | None) -> str | None:
+        if command is None:
+            return None
+        try:
+            parts = shlex.split(command)
+        except ValueError as error:
+            raise ValueError(f"{brief(command)}: {str(error).lower()}") from None
+        _check_placeholders(command, _OF_COMMAND)
+        if not parts:
+            raise ValueError(f"{brief(command)}: it names no program")
+        for name in ("port", "model"):
+            if f"{{{name}}}" not in command:
+                raise ValueError(f"{brief(command)}: it must contain {{{name}}}")
+        for part in parts:
+            name = part.partition("=")[0].lstrip("-").replace("-", "_")
+            if _SECRET.search(name):
+                raise ValueError(
+                    f"the option {printable(name)} cannot be in it: the configuration is stored in "
+                    "the run directory; set the server's own variable in the environment, such as "
+                    "VLLM_API_KEY"
+                )
+        return command
+
+    @field_validator("model")
+    @classmethod
+    def _is_name(cls, model: str) -> str:
+        _check_placeholders(model, _OF_NAME)
+        return model
+
+    @field_validator("endpoints")
+    @classmethod
+    def _are_urls(cls, endpoints: tuple[str, ...]) -> tuple[str, ...]:
+        for url in endpoints:
+            try:
+                parts = urlsplit(url)
+                is_url = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+            except ValueError:
+                is_url = False
+            if not is_url:
+                raise ValueError(
+                    f"{brief(public_url(url))}: not a URL; it must begin with http:// or https://"
+                )
+            if public_url(url) != url:
+                raise ValueError(
+                    f"{brief(public_url(url))}: a user name, a password or a query cannot be in "
+                    "it: the configuration is stored in the run directory; set "
+                    "TPAW_SERVER_API_KEY in the environment"
+                )
+        if len(set(endpoints)) < len(endpoints):
+            raise ValueError(f"{brief(list(endpoints))}: an endpoint occurs twice")
+        return endpoints
+
+
+def _check_placeholders(template: str, known: Sequence[str]) -> None:
+    for name in re.findall(r"{(\w*)}", template):
+        if name not in known:
+            allowed = ", ".join(f"{{{k}}}" for k in known)
+            raise ValueError(f"{brief(template)}: {{{name}}} is not known; known: {allowed}")
+
+
 class GenerateConfig(Section):
     """How the newest checkpoint generates responses.
 
@@ -337,12 +462,21 @@ class GenerateConfig(Section):
     dpo generate responses only to evaluate held-out records.
     """
 
+    backend: Literal["hf", "server"] = Field(
+        "hf",
+        json_schema_extra=CHANGEABLE,
+        description="hf: the model in this process. server: an OpenAI-compatible server that takes "
+        "and gives token ids, such as vLLM or SGLang (docs/how-to/vllm.md). A seed gives other "
+        "responses from another backend. Published responses are kept. Benchmark suites use the "
+        "model in this process with either.",
+    )
+    server: ServerConfig = ServerConfig()
     temperature: float = Field(
         1.0,
         ge=1e-5,  # a logit divided by less could overflow
         le=1000,
-        description="Sampling temperature, at least 1e-5. Values below 1 favour likely tokens. It "
-        "has no effect on exact match, which decodes greedily.",
+        description="Sampling temperature, at least 1e-5, or 0.01 with the backend server. Values "
+        "below 1 favour likely tokens. It has no effect on exact match, which decodes greedily.",
     )
     top_p: float = Field(
         1.0,
@@ -368,7 +502,7 @@ class GenerateConfig(Section):
         description="Token budget of a generation batch: (prompt + max_new_tokens) × sequences. "
         "Lower it if generation runs out of memory. It decides only memory use and speed, except "
         "for a model without continuous batching (a note names it): there, a seed gives other "
-        "responses for another budget. Published responses are kept.",
+        "responses for another budget. Published responses are kept. It has no effect on a server.",
     )
     shard_size: Count = Field(
         1024,
@@ -687,6 +821,27 @@ class RunConfig(Section):
                         f"{name}.{info.alias or field}: {brief(_plain(value))}: method "
                         f"{self.method} does not use this setting; remove it"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _backend_fits(self) -> RunConfig:
+        server, default = self.generate.server, ServerConfig()
+        given = {key: value for key, value in server if value != getattr(default, key)}
+        if self.generate.backend == "hf":
+            if given:
+                raise ValueError(
+                    f"generate.server: {brief(given)}: the backend hf does not use this; set "
+                    "generate.backend to server, or remove these settings"
+                )
+            return self
+        if (server.command is None) == (not server.endpoints):
+            found = "both are set" if server.endpoints else "neither is set"
+            raise ValueError(f"generate.server: {found}; set either command or endpoints")
+        if self.generate.temperature < LOWEST_SERVER_TEMPERATURE:
+            raise ValueError(
+                f"generate.temperature: {self.generate.temperature}: with the backend server it "
+                f"must be at least {LOWEST_SERVER_TEMPERATURE}, because vLLM would raise it to that"
+            )
         return self
 
     def per_iteration(self) -> dict[str, Any]:

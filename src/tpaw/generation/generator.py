@@ -82,10 +82,13 @@ class Completion(NamedTuple):
     Attributes:
         token_ids: int32. The last one is a stop token only if the model emitted it.
         finish_reason: "stop" if a stop token ended the response, "length" if it was truncated.
+        server_logp: the log-prob that a server gives for the response, in nats, summed over its
+            tokens; None from a backend that gives none. It is only compared with TPAW's own.
     """
 
     token_ids: TokenIds
     finish_reason: FinishReason
+    server_logp: float | None = None
 
 
 class Generator(Protocol):

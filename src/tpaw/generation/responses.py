@@ -32,12 +32,14 @@ class Response(NamedTuple):
         token_ids: int32, with the stop token if the model emitted one.
         text: the decoded response.
         finish_reason: "stop", or "length" if the response was truncated.
+        server_logp: see `Completion`.
     """
 
     example_id: str
     token_ids: TokenIds
     text: str
     finish_reason: FinishReason
+    server_logp: float | None = None
 
 
 class PromptShard(NamedTuple):
@@ -144,6 +146,8 @@ def deliver_responses(
         "text": [decode(completion.token_ids) for completion in completions],
         "finish_reason": [completion.finish_reason for completion in completions],
     }
+    if any(completion.server_logp is not None for completion in completions):
+        columns["server_logp"] = [completion.server_logp for completion in completions]
     identical = sum(
         np.array_equal(example.target_ids, completion.token_ids)
         for example, completion in zip(shard.examples, completions, strict=True)
@@ -165,7 +169,7 @@ def read_responses(folder: Path) -> list[Response]:
     responses: list[Response] = []
     for entry in ShardedArtifact(folder).entries:
         table = read_table(folder / entry["path"])
-        columns = (table[field] for field in Response._fields)
+        columns = (table[field] for field in Response._fields if field in table)
         responses += [Response(*row) for row in zip(*columns, strict=True)]
     return responses
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from tpaw.config.schema import RunConfig
-from tpaw.generation.generator import OpenGenerator
+from tpaw.config.schema import GenerateConfig, RunConfig
+from tpaw.generation.generator import Generator, OpenGenerator
 from tpaw.generation.hf import hf_opener
+from tpaw.generation.server import Servers
 from tpaw.logprobs.prepare import prepare_for_logprobs
 from tpaw.models.adapters import AdaptedBase
 from tpaw.models.loading import load_base, load_model, pick_device
+from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.progress import note_once
 from tpaw.scoring.score import Precision, ScoringModel
 from tpaw.team import Player
@@ -34,10 +38,18 @@ class LoadedPlayers:
     Players that are adapters share one base. It is loaded once, in bf16 if that is the precision
     of the run: nobody trains it, so it needs no more bits. All stages use it, with one adapter at
     a time on top.
+
+    A generation server ends before training begins. On a GPU it also ends before a player is
+    loaded, because both need the memory.
+
+    Args:
+        config: the run's configuration.
+        stop: tells a server that starts whether the user asked for a stop.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, stop: StopSignal | None = None) -> None:
         self.config = config
+        self.servers = Servers((stop or StopSignal()).check)
         self.device = pick_device(config.device)
         self.precision = Precision(self.device.type, config.precision == "bf16")
         self._base: AdaptedBase | None = None
@@ -46,7 +58,9 @@ class LoadedPlayers:
 
     @property
     def open_generator(self) -> OpenGenerator:
-        """Generation with the Hugging Face model in this process."""
+        """Generation with the backend of the configuration."""
+        if self.config.generate.backend == "server":
+            return self._open_server
         return hf_opener(lambda player: self._load(player, self.precision.dtype))
 
     def for_scoring(self, player: Player) -> ScoringModel:
@@ -69,11 +83,12 @@ class LoadedPlayers:
         return self._base_of(player).policy(player.adapter_folder, adapter, seed)
 
     def release(self, *, keep_base: bool = False) -> None:
-        """Free the memory of the player that is kept.
+        """Free the memory of the player that is kept, and end its server.
 
         Args:
             keep_base: keep the base of the adapters, if there is one.
         """
+        self.servers.close()
         self._kept = self._scorer = None
         if self._base is not None:
             self._base.take_off()
@@ -82,10 +97,24 @@ class LoadedPlayers:
         gc.collect()  # a trainer and its policy refer to each other
         torch.cuda.empty_cache()
 
+    @property
+    def _shares_memory(self) -> bool:
+        """Whether a server and a player in this process must not be in memory together."""
+        return self.device.type == "cuda"
+
+    @contextlib.contextmanager
+    def _open_server(self, player: Player, config: GenerateConfig) -> Iterator[Generator]:
+        if config.server.command is not None and self._shares_memory and self._kept is not None:
+            self.release()
+        with self.servers.open(player, config) as generator:
+            yield generator
+
     def _load(self, player: Player, dtype: torch.dtype) -> PreTrainedModel:
         if self.config.model.adapter is not None:
             dtype = self.precision.dtype  # the base's, in every stage
         if self._kept is None or self._kept[:2] != (player.fingerprint, dtype):
+            if self._shares_memory:
+                self.servers.close()
             self._kept = self._scorer = None
             if self.config.model.adapter is not None:
                 model = self._base_of(player).put_on(player.adapter_folder)

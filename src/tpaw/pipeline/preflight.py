@@ -13,6 +13,7 @@ from tpaw.data.inputs import Inputs
 from tpaw.errors import InputError
 from tpaw.evaluation.benchmarks.run import check_suites
 from tpaw.evaluation.exact_match import has_answers
+from tpaw.generation.server import check_command
 from tpaw.logprobs.prepare import prepare_for_logprobs
 from tpaw.models.adapters import require_peft
 from tpaw.models.checks import (
@@ -49,6 +50,7 @@ def read_and_check(config: RunConfig, output: str | Path, watch: Watch) -> Input
     check_output(output, config)
     run = RunDirectory(output)
     check_suites(config.evaluate.suites, run, config.iterations)
+    check_command(config.generate.server)
     if is_published(run.inputs):
         check_training(config)  # some of its settings may have changed
         _check_libraries(config)

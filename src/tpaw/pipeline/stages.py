@@ -23,7 +23,7 @@ from tpaw.errors import InputError
 from tpaw.evaluation.benchmarks.run import missing_suites
 from tpaw.evaluation.heldout import HeldoutEvaluation
 from tpaw.generation.generator import Completion, OpenGenerator, SamplingParams
-from tpaw.generation.responses import generate_responses
+from tpaw.generation.responses import generate_responses, read_responses
 from tpaw.models.initial import initial_player
 from tpaw.pipeline.engines import Engine, InProcess, parts
 from tpaw.pipeline.job import TrainingJob
@@ -46,8 +46,9 @@ from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.isolation import isolated
 from tpaw.runtime.progress import OnDone, ignore, note, progress
 from tpaw.runtime.watch import Watch
+from tpaw.scoring.drift import server_drift
 from tpaw.scoring.score import fill_store
-from tpaw.storage.artifacts import is_published, read_manifest, remove_artifacts
+from tpaw.storage.artifacts import is_published, read_manifest, remove_artifacts, write_sealed
 from tpaw.storage.removal import remove_weights
 from tpaw.storage.run_directory import RunDirectory, finish_removals, open_run, verify_run
 from tpaw.team import Player, Team
@@ -64,7 +65,7 @@ def opened_stages(
     """Check everything that can be checked beforehand, then lock the run directory.
 
     Args:
-        open_generator: default: the Hugging Face model in this process.
+        open_generator: default: the backend of the configuration.
 
     Raises:
         InputError: before anything is written.
@@ -91,7 +92,9 @@ def _engine(
 ) -> Iterator[Engine]:
     config, run = data.config, data.published.run
     if config.launch.engine == "in_process":
-        yield InProcess(Worker(config, run, data.inputs.tokenizer, open_generator, stop), data)
+        worker = Worker(config, run, data.inputs.tokenizer, open_generator, stop)
+        with contextlib.closing(worker.players.servers):
+            yield InProcess(worker, data)
         return
     from tpaw.pipeline.ray_engine import RayEngine
 
@@ -206,6 +209,7 @@ class Stages:
                     partial(self.engine.do, task, on_done=on_done),
                     shard_size=self.config.score.shard_size,
                 )
+        self._compare_with_server(players, t)
         self._remove_weights(t, is_trained=False)
 
     def train(self, policy: Player, triples: Sequence[Triple], team: Team, t: int) -> Player:
@@ -291,6 +295,23 @@ class Stages:
         shards = [Sequences(*part) for part in parts(sequences, self.engine.workers)]
         found = dict(self.engine.do(LogpsTask(player), shards, on_done))
         return np.concatenate([found[first] for first in sorted(found)])
+
+    def _compare_with_server(self, players: Sequence[Player], t: int) -> None:
+        """Store how far the log-probs of a server that generated D_t are from our own."""
+        iteration = self.run.iteration(t)
+        newest = next((player for player in players if player.index == t), None)
+        if newest is None or iteration.server_drift.exists():
+            return
+        if not is_published(iteration.responses):  # a baseline
+            return
+        responses = read_responses(iteration.responses)
+        if all(response.server_logp is None for response in responses):
+            return
+        prompts = [example.prompt_ids for example in self.load_examples()]
+        drift = server_drift(prompts, responses, self.published.store(newest))
+        if drift is not None:
+            note(drift.described())
+            write_sealed(iteration.server_drift, drift._asdict())
 
     def _decode(self, ids: TokenIds) -> str:
         return str(self.inputs.tokenizer.decode(ids.tolist(), skip_special_tokens=True))

@@ -53,9 +53,9 @@ class Worker:
         self.config = config
         self.run = run
         self.tokenizer = tokenizer
-        self.players = LoadedPlayers(config)
-        self.open_generator = open_generator or self.players.open_generator
         self.stop = stop or StopSignal()
+        self.players = LoadedPlayers(config, self.stop)
+        self.open_generator = open_generator or self.players.open_generator
 
     def decode(self, ids: TokenIds) -> str:
         """Token ids of a response to text, without special tokens."""

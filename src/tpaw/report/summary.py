@@ -15,10 +15,12 @@ from tpaw.storage.artifacts import (
     read_files,
     read_listed_json,
     read_manifest,
+    read_sealed,
     write_json,
 )
 from tpaw.storage.removal import removed_by
 from tpaw.storage.run_directory import RunDirectory
+from tpaw.storage.seals import SEAL
 
 
 def write_summary(run: RunDirectory, config: RunConfig) -> None:
@@ -42,7 +44,8 @@ def summarise(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
     Returns:
         The content of summary.json. `players` has one entry for each iteration; entry 0 is the SFT
         model. Results that do not exist yet are absent. An entry may hold `evaluation` (see
-        `evaluation/heldout.py`), `responses` (counts of D_{i-1}), `training` (means over the last
+        `evaluation/heldout.py`), `responses` (counts of D_{i-1}), `server_drift` (see
+        `scoring/drift.py`), `training` (means over the last
         half of the steps), `sequences_scored`, `suites` (scores of benchmark suites in percent, by
         suite, with those of each benchmark), `seconds` for each stage, and `checkpoint` (a path
         relative to the run) with `weights_removed_by`, the setting, if its weights were removed.
@@ -78,6 +81,8 @@ def _iteration(run: RunDirectory, i: int, notes: list[str]) -> dict[str, Any]:
             "truncated_share": facts["truncated"] / facts["rows"],
         }
         seconds["generate"] = facts["seconds"]
+    if i > 0 and (drift := run.iteration(i - 1).server_drift).exists():
+        entry["server_drift"] = {k: v for k, v in read_sealed(drift).items() if k != SEAL}
     scored = _scored(run, i)
     if scored:
         entry["sequences_scored"] = sum(shard["sequences"] for shard in scored)

@@ -99,8 +99,9 @@ def progress(
         now = time.monotonic()
         if now - last_line > SECONDS_BETWEEN_LINES:
             last_line = now
-            left = (total - done) * (now - started) / max(done, 1) if total else None
-            ahead = "" if left is None else f" of {total}, {left:.0f} s left"
+            left = (total - done) * (now - started) / done if total and done else None
+            ahead = f" of {total}" if total else ""
+            ahead += "" if left is None else f", {left:.0f} s left"
             console.print_text(f"{description}: {done} {unit}{ahead} {note}")
 
     yield advance_quietly

@@ -17,8 +17,8 @@ from typing import Any
 
 from tpaw.config.changes import differences
 from tpaw.config.files import to_yaml
-from tpaw.config.schema import ModelConfig, RunConfig
-from tpaw.errors import ArtifactError, InputError, StorageError, TpawError
+from tpaw.config.schema import GenerateConfig, ModelConfig, RunConfig
+from tpaw.errors import ArtifactError, InputError, StorageError, TpawError, brief
 from tpaw.runtime.progress import note
 from tpaw.runtime.watch import Watch
 from tpaw.storage.artifacts import (
@@ -87,6 +87,11 @@ class Iteration:
     def responses(self) -> Path:
         """Sharded artifact: D_t, the responses of θ_t."""
         return self.folder / "responses"
+
+    @property
+    def server_drift(self) -> Path:
+        """JSON file, sealed: how far a generation server's log-probs of D_t are from our own."""
+        return self.folder / "server_drift.json"
 
     @property
     def checkpoint(self) -> Path:
@@ -326,6 +331,36 @@ def refuse_untrusted_code(model: ModelConfig, run: RunDirectory, *, trust: bool)
             f"model.trust_remote_code: True: {run.config_file} asks to run the Python code that "
             "comes with the model; add --trust if you trust whoever made this run and its model"
         )
+
+
+def needs_trust(config: RunConfig) -> bool:
+    """Whether a run with this configuration needs `--trust` when it is resumed by its directory."""
+    return config.model.trust_remote_code or config.generate.backend == "server"
+
+
+def refuse_untrusted_server(generate: GenerateConfig, run: RunDirectory, *, trust: bool) -> None:
+    """Refuse a generation server that the stored configuration of a run starts or asks.
+
+    Args:
+        generate: the section `generate` of a configuration that was read from `run`.
+        run: the run directory.
+        trust: whether the user has allowed it (`--trust`).
+
+    Raises:
+        InputError: there is such a server, and `trust` is false.
+    """
+    server = generate.server
+    if trust or generate.backend != "server":
+        return
+    if server.command is not None:
+        raise InputError(
+            f"generate.server.command: {brief(server.command)}: {run.config_file} asks to run this "
+            "command; add --trust if you trust whoever made this run"
+        )
+    raise InputError(
+        f"generate.server.endpoints: {brief(list(server.endpoints))}: {run.config_file} asks to "
+        "send prompts to these servers; add --trust if you trust whoever made this run"
+    )
 
 
 def check_output(root: str | Path, config: RunConfig) -> RunConfig | None:

@@ -19,7 +19,7 @@ from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.progress import note, progress
 from tpaw.storage.artifacts import read_facts
 from tpaw.storage.lock import locked
-from tpaw.storage.run_directory import RunDirectory, check_output
+from tpaw.storage.run_directory import RunDirectory, check_output, needs_trust
 from tpaw.study.config import Condition
 from tpaw.study.sharing import begin_run, begin_shared, is_prepared, shared_name
 
@@ -174,8 +174,7 @@ def _run(todo: Sequence[StudyRun], shared: Path, pool: _Pool) -> dict[str, str]:
 
 def _command(name: str, folder: Path, config: RunConfig) -> list[str]:
     # The study's file is the user's own, so what it allows is allowed in its run directories.
-    is_code = config.model.trust_remote_code or config.evaluate.suites
-    trust = ["--trust"] if is_code else []
+    trust = ["--trust"] if needs_trust(config) or config.evaluate.suites else []
     return [name, str(folder), *trust]
 
 

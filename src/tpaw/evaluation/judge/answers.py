@@ -6,6 +6,7 @@ shards. An interruption costs at most one shard.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from tpaw.data.token_ids import TokenIds
 from tpaw.errors import InputError
 from tpaw.evaluation.judge.outputs import OUTPUTS
 from tpaw.generation.generator import SamplingParams
-from tpaw.generation.hf import HFGenerator
+from tpaw.generation.hf import hf_opener
 from tpaw.generation.responses import (
     PromptShard,
     Response,
@@ -26,6 +27,7 @@ from tpaw.generation.responses import (
     generate_responses,
     read_responses,
 )
+from tpaw.generation.server import Servers
 from tpaw.models.checks import check_model, check_vocabulary
 from tpaw.models.loading import load_model, pick_device
 from tpaw.models.references import Checkpoint, find_checkpoint
@@ -36,7 +38,7 @@ from tpaw.runtime.progress import note
 from tpaw.runtime.watch import Watch
 from tpaw.scoring.score import Precision
 from tpaw.storage.artifacts import is_published, own_folder, read_manifest, write_json
-from tpaw.storage.run_directory import environment
+from tpaw.storage.run_directory import environment, refuse_untrusted_server
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -64,7 +66,7 @@ def answer_rows(
         overrides: settings as section.key=value. They override the configuration of the run, or
             the defaults for a model.
         stop: tells whether the user asked for a stop.
-        trust: whether a run may ask for `model.trust_remote_code`.
+        trust: whether a run may ask for `model.trust_remote_code` or for a generation server.
 
     Returns:
         The folder.
@@ -77,6 +79,8 @@ def answer_rows(
     watch = Watch(stop)
     checkpoint = find_checkpoint(reference, trust=trust)
     config, source, found = _configured(checkpoint, data, overrides)
+    if checkpoint.run is not None:
+        refuse_untrusted_server(config.generate, checkpoint.run, trust=trust)
     tokenizer, stop_ids = _tokenizer(checkpoint, config)
     with watch.progress("read and tokenize", None, "records") as on_done:
         prepared = prepare_examples(source, KEY, tokenizer, stop_ids, config.max_length, on_done)
@@ -164,7 +168,7 @@ def _settings(
         "precision": config.precision,
         **({"quantization": q} if (q := config.model.quantization) is not None else {}),
         "shard_size": config.generate.shard_size,
-    }
+    } | ({} if config.generate.backend == "hf" else {"backend": config.generate.backend})
 
 
 def _generate(
@@ -183,14 +187,20 @@ def _generate(
     def decode(ids: TokenIds) -> str:
         return str(tokenizer.decode(ids.tolist(), skip_special_tokens=True))
 
-    with watch.progress(title, len(examples), "prompts") as on_done:
+    servers = Servers(watch.stop.check)
+    hf = hf_opener(lambda player: load_model(player, config.model, dtype=dtype, device=device))
+    open_generator = servers.open if config.generate.backend == "server" else hf
+    with (
+        contextlib.closing(servers),
+        contextlib.ExitStack() as opened,
+        watch.progress(title, len(examples), "prompts") as on_done,
+    ):
 
         def compute(shards: Iterator[PromptShard]) -> Iterator[Path]:
             generator = None
             for shard in shards:
-                generator = generator or HFGenerator(
-                    load_model(checkpoint.player, config.model, dtype=dtype, device=device),
-                    config.generate.tokens_per_batch,
+                generator = generator or opened.enter_context(
+                    open_generator(checkpoint.player, config.generate)
                 )
                 yield deliver_responses(folder, shard, generator, params, decode, on_done)
 

@@ -6,13 +6,12 @@ a local server if HF_HUB_OFFLINE is set.
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
-from tpaw.errors import InputError, JudgeError, printable
+from tpaw.errors import InputError, JudgeError, printable, public_url
 
 # Number of retries after the first try. The library waits 0.5 s, then twice as long each time up to
 # 8 s, or as long as the server's Retry-After header says. It retries connection errors, timeouts
@@ -73,12 +72,14 @@ class Endpoint:
                 "tpaw judge: the openai library is not installed: pip install 'tpaw[judge]'"
             ) from None
         if not url.startswith(("http://", "https://")):
-            raise InputError(f"--endpoint {_public(url)}: it must begin with http:// or https://")
+            raise InputError(
+                f"--endpoint {public_url(url)}: it must begin with http:// or https://"
+            )
         self._openai = openai
         # The library's own HTTP library: httpx, or its successor.
         bases = [base.__module__.partition(".")[0] for base in openai.DefaultHttpxClient.__mro__]
         self._http = sys.modules[next(name for name in bases if name != "openai")]
-        self.url = _public(url)
+        self.url = public_url(url)
         self._headers = {} if api_key else {"Authorization": openai.Omit()}
         self._client = openai.OpenAI(
             base_url=url,
@@ -160,9 +161,3 @@ _STARTED = "tpaw_started"
 
 def _note_start(request: Any) -> None:
     request.extensions[_STARTED] = time.monotonic()
-
-
-def _public(url: str) -> str:
-    """Return a URL without user name, password, query and fragment."""
-    scheme, slashes, rest = re.split("[?#]", url, maxsplit=1)[0].rpartition("://")
-    return scheme + slashes + rest.rpartition("@")[2]

@@ -1,0 +1,80 @@
+"""How far the log-probs of a generation server are from TPAW's own.
+
+A server rounds differently, and it may serve other weights than it should. Training uses TPAW's own
+log-probs alone, so a difference does not bias them. It tells whether θ_t has answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from tpaw.data.token_ids import TokenIds, TokenSequence
+from tpaw.generation.responses import Response
+from tpaw.scoring.store import LogprobStore, sequence_key
+
+# In nats per token. Rounding to bf16 gives up to 0.01; other weights give more than this.
+LARGE = 0.05
+
+
+class Drift(NamedTuple):
+    """The server's log-probs minus TPAW's own, under the same player.
+
+    Attributes:
+        responses: number of responses compared.
+        tokens: number of their tokens.
+        mean: sum of the differences of the responses, divided by the tokens; nats per token.
+        mean_abs: the same with the absolute difference of each response.
+    """
+
+    responses: int
+    tokens: int
+    mean: float
+    mean_abs: float
+
+    def described(self) -> str:
+        """One line for the user."""
+        text = (
+            f"log-probs of the server minus TPAW's own: {self.mean:+.2g} nats per token, "
+            f"absolute {self.mean_abs:.2g} ({self.responses:,} responses)"
+        )
+        if self.mean_abs < LARGE:
+            return text
+        return (
+            f"Warning: {text}. Other weights than those of the checkpoint may have answered; check "
+            "what the server serves, and its precision."
+        )
+
+
+def server_drift(
+    prompts: Sequence[TokenIds], responses: Sequence[Response], store: LogprobStore
+) -> Drift | None:
+    """Compare the log-probs of a server with those of the store.
+
+    Args:
+        prompts: int32 token ids, one array for each response.
+        responses: of the player, with the log-probs that the server gave.
+        store: the log-probs under the same player.
+
+    Returns:
+        The difference; None if no response has a log-prob of the server and one in the store.
+    """
+    pairs = [
+        (response, key)
+        for prompt, response in zip(prompts, responses, strict=True)
+        if response.server_logp is not None
+        and (key := sequence_key(TokenSequence(prompt, response.token_ids))) in store
+    ]
+    tokens = sum(len(response.token_ids) for response, _ in pairs)
+    if not tokens:
+        return None
+    server = np.array([response.server_logp for response, _ in pairs], dtype=np.float64)
+    differences = server - store.logps(key for _, key in pairs)
+    return Drift(
+        len(pairs),
+        tokens,
+        float(differences.sum() / tokens),
+        float(np.abs(differences).sum() / tokens),
+    )
