@@ -23,6 +23,12 @@ from typing import Any
 
 import ray
 import ray.exceptions
+from ray import PlacementGroupID
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tpaw.config.schema import RunConfig
@@ -157,18 +163,19 @@ class RayEngine:
                         ray.get(self._link.stop.remote(self.stop.signal_number))
                         has_told = True
                 self._look()
-                self._raise_failure()
+                failure = self._raise_failure()
                 try:
                     ray.get(fit)
                 except ray.exceptions.RayError as error:
+                    why = first_line(error) if failure is None else failure.text
                     raise WorkerError(
-                        f"training of θ_{job.t + 1} failed {self.config.launch.max_retries + 1} "
-                        f"times: {printable(first_line(error))}; the saved steps are kept, so run "
-                        "the same command again"
+                        f"training of θ_{job.t + 1} failed, launch.max_retries is "
+                        f"{self.config.launch.max_retries}; saved steps are kept. {why}"
                     ) from error
                 advance(max(job.steps - shown, 0))
         finally:
             ray.cancel(fit, force=True)
+            _free_devices()
             shutil.rmtree(folder, ignore_errors=True)
 
     def release(self) -> None:
@@ -184,10 +191,13 @@ class RayEngine:
             self._actors = [SHARD_WORKER.options(**options).remote() for _ in range(self.workers)]
         return self._actors
 
-    def _raise_failure(self) -> None:
-        if (failure := ray.get(self._link.failure.remote())) is not None:
+    def _raise_failure(self) -> Failure | None:
+        """Raise an error that trying again would not help; return another one."""
+        failure: Failure | None = ray.get(self._link.failure.remote())
+        if failure is not None and failure.error is not None:
             self.stop.check()
             raise failure.as_error()
+        return failure
 
     def _begun(self, actor: Any) -> Any:
         return actor.begin.remote(self._place, self._link)
@@ -208,6 +218,17 @@ class RayEngine:
             ) from error
         note(f"{title}: its worker died; another one does it again.")
         return work._replace(tries=work.tries + 1)
+
+
+def _free_devices() -> None:
+    """Give back the devices that a group of this run has reserved, and end its processes.
+
+    Ray Train does so itself, but later, or not at all if it was interrupted.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    for number, group in placement_group_table().items():
+        if number.endswith(job) and group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(number))))
 
 
 def _has_started(reference: Any) -> bool:

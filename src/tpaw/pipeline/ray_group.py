@@ -49,8 +49,9 @@ def _train_in_group(settings: dict[str, Any]) -> None:
     place: Place = settings["place"]
     job: TrainingJob = settings["job"]
     link: Any = settings["link"]
-    if ray.get(link.failure.remote()) is not None:
-        return  # an error, and not the death of a process: trying again would not help
+    failure = ray.get(link.failure.remote())
+    if failure is not None and failure.error is not None:
+        return  # trying again would not help
     rank = get_context().get_world_rank()
     done = 0
 
@@ -69,6 +70,7 @@ def _train_in_group(settings: dict[str, Any]) -> None:
         with isolated(deterministic=place.config.deterministic):
             train_and_publish(job, data, LoadedPlayers(place.config), advance, _RemoteStop(link))
     except Exception as error:
+        # Where a process dies, the others fail too, with any error. Ray Train tries again then.
         ray.get(link.fail.remote(Failure.of(error, f"training, process {rank}")))
         raise
 

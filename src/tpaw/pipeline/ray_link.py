@@ -131,8 +131,9 @@ class Link:
         self._notes.append(text)
 
     def fail(self, failure: Failure) -> None:
-        """Keep the first error of a group that trains."""
-        self._failure = self._failure or failure
+        """Keep an error of a group that trains: the first that a user can act on, or the last."""
+        if self._failure is None or self._failure.error is None:
+            self._failure = failure
 
     def failure(self) -> Failure | None:
         """The error that the group failed with."""
