@@ -112,9 +112,12 @@ class Recorder(TrainerCallback):
     ) -> None:
         """Publish the saved step, then remove older saved steps."""
         wait_for_all()  # each process writes a part of a saved step
-        if not is_main_process():
-            return
-        saved = self.saved_steps / f"checkpoint-{state.global_step}"
+        if is_main_process():
+            self._publish(state.global_step)
+        wait_for_all()  # a process that stops now may end the others
+
+    def _publish(self, step: int) -> None:
+        saved = self.saved_steps / f"checkpoint-{step}"
         write_manifest(saved, {"seconds": self.seconds, "processes": process_count()})
         # Remove older steps only after this one is published. A crash before would lose both.
         for path in self.saved_steps.glob("checkpoint-*"):
