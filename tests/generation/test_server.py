@@ -80,16 +80,6 @@ def patient(seconds=20.0):
     return on_done
 
 
-def once(*replies):
-    """Misbehave so for the first replies, then answer rightly."""
-    left = list(replies)
-
-    def misbehave(body, reply):
-        return left.pop(0) if left else reply
-
-    return misbehave
-
-
 def change(**fields):
     """Replies with other fields in their choice."""
     return lambda body, reply: reply | {"choices": [reply["choices"][0] | fields]}
