@@ -335,7 +335,7 @@ class ObjectiveConfig(Section):
 
 # What a template of the section `generate.server` may contain in braces.
 _OF_COMMAND = ("model", "adapter", "index", "port")
-_OF_NAME = ("model", "adapter", "index")
+_OF_NAME = ("model", "index")
 
 
 class ServerConfig(Section):
@@ -349,7 +349,9 @@ class ServerConfig(Section):
         json_schema_extra=CHANGEABLE,
         description="Command that starts a server on this machine, without a shell. TPAW starts it "
         "for the newest checkpoint and ends it before training. {model}: the "
-        "checkpoint's folder. {port}: a free port; both are needed. {index}: t of θ_t. Example: "
+        "checkpoint's folder; with model.adapter, the base's. {port}: a free port; both are "
+        "needed. {index}: t of θ_t. {adapter}: the checkpoint's folder with model.adapter; an "
+        "argument with it is left out for θ_0, which has none. Example: "
         "vllm serve {model} --port {port} --host 127.0.0.1 --generation-config vllm. Write "
         "`env NAME=value` before it to set an environment variable.",
     )

@@ -409,7 +409,7 @@ class _StartedServer:
         self._check_stop = check
         self._name = f"the server of θ_{player.index}"
         self._port = _free_port()
-        command = [_fill(part, player, port=self._port) for part in shlex.split(server.command)]
+        command = _filled_command(server.command, player, self._port)
         handle, name = tempfile.mkstemp(prefix=f"tpaw-server-{player.index}-", suffix=".log")
         os.close(handle)
         self._log = Path(name)
@@ -534,10 +534,23 @@ def _serving(endpoint: Endpoint, model: str, tries: int = 3) -> _Served:
     )
 
 
+def _filled_command(command: str, player: Player, port: int) -> list[str]:
+    """The program and its arguments. Those with {adapter} go if the player has no adapter."""
+    parts = shlex.split(command)
+    adapter = player.adapter_folder
+    if adapter is None:
+        parts = [part for part in parts if "{adapter}" not in part]
+    values = {
+        "model": str(Path(player.base_folder).resolve()),
+        "adapter": None if adapter is None else str(Path(adapter).resolve()),
+        "port": port,
+    }
+    return [_fill(part, player, **values) for part in parts]
+
+
 def _fill(template: str, player: Player, **more: Any) -> str:
     """Replace the placeholders of a template, such as {model}."""
-    folder = str(Path(player.path).resolve())
-    values = {"model": folder, "adapter": folder, "index": player.index, **more}
+    values = {"model": str(Path(player.path).resolve()), "index": player.index, **more}
     # In one pass: a folder may have braces in its name.
     return re.sub(r"{(\w+)}", lambda found: str(values.get(found[1], found[0])), template)
 

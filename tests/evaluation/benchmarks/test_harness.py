@@ -104,6 +104,27 @@ def prompts(monkeypatch):
     return asked
 
 
+def test_a_checkpoint_that_is_an_adapter_is_evaluated_in_its_run_and_alone(
+    suite, settings, tmp_path
+):
+    settings |= {"iterations": 1, "evaluate": {}}
+    settings["model"]["adapter"] = {"rank": 4}
+    settings["train"]["learning_rate"] = 1e-2
+    self_play(RunConfig.load(settings), tmp_path / "run")
+    evaluate_suite(str(tmp_path / "run"), str(suite), trust=True)
+    run = RunDirectory(tmp_path / "run")
+    alone = run.checkpoint(1)
+    evaluate_suite(str(alone), str(suite), trust=True, output=tmp_path / "alone")
+    start, player, same = (
+        read_json(folder / "results.json")
+        for folder in (run.suite(0, "local"), run.suite(1, "local"), tmp_path / "alone")
+    )
+    assert player["fingerprint"] == same["fingerprint"] != start["fingerprint"]
+    assert player["tasks"].keys() == same["tasks"].keys()
+    for name, facts in player["tasks"].items():
+        assert facts["score"] == same["tasks"][name]["score"]
+
+
 def test_a_run_evaluates_its_checkpoints_on_the_suites_of_its_configuration(
     suite, settings, tmp_path
 ):
