@@ -19,7 +19,7 @@ from tpaw.data.token_ids import token_ids
 from tpaw.errors import MemoryShortageError, ServerError
 from tpaw.generation.generator import FakeGenerator
 from tpaw.generation.server import Servers
-from tpaw.team import Player
+from tpaw.team import Base, Player
 
 PLAYER = Player(3, "/models/theta", "f")
 
@@ -543,6 +543,20 @@ def test_a_template_is_filled_once():
     assert fill("{model}|{index}|{port}|{other}", player, port=7) == (
         "/runs/{port} {index}/x|2|7|{other}"
     )
+
+
+def test_an_adapter_is_served_beside_its_base_and_the_base_alone_without_it(tmp_path):
+    command = "serve {model} --port {port} --enable-lora --lora-modules={adapter}={adapter}"
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    below = Base(str(base), "f", "my-org/base")
+    filled = tpaw.generation.server._filled_command
+    assert filled(command, Player(1, str(adapter), "g", below), 80) == [
+        *("serve", str(base), "--port", "80", "--enable-lora"),
+        f"--lora-modules={adapter}={adapter}",
+    ]
+    alone = ["serve", str(base), "--port", "80", "--enable-lora"]
+    assert filled(command, Player(0, str(base), "f", below), 80) == alone
+    assert filled(command, Player(0, str(base), "f"), 80) == alone
 
 
 def test_an_error_in_a_thread_reaches_the_caller(serve, monkeypatch):
