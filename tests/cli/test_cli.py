@@ -148,7 +148,7 @@ BAD_INPUT = {
     "every target too long": ("24 of 24", "100.0%", "max_length", "14"),
     "too many skipped": ("2 of 12", "16.7%", "data.max_skipped", "1.0%"),
     "unknown tracker": ("train.report_to", "foo"),
-    "optimizer without its package": ("train.optimizer", "adamw_bnb_8bit"),
+    "optimizer without its package": ("train.optimizer", "schedule_free_adamw"),
     "schedule without its settings": ("train.schedule", "cosine_with_min_lr"),
     "schedule by metric": ("train.schedule", "'reduce_lr_on_plateau'"),
     "training argument of another type": ("train.training_arguments",),
@@ -237,7 +237,7 @@ def test_bad_input_ends_with_2_before_any_model_is_loaded(
         case "unknown tracker":
             settings["train"]["report_to"] = "foo"
         case "optimizer without its package":
-            settings["train"]["optimizer"] = "adamw_bnb_8bit"
+            settings["train"]["optimizer"] = "schedule_free_adamw"
         case "schedule without its settings":
             settings["train"]["schedule"] = "cosine_with_min_lr"
         case "schedule by metric":
