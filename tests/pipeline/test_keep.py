@@ -12,7 +12,7 @@ import pytest
 from builders import contents
 from messages import refused, says
 
-import tpaw.pipeline.stages
+import tpaw.pipeline.training
 from tpaw.config.plan import plan_run
 from tpaw.config.schema import RunConfig
 from tpaw.errors import ArtifactError, StorageError
@@ -49,7 +49,7 @@ def last(finished, tmp_path_factory):
     config = config.model_copy(update={"keep": "last", "train": train})
     run = RunDirectory(tmp_path_factory.mktemp("keep") / "run")
     seen = {"trained with": [], "bytes": 0, "bytes of weights": 0}
-    train_iteration = tpaw.pipeline.stages.train_iteration
+    train_iteration = tpaw.pipeline.training.train_iteration
 
     def training(*args, **kwargs):
         seen["trained with"].append(with_weights(run))
@@ -66,7 +66,7 @@ def last(finished, tmp_path_factory):
         return operation
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tpaw.pipeline.stages, "train_iteration", training)
+        patch.setattr(tpaw.pipeline.training, "train_iteration", training)
         for module, name in ((os, "replace"), (os, "unlink"), (shutil, "rmtree")):
             patch.setattr(module, name, measuring(getattr(module, name)))
         assert self_play(config, run.root).index == 4

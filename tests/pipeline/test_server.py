@@ -294,11 +294,11 @@ def test_a_server_and_a_model_are_not_on_a_gpu_together(settings, monkeypatch):
     players._load(player, torch.float32)
     assert events == ["close"]
     events.clear()
-    players.for_training(player)
+    players.for_training(player, 0)
     assert events == ["close"]
     players.device = torch.device("cpu")
     events.clear()
-    players.for_training(player)
+    players.for_training(player, 0)
     assert events == ["close"]
 
 

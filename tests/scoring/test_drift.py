@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from messages import says
 
-from tpaw.data.token_ids import TokenSequence, token_ids
+from tpaw.data.token_ids import TokenSequence, token_ids, write_table
 from tpaw.generation.responses import Response
 from tpaw.scoring.drift import Drift, server_drift
 from tpaw.scoring.store import LogprobStore, sequence_key
+from tpaw.storage.artifacts import deliver
 
 PROMPTS = [token_ids([5, 6]), token_ids([7]), token_ids([8, 9])]
 
@@ -25,7 +26,10 @@ def store_of(folder, responses, logps):
         for prompt, found in zip(PROMPTS, responses, strict=False)
     ]
     counts = [len(found.token_ids) for found in responses]
-    store.publish("a.parquet", "s", keys, np.array(logps), counts, 0.0)
+    store.begin()
+    columns = {"sequence": keys, "logp": list(logps), "tokens": counts}
+    record = deliver(store.folder, "a.parquet", lambda path: write_table(path, columns), stage="s")
+    store.receive(record, "s", keys, np.array(logps))
     return store
 
 

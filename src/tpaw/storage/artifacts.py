@@ -374,7 +374,8 @@ def deliver(folder: Path, name: str, write: Callable[[Path], None], **facts: Any
     Returns:
         The record of the delivery, for `ShardedArtifact.receive`.
     """
-    data = folder / f"{DELIVERED_PREFIX}{secrets.token_hex(8)}-{name}"
+    path = folder / name
+    data = path.with_name(f"{DELIVERED_PREFIX}{secrets.token_hex(8)}-{path.name}")
     write_file(data, write)
     record = data.with_name(f"{data.name}.json")
     write_sealed(record, {"entry": describe_file(folder, data) | {"path": name} | facts})
@@ -427,10 +428,10 @@ class ShardedArtifact:
         """
         self._manifest = dict(meta) | self._manifest
         self._create()
-        for record in sorted(self.folder.glob(f"{DELIVERED_PREFIX}*.json")):
+        for record in sorted(self.folder.rglob(f"{DELIVERED_PREFIX}*.json")):
             if not record.is_symlink():
                 self.receive(record)
-        for path in self.folder.glob(f"{DELIVERED_PREFIX}*"):  # written without a record
+        for path in self.folder.rglob(f"{DELIVERED_PREFIX}*"):  # written without a record
             path.unlink()
         return Facts(self._path, self._manifest)
 
@@ -443,7 +444,7 @@ class ShardedArtifact:
         check_held(self.folder)
         entry = Facts(record, read_sealed(record)["entry"])
         data, path = record.with_suffix(""), self.folder / entry["path"]
-        if entry["path"] not in self.names and _is_of(data, entry["path"]):
+        if entry["path"] not in self.names and _is_of(data, path):
             is_here = data.is_file()
             if is_here:
                 os.replace(data, path)
@@ -489,11 +490,12 @@ class ShardedArtifact:
             write_sealed(self._path, self._manifest)
 
 
-def _is_of(data: Path, name: str) -> bool:
-    """Whether a delivered file is that of this name, and not a link. A name holds no folder."""
+def _is_of(data: Path, path: Path) -> bool:
+    """Whether a delivered file belongs at this path, and is no link."""
     return (
-        data.name.startswith(DELIVERED_PREFIX)
-        and data.name.removeprefix(DELIVERED_PREFIX).partition("-")[2] == name
+        data.parent == path.parent
+        and data.name.startswith(DELIVERED_PREFIX)
+        and data.name.removeprefix(DELIVERED_PREFIX).partition("-")[2] == path.name
         and not data.is_symlink()
     )
 
