@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,5 +69,8 @@ class ProcessGroup:
         self._watchdog.kill()
         self._watchdog.wait()
         if self._group is not None:  # somebody may have killed the watchdog
+            deadline = time.monotonic() + watchdog.SECONDS_TO_KILL
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._group, signal.SIGKILL)
+                while time.monotonic() < deadline:
+                    os.killpg(self._group, signal.SIGKILL)
+                    time.sleep(0.01)

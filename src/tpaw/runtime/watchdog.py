@@ -88,9 +88,9 @@ def main() -> int:
     except OSError as error:
         print(f"{command[0]}: {error.strerror}", flush=True)
         return 127
-    for number in SIGNALS:
-        signal.signal(number, _raise)
     try:
+        for number in SIGNALS:
+            signal.signal(number, _raise)
         print(group.id, flush=True)
         while group.is_there() and group.exit_code is None and os.getppid() == int(parent):
             # A fork of the parent may hold the pipe open, so its end alone does not suffice.
