@@ -13,7 +13,10 @@ import tpaw.pipeline.ray_group
 def run_fsdp_group(facts, settings, *others):
     """The group, with FSDP2 switched on for CPUs. What was seen is written into a folder."""
     tpaw.pipeline.ray_group._train_in_group = train_by_fsdp
-    tpaw.pipeline.ray_group.run_group(settings | {"facts": facts}, *others)
+    try:
+        tpaw.pipeline.ray_group.run_group(settings | {"facts": facts}, *others)
+    finally:  # Ray gives this process other work later
+        tpaw.pipeline.ray_group._train_in_group = ORIGINAL
 
 
 def train_by_fsdp(settings):
