@@ -48,11 +48,11 @@ class StudyRun(NamedTuple):
 
     def is_done(self) -> bool:
         """Whether all of them are, and every checkpoint is evaluated on every suite."""
+        if self.iterations_done() < self.config.iterations:
+            return False
         run, checkpoints = RunDirectory(self.folder), range(self.config.iterations + 1)
         suites = load_suites(self.config.evaluate.suites, trust=True)
-        return self.iterations_done() >= self.config.iterations and all(
-            is_published(run.suite(i, suite.name)) for i in checkpoints for suite in suites
-        )
+        return all(is_published(run.suite(i, s.name)) for i in checkpoints for s in suites)
 
 
 def runs_of(conditions: Sequence[Condition], seeds: Sequence[int], output: Path) -> list[StudyRun]:
