@@ -403,7 +403,7 @@ def _(x):
     if kinds == {0}:
         raise Skip("no limit was reached")
     run = x.copy("stopped")
-    x.resumed(run, run, "generate.tokens_per_batch=2000", "score.tokens_per_row=512")
+    x.resumed(run, "generate.tokens_per_batch=2000", "score.tokens_per_row=512")
 
 
 @row("F20")

@@ -86,6 +86,7 @@ def test_a_study_takes_the_recipes_of_the_paper(write, recipe):
         for name, study, *parts in [
             ("recipe", {"methods": ["tpa"]}, "tpa", "tpaw"),
             ("key", {"method": ["tpaw"]}, "method", "methods"),
+            ("list of mappings", {"methods": [{"tpaw": "tpaw"}]}, "methods"),
             ("setting", {"vary": {"objective.etaa": [1]}}, "objective.etaa", "objective.eta"),
             ("no value", {"vary": {"objective.eta": []}}, "vary.objective.eta"),
             ("many seeds", {"seeds": 99999999999}, "10000"),

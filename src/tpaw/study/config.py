@@ -37,7 +37,7 @@ Source = str | Mapping[str, Any]
 
 
 def _as_methods(value: Any) -> Any:
-    if isinstance(value, list):
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
         value = dict(zip(value, value, strict=True))
     if not isinstance(value, dict):
         return value

@@ -48,8 +48,10 @@ class StudyRun(NamedTuple):
 
     def is_done(self) -> bool:
         """Whether all of them are, and every checkpoint is evaluated on every suite."""
+        if self.iterations_done() < self.config.iterations:
+            return False
         run, suites = RunDirectory(self.folder), self.config.evaluate.suites
-        return self.iterations_done() >= self.config.iterations and not any(
+        return not any(
             missing_suites(run, i, suites) for i in range(self.config.iterations + 1)
         )
 
