@@ -21,6 +21,7 @@ from tpaw.data.token_ids import TokenSequence
 from tpaw.logprobs.prepare import prepare_for_logprobs
 from tpaw.objectives.tpaw import TeamObjective
 from tpaw.scoring.score import Precision, ScoringModel, fill_store, score_sequences
+from tpaw.scoring.sequences import DistinctSequences
 from tpaw.scoring.store import LogprobStore, sequence_key
 from tpaw.training.split_weights import SplitRMSprop
 from tpaw.training.trainer import TeamTrainer
@@ -103,7 +104,7 @@ def score_into(
     fill_store(
         store,
         stage,
-        {sequence_key(sequence): sequence for sequence in sequences},
+        DistinctSequences.of(sequences),
         lambda: prepared(model, bf16),
         config=ScoreConfig(**DEFAULT_VARIANT),
         on_done=counted.append,

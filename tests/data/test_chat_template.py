@@ -188,7 +188,7 @@ def test_the_rounds_of_a_conversation_with_tools(tmp_path, tokenizer):
         "<|user|><tool_response>3</tool_response><|end|>\n<|assistant|>"
     )
     assert last.target_text == "It is 3."
-    assert found.instructions == [
+    assert list(found.instructions) == [
         f"user: What is 1 + 2?\n\nassistant: {json.dumps([CALL])}\n\ntool: 3"
     ]
 

@@ -283,7 +283,7 @@ def test_examples_survive_the_disk(tmp_path):
         assert before.prompt_ids.tolist() == after.prompt_ids.tolist()
         assert before.target_ids.tolist() == after.target_ids.tolist()
     write_examples(tmp_path / "none.parquet", [])
-    assert read_examples(tmp_path / "none.parquet") == []
+    assert list(read_examples(tmp_path / "none.parquet")) == []
 
 
 def test_a_template_that_adds_an_end_of_text_after_the_end_of_turn(tmp_path):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
 from tpaw.config.schema import GenerateConfig
+from tpaw.data.columns import Column, ColumnWriter, IdColumn, TextColumn
 from tpaw.data.examples import Example
-from tpaw.data.token_ids import TokenIds, read_table, write_table
+from tpaw.data.token_ids import TokenIds, read_columns, write_table
 from tpaw.generation.generator import (
     Completion,
     FinishReason,
@@ -23,6 +24,14 @@ from tpaw.generation.generator import (
 from tpaw.runtime.progress import OnDone, note
 from tpaw.storage.artifacts import ShardedArtifact, read_manifest
 from tpaw.team import Player
+
+# Columns of a parquet file, in the order of `Response`'s fields.
+_COLUMNS: dict[str, type[Column[Any]]] = {
+    "example_id": TextColumn,
+    "token_ids": IdColumn,
+    "text": TextColumn,
+    "finish_reason": TextColumn,
+}
 
 # A larger share of responses that were cut at the length limit is worth a warning.
 TRUNCATED_SHARE = 0.9
@@ -138,14 +147,56 @@ def _publish(
     )
 
 
-def read_responses(folder: Path) -> list[Response]:
+class Responses(Sequence[Response]):
+    """Responses as columns on disk. An index gives a `Response`; a slice gives a list.
+
+    Attributes:
+        example_ids, token_ids, texts, finish_reasons: columns, named as the fields of `Response`.
+    """
+
+    def __init__(
+        self,
+        example_ids: TextColumn,
+        token_ids: IdColumn,
+        texts: TextColumn,
+        finish_reasons: TextColumn,
+    ) -> None:
+        self.example_ids = example_ids
+        self.token_ids = token_ids
+        self.texts = texts
+        self.finish_reasons = finish_reasons
+
+    @classmethod
+    def of(cls, responses: Iterable[Response]) -> Responses:
+        """The same responses as columns."""
+        if isinstance(responses, Responses):
+            return responses
+        writers = [ColumnWriter(kind) for kind in _COLUMNS.values()]
+        for response in responses:
+            for writer, value in zip(writers, response, strict=True):
+                writer.append(value)
+        columns: list[Any] = [writer.finish() for writer in writers]
+        return cls(*columns)
+
+    def __len__(self) -> int:
+        return len(self.example_ids)
+
+    @overload
+    def __getitem__(self, index: int) -> Response: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Response]: ...
+    def __getitem__(self, index: int | slice) -> Response | list[Response]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        reason: Any = self.finish_reasons[index]
+        return Response(self.example_ids[index], self.token_ids[index], self.texts[index], reason)
+
+
+def read_responses(folder: Path) -> Responses:
     """Read a published D_t. The responses are in the order of the examples."""
-    responses: list[Response] = []
-    for entry in ShardedArtifact(folder).entries:
-        table = read_table(folder / entry["path"])
-        columns = (table[field] for field in Response._fields)
-        responses += [Response(*row) for row in zip(*columns, strict=True)]
-    return responses
+    paths = [folder / entry["path"] for entry in ShardedArtifact(folder).entries]
+    columns: dict[str, Any] = read_columns(paths, _COLUMNS)
+    return Responses(*(columns[name] for name in _COLUMNS))
 
 
 def response_facts(folder: Path) -> dict[str, Any]:

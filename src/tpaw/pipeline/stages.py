@@ -46,7 +46,7 @@ from tpaw.training.iteration import (
     team_trainer,
     train_iteration,
 )
-from tpaw.training.triples import Triple, TripleDataset, pair_with_responses, preference_pairs
+from tpaw.training.triples import TripleDataset, Triples, preference_pairs
 from tpaw.training.trl import sft_trainer
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Stages:
         self.params = SamplingParams.of(config.generate, config.max_length, inputs.stop_ids)
         self._stores: dict[str, LogprobStore] = {}
 
-    def load_examples(self) -> list[Example]:
+    def load_examples(self) -> Sequence[Example]:
         """D_SFT."""
         return self.inputs.examples
 
@@ -135,30 +135,27 @@ class Stages:
                 on_done=on_done,
             )
 
-    def build_triples(
-        self, examples: Sequence[Example], opponents: Sequence[Player]
-    ) -> list[Triple]:
+    def build_triples(self, examples: Sequence[Example], opponents: Sequence[Player]) -> Triples:
         """D_O: every example with the response of every opponent.
 
         Raises:
             ArtifactError: responses on disk belong to other examples.
         """
-        triples = []
-        for opponent in opponents:
-            responses = read_responses(self.run.iteration(opponent.index).responses)
-            triples += pair_with_responses(examples, responses, opponent.index)
-        return triples
+        indices = [opponent.index for opponent in opponents]
+        return Triples(
+            examples, [(i, read_responses(self.run.iteration(i).responses)) for i in indices]
+        )
 
-    def score(self, triples: Sequence[Triple], players: Sequence[Player], t: int) -> None:
+    def score(self, triples: Triples, players: Sequence[Player], t: int) -> None:
         """log π_j of every target and generated response that the store lacks.
 
         Raises:
             Interrupted: a stop was asked for; finished shards are published.
         """
-        wanted = dict(item for triple in triples for item in triple.sequences())
+        wanted = triples.sequences()
         for player in players:
             store = self._store(player)
-            missing = sum(key not in store for key in wanted)
+            missing = int((~store.contains(wanted.keys)).sum())
             if not missing:
                 continue
             space_for_scores(self.run, missing)
@@ -173,7 +170,7 @@ class Stages:
                     on_done=on_done,
                 )
 
-    def train(self, policy: Player, triples: Sequence[Triple], team: Team, t: int) -> Player:
+    def train(self, policy: Player, triples: Triples, team: Team, t: int) -> Player:
         """θ_{t+1}, from θ_t by minimising the objective over D_O."""
         objective = team_objective(self.config.objective, t)
         return self._train_on_triples(policy, triples, team.main_players, objective, t)
@@ -219,7 +216,7 @@ class Stages:
     def _train_on_triples(
         self,
         policy: Player,
-        triples: Sequence[Triple],
+        triples: Triples,
         players: Sequence[Player],
         objective: Objective,
         t: int,

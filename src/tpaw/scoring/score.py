@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -19,7 +19,8 @@ from tpaw.logprobs.response import LogprobHead, response_logps
 from tpaw.models.finite import non_finite
 from tpaw.runtime.memory import memory_limited_by
 from tpaw.runtime.progress import OnDone, ignore
-from tpaw.scoring.store import Key, LogprobStore
+from tpaw.scoring.sequences import DistinctSequences
+from tpaw.scoring.store import LogprobStore
 
 
 class Precision(NamedTuple):
@@ -117,7 +118,7 @@ def _score(
 def fill_store(
     store: LogprobStore,
     stage: str,
-    wanted: Mapping[Key, TokenSequence],
+    wanted: DistinctSequences,
     load: Callable[[], ScoringModel],
     *,
     config: ScoreConfig,
@@ -130,29 +131,24 @@ def fill_store(
         load: called only if something is missing.
         on_done: called with the number of sequences computed.
     """
-    todo = store.missing_before(stage, wanted)
-    sequences = [wanted[key] for key in todo]
-    # Sequences of a prompt stay together, and a shard holds sequences of similar length.
-    groups = group_by_prompt(sequences)
-    groups.sort(key=lambda group: -max(len(sequences[i][1]) for i in group))
-    todo = [todo[i] for group in groups for i in group]
+    order = wanted.scoring_order(store.missing_before(stage, wanted.keys))
     scorer: ScoringModel | None = None
-    for number, begin in enumerate(range(0, len(todo), config.shard_size)):
+    for number, begin in enumerate(range(0, len(order), config.shard_size)):
         name = f"{stage}-{number:05d}.parquet"
         if store.has_shard(name):
             continue
         scorer = scorer or load()
-        keys = todo[begin : begin + config.shard_size]
+        members = order[begin : begin + config.shard_size]
         started = time.monotonic()
         logps = score_sequences(
             scorer,
-            [wanted[key] for key in keys],
+            [wanted[i] for i in members],
             tokens_per_row=config.tokens_per_row,
             on_done=on_done,
         )
-        token_counts = [len(wanted[key][1]) for key in keys]
         seconds = time.monotonic() - started
-        store.publish(name, stage, keys, logps, token_counts, seconds)
+        token_counts = wanted.lengths[members].tolist()
+        store.publish(name, stage, wanted.keys[members], logps, token_counts, seconds)
 
 
 def _size(sequences: Sequence[TokenSequence], group: Sequence[int]) -> PromptGroup:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tpaw.data.examples import Example
+from tpaw.data.columns import TextColumn, key_array, key_list
+from tpaw.data.examples import Example, Examples
 from tpaw.data.token_ids import TokenSequence
 from tpaw.errors import ArtifactError
-from tpaw.generation.responses import Response
+from tpaw.generation.responses import Response, Responses
+from tpaw.scoring.sequences import DistinctSequences, sequence_keys
 from tpaw.scoring.store import Key, LogprobStore, sequence_key
 
 # The opponent of a preference pair, whose rejected answer comes from the data.
@@ -41,48 +43,114 @@ class Triple(NamedTuple):
             example, response, opponent, sequence_key(example.target), sequence_key(generated)
         )
 
-    @property
-    def target(self) -> TokenSequence:
-        """Prompt and target."""
-        return self.example.target
 
-    @property
-    def generated(self) -> TokenSequence:
-        """Prompt and generated response."""
-        return TokenSequence(self.example.prompt_ids, self.response.token_ids)
+class Triples(Sequence[Triple]):
+    """D_O: the triples of one opponent after those of another, in the order of the examples.
 
-    def sequences(self) -> Iterator[tuple[Key, TokenSequence]]:
-        """What must be scored, by key."""
-        yield self.target_key, self.target
-        yield self.generated_key, self.generated
+    They are made when indexed. An index gives a `Triple`; a slice gives a list.
 
+    Args:
+        examples: the examples.
+        responses_of: each opponent with its responses, one for each example.
 
-def pair_with_responses(
-    examples: Sequence[Example], responses: Sequence[Response], opponent: int
-) -> list[Triple]:
-    """One triple for each example and the opponent's response to it.
-
-    Raises:
-        ArtifactError: the responses belong to other examples.
+    Attributes:
+        target_keys, generated_keys: keys in a `LogprobStore`, of shape (triples,).
     """
-    triples = []
-    for example, response in zip(examples, responses, strict=True):
-        if example.id != response.example_id:
-            raise ArtifactError(
-                f"the responses of θ_{opponent} belong to other examples: {response.example_id} "
-                f"where {example.id} was expected"
-            )
-        triples.append(Triple.of(example, response, opponent))
-    return triples
+
+    def __init__(
+        self, examples: Sequence[Example], responses_of: Iterable[tuple[int, Sequence[Response]]]
+    ) -> None:
+        self.examples = Examples.of(examples)
+        opponents = [(opponent, Responses.of(responses)) for opponent, responses in responses_of]
+        self.opponents = [opponent for opponent, _ in opponents]
+        self.responses = [responses for _, responses in opponents]
+        for opponent, responses in zip(self.opponents, self.responses, strict=True):
+            _check_pairs(self.examples, responses, opponent)
+        targets = sequence_keys(
+            map(TokenSequence, self.examples.prompt_ids, self.examples.target_ids)
+        )
+        self.target_keys = np.tile(targets, len(self.responses))
+        generated = [
+            sequence_keys(map(TokenSequence, self.examples.prompt_ids, responses.token_ids))
+            for responses in self.responses
+        ]
+        self.generated_keys = np.concatenate([key_array(b""), *generated])
+
+    def __len__(self) -> int:
+        return len(self.target_keys)
+
+    @overload
+    def __getitem__(self, index: int) -> Triple: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Triple]: ...
+    def __getitem__(self, index: int | slice) -> Triple | list[Triple]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(f"triple {index} of {len(self)}")
+        opponent, row = divmod(int(index), len(self.examples))
+        return Triple(
+            self.examples[row],
+            self.responses[opponent][row],
+            self.opponents[opponent],
+            *key_list(self.target_keys[[index]]),
+            *key_list(self.generated_keys[[index]]),
+        )
+
+    def sequences(self) -> DistinctSequences:
+        """What must be scored: of each triple the target, then the generated response."""
+        times = len(self.responses)
+        prompts = np.tile(self.examples.prompt_numbers, times)
+        targets = np.tile(self.examples.target_ids.lengths, times)
+        lengths = [responses.token_ids.lengths for responses in self.responses]
+        generated = np.concatenate([np.empty(0, dtype=np.int64), *lengths])
+        return DistinctSequences(
+            np.stack([self.target_keys, self.generated_keys], axis=1).ravel(),
+            np.repeat(prompts, 2),
+            np.stack([targets, generated], axis=1).ravel(),
+            self._sequence,
+        )
+
+    def _sequence(self, position: int) -> TokenSequence:
+        """The sequence at a position of the arrays that `sequences` makes."""
+        triple, is_generated = divmod(position, 2)
+        opponent, row = divmod(triple, len(self.examples))
+        responses = self.responses[opponent].token_ids if is_generated else self.examples.target_ids
+        return TokenSequence(self.examples.prompt_ids[row], responses[row])
 
 
-def preference_pairs(examples: Sequence[Example]) -> list[Triple]:
-    """One triple for each example with a rejected answer, which plays the generated response."""
-    return [
-        Triple.of(example, Response(example.id, example.rejected_ids, "", "stop"), FROM_THE_DATA)
-        for example in examples
-        if example.rejected_ids is not None
-    ]
+def preference_pairs(examples: Sequence[Example]) -> Triples:
+    """One triple for each example; its rejected answer plays the generated response."""
+    columns = Examples.of(examples)
+    rejected = columns.rejected_ids
+    if rejected is None:
+        return Triples(columns, [])
+    count = len(columns)
+    responses = Responses(
+        columns.ids, rejected, TextColumn.of([""] * count), TextColumn.of(["stop"] * count)
+    )
+    return Triples(columns, [(FROM_THE_DATA, responses)])
+
+
+def _check_pairs(examples: Examples, responses: Responses, opponent: int) -> None:
+    """Raise an ArtifactError if the responses belong to other examples."""
+    expected, found = examples.ids, responses.example_ids
+    if len(expected) != len(found):
+        raise ArtifactError(
+            f"the responses of θ_{opponent} belong to other examples: {len(found)} responses "
+            f"for {len(expected)} examples"
+        )
+    same = np.array_equal(expected.offsets, found.offsets) and np.array_equal(
+        expected.flat, found.flat
+    )
+    if not same:
+        one, other = next((a, b) for a, b in zip(expected, found, strict=True) if a != b)
+        raise ArtifactError(
+            f"the responses of θ_{opponent} belong to other examples: {other} where {one} was "
+            "expected"
+        )
 
 
 class TripleDataset(torch.utils.data.Dataset[dict[str, Any]]):
@@ -103,14 +171,12 @@ class TripleDataset(torch.utils.data.Dataset[dict[str, Any]]):
         self.generated_logps_NK = generated_logps_NK
 
     @classmethod
-    def of(cls, triples: Sequence[Triple], stores: Sequence[LogprobStore]) -> TripleDataset:
+    def of(cls, triples: Triples, stores: Sequence[LogprobStore]) -> TripleDataset:
         """Triples with their log-probs under each player, all of which are in the stores."""
-        target_keys = [triple.target_key for triple in triples]
-        generated_keys = [triple.generated_key for triple in triples]
         return cls(
             triples,
-            np.stack([store.logps(target_keys) for store in stores], axis=1),
-            np.stack([store.logps(generated_keys) for store in stores], axis=1),
+            np.stack([store.logps(triples.target_keys) for store in stores], axis=1),
+            np.stack([store.logps(triples.generated_keys) for store in stores], axis=1),
         )
 
     def __len__(self) -> int:
