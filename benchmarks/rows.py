@@ -9,6 +9,8 @@ Rows are conversations with about 100 tokens of prompt and 200 of answer; a resp
 tokens, 200 on average. Memory is sampled every 20 ms: `anonymous` is what the process itself holds,
 `resident` includes the pages of mapped files, which the kernel takes back when it needs memory.
 
+`--no-read` begins with random token ids instead of a file, which is far faster.
+
 `--tokenise N` compares reading and tokenising N UltraChat-like rows (three rounds, the answer of
 the last one is the target) with the library tokenizers alone on the same texts, in one call.
 """
@@ -37,10 +39,11 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
 
 import tpaw.scoring.score
 from tpaw.config.schema import RunConfig
-from tpaw.data.examples import prepare_examples
-from tpaw.data.inputs import load_inputs, publish_inputs
+from tpaw.data.examples import Example, Examples, ExampleWriter, prepare_examples
+from tpaw.data.inputs import Inputs, load_inputs, publish_inputs
 from tpaw.data.token_ids import token_ids
 from tpaw.generation.generator import Completion, FakeGenerator
+from tpaw.models.tokenizers import load_tokenizer
 from tpaw.pipeline.preflight import read_inputs
 from tpaw.pipeline.stages import Stages
 from tpaw.runtime.watch import Watch
@@ -182,6 +185,7 @@ class Sampler:
             stage["seconds"] += time.perf_counter() - began
             stage["cpu"] += time.process_time() - cpu
             self._now = {}
+            print(name, {k: round(v) for k, v in stage.items()}, file=sys.stderr, flush=True)
 
     def _take(self) -> None:
         now, stage = self.bytes_now(), self._now
@@ -257,30 +261,45 @@ def random_logps(scorer: Any, sequences: Any, *, tokens_per_row: int, on_done: A
     return -np.random.default_rng(len(sequences)).random(len(sequences)) * 300
 
 
-def measure(sender: Any, rows: int) -> None:
+def random_inputs(config: RunConfig, rows: int) -> Inputs:
+    """In place of rows that are read: 100 tokens of prompt and 200 of target."""
+    rng = np.random.default_rng(0)
+    text = "a passage of some words. " * 40
+    writer = ExampleWriter()
+    for i in range(rows):
+        prompt, target = np.split(rng.integers(3, VOCABULARY, 300).astype(np.int32), [100])
+        writer.append(Example(f"{i}-random", prompt, target, text[:400], text[:800]))
+    return Inputs(writer.finish(), Examples.of([]), {}, load_tokenizer(config.model), (2,))
+
+
+def measure(sender: Any, rows: int, read: bool) -> None:
     """Run all stages on so many rows and send what they took."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = make_files(folder, rows, 1, (400, 800))
+        config = make_files(folder, rows if read else 1, 1, (400, 800))
         run = RunDirectory(folder / "run")
         fake = FakeGenerator(lambda prompt, seed: ())
         fake.generate = random_completions  # type: ignore[method-assign,assignment]
         sampler = Sampler()
         before = sampler.bytes_now()
-        with sampler.stage("read"):
-            inputs = read_inputs(config)
+        if read:
+            with sampler.stage("read"):
+                inputs = read_inputs(config)
+        else:
+            inputs = random_inputs(config, rows)
         with sampler.stage("inputs"):
             publish_inputs(run.inputs, inputs)
             inputs = load_inputs(run.inputs, config)
             inputs.described()
         stages = Rows(config, run, inputs, Watch(), fake.opener)
         stages.sampler = sampler
+        sampled = inputs.examples[:1000]
         text = "an answer of a few words. " * 60
         stages._decode = lambda ids: text[: 4 * len(ids)]  # type: ignore[method-assign]
         stages.players.for_scoring = lambda player: None  # type: ignore[method-assign,assignment,return-value]
         with mock.patch.object(tpaw.scoring.score, "score_sequences", random_logps):
             algorithm_1(config, stages)
-        tokens = np.mean([len(e.prompt_ids) + len(e.target_ids) for e in inputs.examples[:1000]])
+        tokens = np.mean([len(e.prompt_ids) + len(e.target_ids) for e in sampled])
         sender.send({"before": before, "tokens": float(tokens), "stages": sampler.stages})
 
 
@@ -291,7 +310,7 @@ def curve(options: argparse.Namespace) -> dict[str, Any]:
     table = []
     for rows in options.rows:
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=measure, args=(sender, rows))
+        process = context.Process(target=measure, args=(sender, rows, not options.no_read))
         process.start()
         sender.close()
         found = receiver.recv()
@@ -371,6 +390,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--no-read", action="store_true", help="begin with random token ids")
     parser.add_argument("--tokenise", type=int, default=0, help="rows; 0: not this part")
     parser.add_argument("--repeats", type=int, default=3, help="of --tokenise")
     parser.add_argument("--json", type=Path, default=RESULTS / "rows.json")

@@ -82,10 +82,9 @@ class Column(Sequence[Value], Generic[Value]):
     def __getitem__(self, index: int | slice) -> Value | list[Value]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        if index < 0:
-            index += len(self)
-        if not 0 <= index < len(self):
+        if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
+        index %= len(self)
         value: Value = self.from_flat(self.flat[self.offsets[index] : self.offsets[index + 1]])
         return value
 

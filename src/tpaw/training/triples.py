@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tpaw.data.columns import TextColumn, key_array, key_list
+from tpaw.data.columns import TextColumn, key_array
 from tpaw.data.examples import Example, Examples
-from tpaw.data.token_ids import TokenSequence
+from tpaw.data.token_ids import TokenIds, TokenSequence
 from tpaw.errors import ArtifactError
 from tpaw.generation.responses import Response, Responses
 from tpaw.scoring.sequences import DistinctSequences, sequence_keys
-from tpaw.scoring.store import Key, LogprobStore, sequence_key
+from tpaw.scoring.store import LogprobStore
 
 # The opponent of a preference pair, whose rejected answer comes from the data.
 FROM_THE_DATA = -1
@@ -26,22 +26,11 @@ class Triple(NamedTuple):
 
     Attributes:
         opponent: index of the player that responded, or `FROM_THE_DATA`.
-        target_key, generated_key: of the two sequences in a `LogprobStore`.
     """
 
     example: Example
     response: Response
     opponent: int
-    target_key: Key
-    generated_key: Key
-
-    @classmethod
-    def of(cls, example: Example, response: Response, opponent: int) -> Triple:
-        """The triple of an example and a response."""
-        generated = TokenSequence(example.prompt_ids, response.token_ids)
-        return cls(
-            example, response, opponent, sequence_key(example.target), sequence_key(generated)
-        )
 
 
 class Triples(Sequence[Triple]):
@@ -55,6 +44,7 @@ class Triples(Sequence[Triple]):
 
     Attributes:
         target_keys, generated_keys: keys in a `LogprobStore`, of shape (triples,).
+        is_truncated: bool, of shape (triples,): the response was cut at the length limit.
     """
 
     def __init__(
@@ -75,6 +65,8 @@ class Triples(Sequence[Triple]):
             for responses in self.responses
         ]
         self.generated_keys = np.concatenate([key_array(b""), *generated])
+        reasons = (reason for responses in self.responses for reason in responses.finish_reasons)
+        self.is_truncated = np.array([reason == "length" for reason in reasons], dtype=bool)
 
     def __len__(self) -> int:
         return len(self.target_keys)
@@ -95,9 +87,13 @@ class Triples(Sequence[Triple]):
             self.examples[row],
             self.responses[opponent][row],
             self.opponents[opponent],
-            *key_list(self.target_keys[[index]]),
-            *key_list(self.generated_keys[[index]]),
         )
+
+    def token_ids(self, index: int) -> tuple[TokenIds, TokenIds, TokenIds]:
+        """The ids of prompt, target and generated response of a triple."""
+        opponent, row = divmod(index, len(self.examples))
+        generated = self.responses[opponent].token_ids[row]
+        return self.examples.prompt_ids[row], self.examples.target_ids[row], generated
 
     def sequences(self) -> DistinctSequences:
         """What must be scored: of each triple the target, then the generated response."""
@@ -116,9 +112,8 @@ class Triples(Sequence[Triple]):
     def _sequence(self, position: int) -> TokenSequence:
         """The sequence at a position of the arrays that `sequences` makes."""
         triple, is_generated = divmod(position, 2)
-        opponent, row = divmod(triple, len(self.examples))
-        responses = self.responses[opponent].token_ids if is_generated else self.examples.target_ids
-        return TokenSequence(self.examples.prompt_ids[row], responses[row])
+        prompt, target, generated = self.token_ids(triple)
+        return TokenSequence(prompt, generated if is_generated else target)
 
 
 def preference_pairs(examples: Sequence[Example]) -> Triples:
@@ -162,7 +157,7 @@ class TripleDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __init__(
         self,
-        triples: Sequence[Triple],
+        triples: Triples,
         target_logps_NK: NDArray[np.float64],
         generated_logps_NK: NDArray[np.float64],
     ) -> None:
@@ -184,12 +179,12 @@ class TripleDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Three int32 arrays of token ids, two float64 arrays (K,), and a bool."""
-        triple = self.triples[index]
+        prompt, target, generated = self.triples.token_ids(index)
         return {
-            "prompt_ids": triple.example.prompt_ids,
-            "target_ids": triple.example.target_ids,
-            "generated_ids": triple.response.token_ids,
+            "prompt_ids": prompt,
+            "target_ids": target,
+            "generated_ids": generated,
             "player_target_logps": self.target_logps_NK[index],
             "player_generated_logps": self.generated_logps_NK[index],
-            "is_truncated": triple.response.finish_reason == "length",
+            "is_truncated": bool(self.triples.is_truncated[index]),
         }
