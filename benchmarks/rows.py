@@ -279,7 +279,7 @@ def measure(sender: Any, rows: int, read: bool) -> None:
         config = make_files(folder, rows if read else 1, 1, (400, 800))
         run = RunDirectory(folder / "run")
         fake = FakeGenerator(lambda prompt, seed: ())
-        fake.generate = random_completions  # type: ignore[method-assign,assignment]
+        fake.generate = random_completions  # type: ignore[method-assign]
         sampler = Sampler()
         before = sampler.bytes_now()
         if read:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
@@ -28,9 +28,10 @@ from tpaw.data.formats import (
     prompt_as_text,
     shape_of,
 )
-from tpaw.data.readers import open_records
+from tpaw.data.readers import Record, open_records
 from tpaw.data.token_ids import TokenIds, TokenSequence, read_columns, token_ids, write_table
 from tpaw.errors import InputError
+from tpaw.runtime.processes import copies_to_use, map_in_copies
 from tpaw.runtime.progress import OnDone, ignore
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ class Example(NamedTuple):
 
 # Enough to keep the tokenizer's threads busy, and few enough to hear a stop soon.
 _RECORDS_AT_A_TIME = 256
+# So many batches are worth the start of other processes.
+_BATCHES_FOR_COPIES = 16
 
 # Names of the parquet columns, in the order of `Example`'s fields.
 _COLUMNS: dict[str, type[Column[Any]]] = {
@@ -220,22 +223,19 @@ def prepare_examples(
     records = open_records(config, key, columns_to_read(config))
     convert = shape_of(records.head, config, key, preferences=preferences)
     chat = ChatFormat(tokenizer, stop_ids, config.template, f"{key}.template", max_length)
+    prepare = _Preparation(convert, chat, preferences=preferences)
     examples, instructions = ExampleWriter(), ColumnWriter(TextColumn)
     skipped: Counter[Unusable] = Counter()
     first_skipped: dict[Unusable, int] = {}
     read = 0
-    remaining = iter(records)
-    while batch := list(islice(remaining, _RECORDS_AT_A_TIME)):
-        dialogues = [convert(record) for record in batch]
-        for number, (dialogue, example) in enumerate(
-            _tokenised(dialogues, read, chat, preferences=preferences), start=read + 1
-        ):
-            if isinstance(example, Unusable):
-                skipped[example] += 1
-                first_skipped.setdefault(example, number)
+    for batch in _prepared(prepare, _batches(records)):
+        for number, result in enumerate(batch, start=read + 1):
+            if isinstance(result, Unusable):
+                skipped[result] += 1
+                first_skipped.setdefault(result, number)
             else:
-                examples.append(example)
-                instructions.append(prompt_as_text(dialogue.prompt))
+                examples.append(result[0])
+                instructions.append(result[1])
         read += len(batch)
         on_done(len(batch))
     found = examples.finish()
@@ -268,22 +268,68 @@ def read_examples(path: Path) -> Examples:
     return Examples(*(columns[name] for name in _COLUMNS if name in columns))
 
 
-def _tokenised(
-    dialogues: Sequence[Dialogue | Unusable], start: int, chat: ChatFormat, *, preferences: bool
-) -> Iterator[tuple[Any, Example | Unusable]]:
-    """Tokenise dialogues and yield each with its result; `start` numbers the first record."""
-    usable = [dialogue for dialogue in dialogues if isinstance(dialogue, Dialogue)]
-    targets = iter(chat.encode(usable))
-    others = [d._replace(target=d.rejected) for d in usable if preferences and d.rejected]
-    rejected = iter(chat.encode(others))
-    for number, dialogue in enumerate(dialogues, start=start):
-        if isinstance(dialogue, Unusable):
-            yield dialogue, dialogue
-            continue
-        example = _example(number, dialogue, next(targets))
-        if preferences and dialogue.rejected:
-            example = _with_rejected(example, next(rejected))
-        yield dialogue, example
+# Records with the number of the first one.
+_Batch = tuple[int, list[Record]]
+# An example and its prompt without the chat template, or why there is none.
+_Result = tuple[Example, str] | Unusable
+
+
+def _batches(records: Iterable[Record]) -> Iterator[_Batch]:
+    remaining, start = iter(records), 0
+    while batch := list(islice(remaining, _RECORDS_AT_A_TIME)):
+        yield start, batch
+        start += len(batch)
+
+
+def _prepared(prepare: _Preparation, batches: Iterator[_Batch]) -> Iterator[list[_Result]]:
+    """The results of each batch, from several processes if there are many batches."""
+    first = list(islice(batches, _BATCHES_FOR_COPIES))
+    every = chain(first, batches)
+    if len(first) < _BATCHES_FOR_COPIES or copies_to_use() == 1:
+        return map(prepare, every)
+    return map_in_copies(prepare, every, copies_to_use())
+
+
+class _Preparation:
+    """Turns a batch of records into examples.
+
+    Args:
+        convert: what `shape_of` returns.
+        chat: applies the chat template and tokenises.
+        preferences: whether to keep rejected responses.
+    """
+
+    def __init__(
+        self,
+        convert: Callable[[Record], Dialogue | Unusable],
+        chat: ChatFormat,
+        *,
+        preferences: bool,
+    ) -> None:
+        self.convert = convert
+        self.chat = chat
+        self.preferences = preferences
+
+    def __call__(self, batch: _Batch) -> list[_Result]:
+        start, records = batch
+        dialogues = [self.convert(record) for record in records]
+        usable = [dialogue for dialogue in dialogues if isinstance(dialogue, Dialogue)]
+        targets = iter(self.chat.encode(usable))
+        others = [d._replace(target=d.rejected) for d in usable if self.preferences and d.rejected]
+        rejected = iter(self.chat.encode(others))
+        results: list[_Result] = []
+        for number, dialogue in enumerate(dialogues, start=start):
+            if isinstance(dialogue, Unusable):
+                results.append(dialogue)
+                continue
+            example = _example(number, dialogue, next(targets))
+            if self.preferences and dialogue.rejected:
+                example = _with_rejected(example, next(rejected))
+            if isinstance(example, Unusable):
+                results.append(example)
+            else:
+                results.append((example, prompt_as_text(dialogue.prompt)))
+        return results
 
 
 def _example(number: int, dialogue: Dialogue, encoded: Encoded | Unusable) -> Example | Unusable:
