@@ -199,13 +199,14 @@ class _JsonText:
     def _read_more(self) -> bool:
         """Drop what is done and read as much again as is left, so that each byte is read once."""
         begin = self._position
+        more = self._file.read(max(_BYTES_AT_A_TIME, len(self._text) - begin))
+        if not more:
+            return False
         self._line_begin = self._begin_of_line(begin)
         self._lines += self._text.count("\n", 0, begin)
         self._dropped += begin
-        left = self._text[begin:]
-        more = self._file.read(max(_BYTES_AT_A_TIME, len(left)))
-        self._text, self._position = left + more, 0
-        return bool(more)
+        self._text, self._position = self._text[begin:] + more, 0
+        return True
 
     def _begin_of_line(self, position: int) -> int:
         """Where the line of a position begins, counted from the beginning of the file."""
