@@ -307,14 +307,16 @@ def tokenizers_of_many_kinds():
     """Tokenizers that cut and change text in the ways that published ones do."""
     plain = {"normalized": False}
     flags = {
-        "specials": [AddedToken(token, **plain) for token in ("<|a|>", "<|ab|>", "|>x", "</s>")],
+        "specials": [
+            AddedToken(token, **plain) for token in ("<|a|>", "<|ab|>", "|>x", "++", "</s>")
+        ],
         "strips": [
             AddedToken("<|a|>", lstrip=True, **plain),
             AddedToken("<|ab|>", rstrip=True, **plain),
             AddedToken("</s>", **plain),
         ],
         "words": [AddedToken("<|a|>", single_word=True, **plain), AddedToken("</s>", **plain)],
-        "normalized": [AddedToken("<|a|>", normalized=True), AddedToken("</s>", **plain)],
+        "normalized": [AddedToken("<|a|>", **plain), AddedToken("</s>", normalized=True)],
     }
     normalizer_of = {
         "none": None,
@@ -353,22 +355,8 @@ def test_the_ids_of_a_prompt_are_found_in_those_of_the_whole(made):
     stop = made.convert_tokens_to_ids("</s>")
     chat = ChatFormat(made, (stop,), "auto", "data.template", 1000)
     rng = random.Random(0)
-    pieces = [
-        "a",
-        "b",
-        " ",
-        "\n",
-        "<|a|>",
-        "<|ab|>",
-        "|>x",
-        "x",
-        "<|",
-        "|>",
-        "</s>",
-        "</",
-        "A",
-        "s>",
-    ]
+    pieces = ["a", "b", " ", "\n", "<|a|>", "<|ab|>", "|>x", "x", "<|", "|>", "</s>", "</S>"]
+    pieces += ["</", "A", "s>", "+", "+"]
     found = 0
     for _ in range(300):
         prompt, rest = ("".join(rng.choices(pieces, k=rng.randrange(1, 9))) for _ in range(2))

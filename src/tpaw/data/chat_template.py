@@ -311,12 +311,10 @@ class _Borders:
         self._ids = ids
         self._tails: dict[str, list[int]] = {}
         core = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
-        # Tokens that are cut out of any text, whatever stands beside them.
+        # Tokens that are cut out of a text before anything else is done with it.
+        added = core.get_added_tokens_decoder() if core is not None else {}
         self._id_of: dict[str, int] = {
-            token.content: i
-            for i, token in (core.get_added_tokens_decoder().items() if core is not None else ())
-            if token.content
-            and not (token.normalized or token.single_word or token.lstrip or token.rstrip)
+            token.content: i for i, token in added.items() if not token.normalized and token.content
         }
         alternatives = "|".join(map(re.escape, sorted(self._id_of, key=len, reverse=True)))
         self._last_added = re.compile(f"(?s:.*)({alternatives})") if self._id_of else None
