@@ -73,7 +73,7 @@ class Text:
             a + b for a in "bcdfghklmnprstvw" for b in ("a", "e", "i", "o", "u", "an", "er")
         ]
         words = ["".join(rng.choice(syllables, rng.integers(1, 5))) for _ in range(20_000)]
-        ranks = np.minimum(rng.zipf(1.3, 400_000), len(words)) - 1
+        ranks = np.minimum(rng.zipf(1.3, 200_000), len(words)) - 1
         ends = rng.choice([" "] * 12 + [", ", ". ", ".\n\n"], len(ranks))
         self.text = "".join(words[r] + e for r, e in zip(ranks, ends, strict=True))
         self.rng = rng
@@ -96,7 +96,7 @@ def make_tokenizer(text: Text) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator([text.text[:1_000_000]], trainer)
+    core.train_from_iterator([text.text[:300_000]], trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
@@ -121,7 +121,9 @@ def write_rows(path: Path, text: Text, rows: int, rounds: int, characters: Seque
             writer.write_table(pa.table({"messages": messages}, schema=schema))
 
 
-def make_files(folder: Path, rows: int, rounds: int, characters: Sequence[float]) -> RunConfig:
+def make_files(
+    folder: Path, rows: int, rounds: int, characters: Sequence[float], iterations: int = 4
+) -> RunConfig:
     """A data file, a tokenizer and a small model, and the configuration of a run on them."""
     text = Text(seed=0)
     tokenizer = make_tokenizer(text)
@@ -144,7 +146,7 @@ def make_files(folder: Path, rows: int, rounds: int, characters: Sequence[float]
         {
             "model": {"path": str(folder / "model")},
             "data": {"path": str(folder / "rows.parquet"), "turn": "last"},
-            "iterations": 4,
+            "iterations": iterations,
             "max_length": MAX_LENGTH,
             "generate": {"max_new_tokens": MAX_NEW_TOKENS},
             "precision": "fp32",
@@ -272,11 +274,11 @@ def random_inputs(config: RunConfig, rows: int) -> Inputs:
     return Inputs(writer.finish(), Examples.of([]), {}, load_tokenizer(config.model), (2,))
 
 
-def measure(sender: Any, rows: int, read: bool) -> None:
+def measure(sender: Any, rows: int, read: bool, iterations: int) -> None:
     """Run all stages on so many rows and send what they took."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = make_files(folder, rows if read else 1, 1, (400, 800))
+        config = make_files(folder, rows if read else 1, 1, (400, 800), iterations)
         run = RunDirectory(folder / "run")
         fake = FakeGenerator(lambda prompt, seed: ())
         fake.generate = random_completions  # type: ignore[method-assign]
@@ -310,7 +312,9 @@ def curve(options: argparse.Namespace) -> dict[str, Any]:
     table = []
     for rows in options.rows:
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=measure, args=(sender, rows, not options.no_read))
+        process = context.Process(
+            target=measure, args=(sender, rows, not options.no_read, options.iterations)
+        )
         process.start()
         sender.close()
         found = receiver.recv()
@@ -331,7 +335,9 @@ def curve(options: argparse.Namespace) -> dict[str, Any]:
         seconds = [sum(s[k] for s in found["stages"].values()) for k in ("seconds", "cpu")]
         totals = [*(f"{s:.1f}" for s in seconds), *(f"{p / 2**20:,.0f}" for p in peaks)]
         table.append([f"{rows:,}: all", *totals])
-        title = f"four iterations, {found['tokens']:.0f} tokens a row; MiB at the peak"
+        title = (
+            f"{options.iterations} iterations, {found['tokens']:.0f} tokens a row; MiB at the peak"
+        )
         print_table(
             title, ["rows: stage", "seconds", "CPU seconds", "anonymous", "resident"], table
         )
@@ -390,6 +396,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--iterations", type=int, default=4)
     parser.add_argument("--no-read", action="store_true", help="begin with random token ids")
     parser.add_argument("--tokenise", type=int, default=0, help="rows; 0: not this part")
     parser.add_argument("--repeats", type=int, default=3, help="of --tokenise")
