@@ -214,6 +214,20 @@ def test_sharegpt_calls_and_observations(tmp_path, tokenizer):
         assert one.target_ids.tolist() == other.target_ids.tolist()
 
 
+def test_a_call_needs_no_text_but_takes_no_other_content(tmp_path, tokenizer):
+    rows = [{"messages": [ASK, {**CALLS, "content": content}]} for content in (None, "", 7)]
+    found = prepare(tmp_path, tokenizer, *rows, max_skipped=0.5)
+    assert len(found.examples) == 2
+    assert found.skipped == {"the target is not text": 1}
+
+
+def test_a_blank_system_column_adds_no_turn(tmp_path, tokenizer):
+    row = {"instruction": "What is 1 + 2?", "output": "3"}
+    for system, turns in ((" \n", 1), ("Be brief.", 2)):
+        [example] = prepare(tmp_path, tokenizer, {**row, "system": system}).examples
+        assert example.prompt_text.count("<|end|>") == turns
+
+
 def test_a_call_that_ends_with_another_token(tmp_path):
     """As gpt-oss: an answer ends with <|return|>, a call with <|call|>."""
     tokenizer = make_tokenizer()

@@ -313,6 +313,12 @@ def test_a_target_that_would_end_early_is_counted(tmp_path):
     assert prepared.skipped == {"an end-of-sequence token within the target": 1}
 
 
+def test_a_target_that_only_ends_is_counted(tmp_path):
+    pairs = [{"prompt": "p", "completion": text} for text in ("a", "<|end|>")]
+    prepared = prepare(write_jsonl(tmp_path / "a.jsonl", pairs), max_skipped=0.5)
+    assert prepared.skipped == {"the target is empty but for an end-of-sequence token": 1}
+
+
 def test_a_row_that_the_template_refuses_is_counted(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = (
@@ -340,3 +346,15 @@ def test_a_tokenizer_that_begins_any_text_with_a_space(tmp_path):
     for example, row in zip(prepared.examples, rows, strict=True):
         together = tokenizer(row["prompt"] + row["completion"], add_special_tokens=False).input_ids
         assert [*example.prompt_ids, *example.target_ids] == [*together, 1]
+
+
+def test_a_text_that_the_tokenizer_drops_or_joins(tmp_path):
+    vocabulary = {"a": 0, "b": 1, "\n": 2, "\n\n": 3, "a\n": 4, "<|end|>": 5}
+    core = Tokenizer(models.BPE(vocabulary, [("a", "\n"), ("\n", "\n")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>")
+    rows = [{"prompt": "a", "completion": "\nb"}, {"prompt": "q", "completion": "b"}]
+    config = DataConfig(path=str(write_jsonl(tmp_path / "a.jsonl", rows)), max_skipped=0.5)
+    found = prepare_examples(config, "data", tokenizer, (5,), 128)
+    [example] = found.examples
+    assert (example.prompt_ids.tolist(), example.target_ids.tolist()) == ([0], [2, 1, 5])
+    assert found.skipped == {"no tokens": 1}

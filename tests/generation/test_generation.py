@@ -310,6 +310,13 @@ def test_other_models_take_the_fast_way_without_a_word(kind, dtype, capsys):
     assert not capsys.readouterr().err
 
 
+def test_a_model_is_tried_within_its_positions():
+    sizes = {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    model.generation_config = transformers.GenerationConfig()
+    assert choose_batching(model) == (Batching.CONTINUOUS, ())
+
+
 def test_a_model_is_tried_once(monkeypatch):
     model, calls = make_model(), []
     model.register_forward_pre_hook(lambda *args: calls.append(1))

@@ -69,6 +69,26 @@ def dense_attention(
     return torch.stack(outputs).view(heads, L, -1).transpose(0, 1)[None]
 
 
+def test_a_mask_is_kept_for_its_shape_and_window_alone():
+    spans = packed_batch(sequences_of((1,), longest=13))["spans"]
+    assert spans.mask(2, 3).tolist() == [[True, True, False], [True, True, True]]
+    assert spans.mask(2, 3, window=1).tolist() == [[False, True, False], [False, False, True]]
+    assert spans.mask(2, 3, sinks=1).tolist() == [[True, *row] for row in spans.mask(2, 3).tolist()]
+
+
+def test_under_autocast_the_kernel_gets_one_dtype(monkeypatch):
+    """RoPE returns queries and keys in fp32 there, and the values are bf16."""
+    seen = []
+    monkeypatch.setattr(
+        tpaw.logprobs.attention, "_has_kernel", lambda *states: seen.extend(states) or False
+    )
+    rows = packed_batch(sequences_of((1,), longest=13))
+    states = torch.zeros(1, 2, rows["input_ids_BL"].numel(), 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        packed_attention(None, states, states, states.bfloat16(), None, tpaw_spans=rows["spans"])
+    assert [found.dtype for found in seen] == [torch.bfloat16, torch.bfloat16]
+
+
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
 @pytest.mark.parametrize("name", ATTENTION)
 def test_packed_attention_and_its_gradients_equal_dense_float64(name, key_heads, monkeypatch):

@@ -15,7 +15,7 @@ from transformers import BertConfig, Qwen2ForSequenceClassification, T5Config
 
 from tpaw.config.schema import ModelConfig, RunConfig
 from tpaw.errors import ArtifactError
-from tpaw.models.checks import check_model, check_vocabulary
+from tpaw.models.checks import check_model, check_vocabulary, why_length_matters
 from tpaw.models.fingerprint import fingerprint, weights_hash
 from tpaw.models.initial import initial_player
 from tpaw.models.loading import disable_dropout, load_model, pick_device
@@ -260,6 +260,14 @@ def test_a_checkpoint_keeps_the_configuration_of_the_model_it_started_from(famil
     kept = {key: value for key, value in start.items() if "drop" in key or "jitter" in key}
     assert 0.5 in kept.values()
     assert {key: trained[key] for key in kept} == kept
+
+
+def test_rope_of_one_kind_of_layers_counts_too():
+    rope = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    rope |= {"full_attention": {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0}}
+    config = transformers.Gemma3TextConfig(rope_parameters=rope, max_position_embeddings=64)
+    assert why_length_matters(config, 64) is None
+    assert "beyond 64 tokens, the dynamic RoPE" in why_length_matters(config, 65)
 
 
 def test_rope_that_depends_on_the_batch_is_refused(settings, tmp_path):

@@ -11,9 +11,15 @@ DOUBLING = (
 )
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 LONG = "{{ 'x' * 2000000 }}"
+LONG_PROMPT = "{% if add_generation_prompt %}" + LONG + "{% endif %}"
+LONG_RESPONSE = "{% if not add_generation_prompt %}" + LONG + "{% endif %}"
 
 
-@pytest.mark.parametrize("template", [DOUBLING, ENDLESS, LONG], ids=["doubling", "endless", "long"])
+@pytest.mark.parametrize(
+    "template",
+    [DOUBLING, ENDLESS, LONG_PROMPT, LONG_RESPONSE],
+    ids=["doubling", "endless", "long prompt", "long response"],
+)
 def test_a_template_that_does_not_end_or_grows_is_refused(template, monkeypatch):
     monkeypatch.setattr("tpaw.models.template_trial.CPU_SECONDS", 1)
     monkeypatch.setattr("tpaw.models.template_trial.SECONDS", 2.0)

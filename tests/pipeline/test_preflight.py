@@ -87,6 +87,7 @@ def test_a_reduced_model_has_a_layer_of_each_kind():
         num_key_value_heads=2,
         head_dim=8,
         eos_token_id=49_999,
+        pad_token_id=49_998,  # an embedding does not take one beyond its size
     )
     before = copy.deepcopy(config)
     state = torch.get_rng_state()
@@ -97,6 +98,17 @@ def test_a_reduced_model_has_a_layer_of_each_kind():
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     assert config.to_dict() == before.to_dict()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_reduced_model_has_two_layers_if_all_are_of_one_kind_and_three_of_three():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    config = transformers.Qwen2Config(vocab_size=320, num_hidden_layers=6, **sizes)
+    model = reduced_model(config, ModelConfig(path="x"))
+    assert model.config.layer_types == ["full_attention"] * 2
+    assert len(model.model.layers) == 2
+    kinds = ["full_attention", "sliding_attention", "chunked_attention"]
+    config.layer_types = kinds * 2
+    assert reduced_model(config, ModelConfig(path="x")).config.layer_types == kinds
 
 
 def test_a_model_whose_layers_are_too_large_is_not_tried(monkeypatch, settings):

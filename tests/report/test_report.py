@@ -8,8 +8,9 @@ from messages import refused, says
 from tpaw.config.schema import RunConfig
 from tpaw.errors import ArtifactError
 from tpaw.report.status import done_and_next
-from tpaw.report.summary import _late_means
-from tpaw.storage.artifacts import write_manifest
+from tpaw.report.summary import _late_means, write_summary
+from tpaw.report.tables import suites_of_run
+from tpaw.storage.artifacts import read_json, write_manifest
 from tpaw.storage.run_directory import RunDirectory
 
 
@@ -63,3 +64,33 @@ def test_status_of_a_partial_manifest_that_is_damaged(settings, tmp_path):
     partial.write_text('{"files": [{"path": "a", "bytes": 1, "sha256": "x"}]}')
     with refused(partial, "'rows'", error=ArtifactError):
         done_and_next(run, RunConfig.load(settings))
+
+
+def test_a_summary_is_written_only_where_it_differs(settings, tmp_path):
+    run, config = RunDirectory(tmp_path), RunConfig.load(settings)
+    write_summary(run, config)
+    whole, before = read_json(run.summary_file), run.summary_file.stat()
+    write_summary(run, config)
+    assert run.summary_file.stat().st_ino == before.st_ino
+    for damage in ("{}", "{", "\x00"):
+        run.summary_file.write_text(damage)
+        write_summary(run, config)
+        assert read_json(run.summary_file) == whole
+
+
+def test_every_suite_has_a_table_of_the_checkpoints_that_have_results():
+    def found(score):
+        part = {"score": score, "stderr": 1.0}
+        return {**part, "benchmarks": {"task": part}}
+
+    players = [
+        {"iteration": 0, "suites": {"a": found(10.0)}},
+        {"iteration": 1},
+        {"iteration": 2, "suites": {"a": found(12.0), "b": found(20.0)}},
+    ]
+    tables = suites_of_run({"players": players})
+    rows = [list(zip(*(column.cells for column in table.columns), strict=True)) for table in tables]
+    assert rows == [
+        [("θ_0", "10.0 ± 1.0", "10.0 ± 1.0"), ("θ_2", "12.0 ± 1.0", "12.0 ± 1.0")],
+        [("θ_2", "20.0 ± 1.0", "20.0 ± 1.0")],
+    ]

@@ -50,6 +50,13 @@ def test_lines_and_tables_show_text_as_it_is(console):
     assert not set(printed(console)) & set("\x1b\x07\x9b\x7f\u202e\ud800")
 
 
+def test_a_line_is_not_broken_where_the_terminal_ends():
+    console = TextConsole(file=io.StringIO(), width=10)
+    text = " ".join(["word"] * 20)
+    console.print_text(text)
+    assert printed(console) == f"{text}\n"
+
+
 def test_progress_shows_text_as_it_is(console):
     with progress(HOSTILE, 1, "rows", console) as advance:
         advance(1, HOSTILE)

@@ -27,6 +27,7 @@ SHORTAGES = {
     "numpy": lambda: np.empty(2**58),
     "torch on a GPU": raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")),
     "cuBLAS": raises(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublas")),
+    "C++": raises(RuntimeError("std::bad_alloc")),
     "Python": raises(MemoryError()),
     "threads": raises(RuntimeError("can't start new thread")),
     "the operating system": raises(OSError(12, "Cannot allocate memory")),

@@ -36,6 +36,7 @@ def test_a_folder_that_is_not_there_as_each_library_says_it(tmp_path):
     missing, text = tmp_path / "missing", os.strerror(errno.ENOENT)
     assert failure(lambda: torch.save(1, missing / "a")) == f"{missing}: {text}"
     assert failure(lambda: (missing / "a").write_text("x")) == f"{missing / 'a'}: {text}"
+    assert failure(lambda: os.stat(os.fsencode(missing))) == f"{missing}: {text}"
     found = failure(lambda: save_file({"a": torch.zeros(1)}, missing / "a"))
     assert found == f"FOLDER: {text}"
 
@@ -53,6 +54,12 @@ def test_the_cause_is_found_behind_other_errors():
             raise RuntimeError from None
 
     assert failure(call) == f"/a: {os.strerror(errno.EROFS)}"
+
+
+def test_an_error_that_is_its_own_cause():
+    error = RuntimeError("x")
+    error.__cause__ = error
+    assert storage_failure(error, "FOLDER") is None
 
 
 @pytest.mark.parametrize(
@@ -76,6 +83,8 @@ def test_space_is_refused_with_what_is_needed_and_what_is_free(tmp_path, monkeyp
     with refused(tmp_path / "a", "3.0 GB", "2.5 MB", "training θ_1", error=StorageError):
         require_space(tmp_path / "a" / "b", 3e9, "training θ_1")
     require_space(tmp_path / "a" / "b", 2_500_000, "training θ_1")
+    with pytest.raises(StorageError):
+        require_space(tmp_path / "a" / "b", 2_500_001, "training θ_1")
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
+import socket
 
 import pytest
 from messages import refused
 
-from tpaw.errors import RunLockedError, StorageError
+from tpaw.errors import ArtifactError, RunLockedError, StorageError
 from tpaw.storage.artifacts import write_text
 from tpaw.storage.lock import check_held, locked
 
@@ -57,6 +59,33 @@ def test_a_lock_is_held_by_one(tmp_path):
         pass
 
 
+def test_the_file_names_the_present_holder_alone(tmp_path):
+    for _ in range(2):
+        with locked(tmp_path / "lock"):
+            holder = json.loads((tmp_path / "lock").read_text())
+            assert (holder["pid"], holder["host"]) == (os.getpid(), socket.gethostname())
+
+
+def test_a_forked_child_does_not_hold_the_lock(tmp_path):
+    """As a data loader's worker that outlives a killed process."""
+    (running, says_running), (done, says_done) = os.pipe(), os.pipe()
+    with locked(tmp_path / "lock"):
+        child = os.fork()
+        if child == 0:
+            os.write(says_running, b"x")
+            os.read(done, 1)
+            os._exit(0)
+        os.read(running, 1)
+    try:
+        with locked(tmp_path / "lock"):
+            pass
+    finally:
+        os.write(says_done, b"x")
+        os.waitpid(child, 0)
+        for end in (running, says_running, done, says_done):
+            os.close(end)
+
+
 def gone(folder, how):
     if how == "moved":
         folder.rename(folder.with_name("elsewhere"))
@@ -90,6 +119,7 @@ def test_nothing_is_written_once_the_lock_is_gone(tmp_path, how):
         finally:
             assert sorted(tmp_path.rglob("*")) == before
     assert [p.read_text() for p in tmp_path.rglob("a.txt")] == ["held"]
+    assert (tmp_path / "b.txt").read_text() == "still"
     check_held(folder / "a.txt")  # nothing is held any more
 
 
@@ -98,6 +128,10 @@ def test_whatever_fails_in_a_folder_that_is_gone_fails_because_it_is_gone(tmp_pa
     with refused(tmp_path / "run", error=StorageError), locked(tmp_path / "run" / "lock"):
         gone(tmp_path / "run", "moved")
         list(zip([1], [], strict=True))
+    (tmp_path / "again").mkdir()
+    with refused(tmp_path / "again", error=StorageError), locked(tmp_path / "again" / "lock"):
+        gone(tmp_path / "again", "the lock removed")
+        raise ArtifactError("missing; restore it from a backup")
     with pytest.raises(ValueError, match="shorter"), locked(tmp_path / "lock"):
         list(zip([1], [], strict=True))
 

@@ -15,10 +15,10 @@ from messages import refused, says
 import tpaw.storage.artifacts
 import tpaw.storage.run_directory
 from tpaw.config.schema import RunConfig
-from tpaw.errors import ArtifactError, Interrupted, RunLockedError, StorageError
+from tpaw.errors import ArtifactError, InputError, Interrupted, RunLockedError, StorageError
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.watch import Watch
-from tpaw.storage.artifacts import ShardedArtifact
+from tpaw.storage.artifacts import ShardedArtifact, write_manifest
 from tpaw.storage.run_directory import (
     RunDirectory,
     check_output,
@@ -67,6 +67,9 @@ def test_somebody_elses_folder_a_file_and_an_unwritable_place(tmp_path, config):
     (tmp_path / "home" / "thesis.tex").write_text("x")
     with refused("thesis.tex", tmp_path / "home"):
         check_output(tmp_path / "home", config)
+    with pytest.raises(InputError), open_run(tmp_path / "home", config):
+        pass
+    assert os.listdir(tmp_path / "home") == ["thesis.tex"]  # not even a lock
     with refused(tmp_path / "home" / "thesis.tex"):
         check_output(tmp_path / "home" / "thesis.tex", config)
     for name in ("config.yaml", "lock"):  # names of ours, contents of somebody else's
@@ -128,10 +131,51 @@ def test_growing_artifacts_are_checked_too(tmp_path):
     ShardedArtifact(run.responses(1)).publish("0", lambda path: path.write_text("a") and None)
     store = ShardedArtifact(run.logprobs("f"), always_growing=True)
     store.publish("0", lambda path: path.write_text("b") and None)
+    suite = ShardedArtifact(run.suite(2, "mine"))
+    suite.publish("0", lambda path: path.write_text("c") and None)
+    for step in (1, 2):
+        (run.training(1) / f"checkpoint-{step}").mkdir(parents=True)
+    write_manifest(run.training(1) / "checkpoint-1", {})  # a crash left the other one
     assert set(run.manifests(iterations=2)) == {
         run.responses(1) / "manifest.partial.json",
         run.logprobs("f") / "manifest.json",
+        run.suite(2, "mine") / "manifest.partial.json",
+        run.training(1) / "checkpoint-1" / "manifest.json",
     }
+    run.checkpoint(1).mkdir(parents=True)
+    (run.checkpoint(1) / "model.safetensors").touch()
+    with refused(run.checkpoint(1), error=ArtifactError):
+        run.manifests(iterations=2)
+
+
+def test_a_log_without_steps_is_damaged(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.checkpoint(1).mkdir(parents=True)
+    write_manifest(run.checkpoint(1), {})  # as the first format: without a checksum of the log
+    for content in ("", "{}\n", '{"step": 1}\n'):
+        run.training_log(1).write_text(content)
+        if "step" in content:
+            assert run.read_training_log(1) == [{"step": 1}]
+        else:
+            with refused("iterations/1/training.jsonl", "θ_1", error=ArtifactError):
+                run.read_training_log(1)
+
+
+def test_only_numbered_folders_are_iterations(tmp_path):
+    run = RunDirectory(tmp_path)
+    assert not run.uses_initial_player()
+    for name in ("1", "2", "10", "notes"):
+        (tmp_path / "iterations" / name).mkdir(parents=True)
+    for name in ("2", "notes"):
+        (tmp_path / "iterations" / name / "training.jsonl").touch()
+    assert run.iterations_begun() == 2
+    assert run.uses_initial_player()
+
+
+@pytest.mark.parametrize("made", ["iterations/0/evaluation", "iterations/1/responses", "logprobs"])
+def test_a_run_uses_its_initial_player_from_the_first_artifact_on(tmp_path, made):
+    (tmp_path / made).mkdir(parents=True)
+    assert RunDirectory(tmp_path).uses_initial_player()
 
 
 def test_a_format_of_the_future_is_refused(tmp_path, config):
@@ -233,6 +277,14 @@ def test_an_edited_run_file_is_refused(run, config, change):
     facts = json.loads(run.run_file.read_text())
     run.run_file.write_text(json.dumps(facts | change))
     with refused(run.run_file, error=ArtifactError):
+        check_output(run.root, config)
+
+
+def test_a_run_file_without_its_checksum_is_refused(run, config):
+    facts = json.loads(run.run_file.read_text())
+    del facts["sha256"]
+    run.run_file.write_text(json.dumps(facts))
+    with refused(run.run_file, "checksum", error=ArtifactError):
         check_output(run.root, config)
 
 

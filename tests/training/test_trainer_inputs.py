@@ -22,6 +22,7 @@ from messages import DIFFERENCE, refused, says
 from tpaw.objectives.base import ObjectiveNeeds
 from tpaw.objectives.tpaw import TeamObjective
 from tpaw.training.batching import columns_for
+from tpaw.training.checks import CheckedRows, check_arguments
 from tpaw.training.trainer import TeamTrainer
 
 
@@ -200,16 +201,22 @@ class Streamed(torch.utils.data.IterableDataset):
         yield {}
 
 
+class StreamedWithLength(Streamed):
+    def __len__(self):
+        return 1
+
+
 @pytest.mark.parametrize(
     "dataset",
     [
         Dataset.from_list([{"prompt_ids": [1]}]).to_iterable_dataset(),
         Streamed(),
+        StreamedWithLength(),
         DatasetDict({"train": Dataset.from_list([{"prompt_ids": [1]}])}),
         None,
         [],
     ],
-    ids=["streaming", "torch", "splits", "nothing", "empty"],
+    ids=["streaming", "torch", "torch with length", "splits", "nothing", "empty"],
 )
 def test_a_dataset_that_cannot_be_indexed_is_refused_by_type(dataset, tmp_path):
     with refused("train_dataset", error=ValueError):
@@ -243,6 +250,36 @@ def test_a_row_that_cannot_be_trained_on_is_named(column, value, parts, tmp_path
         rows[index][column] = value
         with refused(f"row {index}", column, *parts, error=ValueError):
             train(make_model(seed=1), rows, arguments(tmp_path))
+
+
+@pytest.mark.parametrize(("tokens", "positions"), [(256, 256), (257, 256), (257, -1)])
+def test_a_row_may_fill_every_position(tokens, positions):
+    """XLNet and others write -1 for "no limit"."""
+    row = {"prompt_ids": [1] * (tokens - 2), "target_ids": [2], "generated_ids": [3, 4]}
+    config = transformers.LlamaConfig(vocab_size=5, max_position_embeddings=256)
+    config.max_position_embeddings = positions
+    rows = CheckedRows([row], ObjectiveNeeds("none"), config)
+    if (tokens, positions) == (257, 256):
+        with pytest.raises(ValueError, match="generated_ids have 257 tokens"):
+            rows[0]
+    else:
+        assert [len(ids) for ids in rows[0].values()] == [tokens - 2, 1, 2]
+
+
+@pytest.mark.parametrize("token", [2**31, 2**31 - 1])
+def test_without_a_vocabulary_an_id_must_fit_into_int32(token):
+    row = {"prompt_ids": [1], "target_ids": [2], "generated_ids": [token]}
+    if token < 2**31:
+        assert CheckedRows([row], ObjectiveNeeds("none"))[0]["generated_ids"].tolist() == [token]
+    else:
+        with pytest.raises(ValueError, match=str(token)):
+            CheckedRows([row], ObjectiveNeeds("none"))
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match="2 GPUs"):
+        check_arguments(arguments(tmp_path))
 
 
 def test_rows_of_unequal_teams_and_a_row_without_a_column_are_named(tmp_path):

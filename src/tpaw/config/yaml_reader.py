@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from tpaw.errors import brief, printable
+from tpaw.errors import brief
 
 FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
 
@@ -50,7 +50,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         kind = node.tag.rpartition(":")[2]
-        if kind in ("int", "float") and len(node.value) > MAX_DIGITS:
+        if kind == "int" and len(node.value) > MAX_DIGITS:
             raise _refusal(f"a number of more than {MAX_DIGITS} characters", node.start_mark)
         try:
             return super().construct_object(node, deep=deep)
@@ -101,4 +101,4 @@ def _parts(node: yaml.Node) -> list[yaml.Node]:
 
 
 def _refusal(problem: str, mark: Any) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=printable(problem), problem_mark=mark)
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)

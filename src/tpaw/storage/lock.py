@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
-from tpaw.errors import InputError, RunLockedError, StorageError, TpawError
+from tpaw.errors import InputError, RunLockedError, StorageError
 
 TRIES = 10
 
@@ -46,8 +46,6 @@ def locked(path: Path) -> Iterator[None]:
         _held[path] = _identity(os.fstat(file.fileno()))
         try:
             yield
-        except TpawError:
-            raise
         except Exception:
             check_held(path)  # without its folder, work fails in many ways
             raise
@@ -113,7 +111,7 @@ def _acquired(path: Path) -> Iterator[IO[str]]:
 
 def _open(path: Path) -> int:
     """Open a lock file. Links are not followed: the file that they name would be overwritten."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
     try:
         descriptor = os.open(path, flags, 0o666)
     except OSError as error:

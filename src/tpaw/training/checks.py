@@ -78,7 +78,7 @@ def check_arguments(args: TrainingArguments) -> None:
     """
     for name, reason in _OTHER_ARGUMENTS.items():
         value = getattr(args, name, None)
-        if value not in (None, False, 0, "no"):
+        if value not in (None, False, "no"):  # 0 equals False
             raise ValueError(f"{name}: {value!r:.40}: not with TeamTrainer: {reason}")
     # Written as "not (allowed)", so that NaN is refused too.
     if not args.learning_rate <= torch.finfo(torch.float32).max:

@@ -1,0 +1,62 @@
+"""Disk space: what each stage is said to need, against a count of what is on the disk."""
+
+from __future__ import annotations
+
+import pytest
+
+import tpaw.pipeline.space
+from tpaw.config.schema import RunConfig
+from tpaw.pipeline.space import space_for_responses, space_for_training
+from tpaw.storage.run_directory import RunDirectory
+
+PARAMETERS = 1000
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        tpaw.pipeline.space, "require_space", lambda folder, needed, work: found.append(needed)
+    )
+    return found
+
+
+def most_on_the_disk(steps, save_every, moments):
+    """Bytes, step by step: a saved step goes when the next one is whole, the last at the end."""
+    checkpoint = 4 * PARAMETERS
+    saved_step = checkpoint + 4 * moments * PARAMETERS
+    held, most = 0, 0
+    for step in range(1, steps + 1):
+        if step == steps:
+            most = max(most, held + checkpoint)
+        elif step % save_every == 0:
+            most = max(most, held + saved_step)
+            held = saved_step
+    return most
+
+
+@pytest.mark.parametrize(("optimizer", "moments"), [("rmsprop", 1), ("adamw_torch", 2)])
+@pytest.mark.parametrize(
+    ("steps", "save_every"), [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (4, 4), (9, 100)]
+)
+def test_training_needs_the_most_that_is_there_at_a_time(
+    settings, tmp_path, asked, optimizer, moments, steps, save_every
+):
+    settings["train"] |= {"optimizer": optimizer, "save_every": save_every}
+    config = RunConfig.load(settings)
+    iteration = RunDirectory(tmp_path).iteration(0)
+    expected = most_on_the_disk(steps, save_every, moments)
+    space_for_training(iteration, config, PARAMETERS, steps)
+    saved = iteration.training / "checkpoint-1"
+    saved.mkdir(parents=True)
+    (saved / "optimizer.pt").write_bytes(b"x" * 100)
+    space_for_training(iteration, config, PARAMETERS, steps)
+    assert asked == [expected, expected - 100]
+
+
+def test_responses_may_be_as_long_as_the_longer_of_both_limits(settings, tmp_path, asked):
+    for generate, evaluate in ((8, 16), (16, 8), (16, None)):
+        settings["generate"] = {"max_new_tokens": generate}
+        settings["evaluate"] |= {"max_new_tokens": evaluate}
+        space_for_responses(RunDirectory(tmp_path), RunConfig.load(settings), 10)
+    assert asked == [10 * 16 * 8] * 3  # 4 bytes of id and about 4 of text for each token
