@@ -29,6 +29,7 @@ from tpaw.scoring.score import (
     fill_store,
     score_sequences,
 )
+from tpaw.scoring.sequences import DistinctSequences
 from tpaw.scoring.store import LogprobStore, sequence_key
 from tpaw.training.split_weights import SplitRMSprop
 from tpaw.training.trainer import TeamTrainer
@@ -122,7 +123,7 @@ def score_into(
                 on_done=counted.append,
             )
 
-    wanted = {sequence_key(sequence): sequence for sequence in sequences}
+    wanted = DistinctSequences.of(sequences)
     fill_store(store, stage, wanted, compute, shard_size=config.shard_size)
     return sum(counted)
 

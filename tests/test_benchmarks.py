@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ import flops
 import gate
 import memory_driver
 import ours
+import rows
 import train_step
 from contender import Training
 from memory import peak_bytes
@@ -49,6 +51,18 @@ def run(name, folder, capsys):
     code = importlib.import_module(name).main([*options, *SMOKE[name], "--json", str(file)])
     printed = capsys.readouterr()
     return code, printed, json.loads(file.read_text())["results"] if file.exists() else None
+
+
+def test_rows_go_through_all_stages_and_tokenising_is_compared(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(rows, "VOCABULARY", 400)
+    sent = []
+    rows.measure(SimpleNamespace(send=sent.append), 30, read=True, iterations=1)
+    [found] = sent
+    assert list(found["stages"]) == ["read", "inputs", "generate", "triples", "score", "train"]
+    assert all(stage["anonymous"] > 0 for stage in found["stages"].values())
+    options = ["--rows", "--tokenise", "20", "--repeats", "1"]
+    assert rows.main([*options, "--json", str(tmp_path / "rows.json")]) == 0
+    assert "÷ tokenizers" in capsys.readouterr().out
 
 
 @pytest.mark.process

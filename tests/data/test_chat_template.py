@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 
 import pytest
 from builders import make_model, make_tokenizer, save_model, sums, write_jsonl
 from datasets import Dataset
 from messages import refused
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from tpaw.config.schema import DataConfig, RunConfig
+from tpaw.data.chat_template import ChatFormat
 from tpaw.data.examples import prepare_examples
 from tpaw.data.inputs import load_inputs, publish_inputs
 from tpaw.pipeline.preflight import read_inputs
@@ -188,7 +193,7 @@ def test_the_rounds_of_a_conversation_with_tools(tmp_path, tokenizer):
         "<|user|><tool_response>3</tool_response><|end|>\n<|assistant|>"
     )
     assert last.target_text == "It is 3."
-    assert found.instructions == [
+    assert list(found.instructions) == [
         f"user: What is 1 + 2?\n\nassistant: {json.dumps([CALL])}\n\ntool: 3"
     ]
 
@@ -310,3 +315,70 @@ def test_a_template_that_opens_the_response_itself(tmp_path):
     [example] = prepare(tmp_path, tokenizer, rendered).examples
     whole = tokenizer(rendered["prompt"] + rendered["completion"] + "<|end|>").input_ids
     assert [*example.prompt_ids.tolist(), *example.target_ids.tolist()] == whole
+
+
+def tokenizers_of_many_kinds():
+    """Tokenizers that cut and change text in the ways that published ones do."""
+    plain = {"normalized": False}
+    flags = {
+        "specials": [
+            AddedToken(token, **plain) for token in ("<|a|>", "<|ab|>", "|>x", "++", "</s>")
+        ],
+        "strips": [
+            AddedToken("<|a|>", lstrip=True, **plain),
+            AddedToken("<|ab|>", rstrip=True, **plain),
+            AddedToken("</s>", **plain),
+        ],
+        "words": [AddedToken("<|a|>", single_word=True, **plain), AddedToken("</s>", **plain)],
+        "normalized": [AddedToken("<|a|>", **plain), AddedToken("</s>", normalized=True)],
+    }
+    normalizer_of = {
+        "none": None,
+        "prepend": normalizers.Sequence(
+            [normalizers.Prepend("_"), normalizers.Replace(" ", "_"), normalizers.Lowercase()]
+        ),
+    }
+    splits = {
+        "bytes": pre_tokenizers.ByteLevel(add_prefix_space=False),
+        "space before": pre_tokenizers.ByteLevel(add_prefix_space=True),
+        "first": pre_tokenizers.Metaspace(prepend_scheme="first"),
+    }
+    for (flag, tokens), (change, normalizer), (split, pre) in itertools.product(
+        flags.items(), normalizer_of.items(), splits.items()
+    ):
+        core = Tokenizer(models.BPE(unk_token=None, byte_fallback=False))
+        core.pre_tokenizer = pre
+        if normalizer is not None:
+            core.normalizer = normalizer
+        trainer = trainers.BpeTrainer(
+            vocab_size=330,
+            initial_alphabet=[*pre_tokenizers.ByteLevel.alphabet(), "▁", "_"],
+            show_progress=False,
+        )
+        core.train_from_iterator(["a b ab  x |> <| \n </s> aa bb"] * 3, trainer)
+        core.add_tokens(tokens)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+        yield f"{flag}, {change}, {split}", tokenizer
+
+
+@pytest.mark.parametrize(
+    "made", [pytest.param(made, id=name) for name, made in tokenizers_of_many_kinds()]
+)
+def test_the_ids_of_a_prompt_are_found_in_those_of_the_whole(made):
+    """Whatever stands at the border, and however the tokenizer cuts and changes text."""
+    stop = made.convert_tokens_to_ids("</s>")
+    chat = ChatFormat(made, (stop,), "auto", "data.template", 1000)
+    rng = random.Random(0)
+    pieces = ["a", "b", " ", "\n", "<|a|>", "<|ab|>", "|>x", "x", "<|", "|>", "</s>", "</S>"]
+    pieces += ["</", "A", "s>", "+", "+"]
+    found = 0
+    for _ in range(300):
+        prompt, rest = ("".join(rng.choices(pieces, k=rng.randrange(1, 9))) for _ in range(2))
+        [whole] = chat._tokenised([prompt + rest])
+        ids = chat._borders.prompt_ids(prompt, whole)
+        if ids is not None:
+            found += 1
+            assert ids == made(prompt, add_special_tokens=False).input_ids, (prompt, rest)
+        if stop in made(rest, add_special_tokens=False).input_ids:
+            assert chat._borders.may_have_stop(rest), rest
+    assert found > 50

@@ -186,6 +186,13 @@ def test_a_huge_record_is_skipped_before_it_is_tokenised(tmp_path):
     assert tokenizer.characters < 20_000
 
 
+def test_a_templated_row_is_tokenised_once(tmp_path):
+    tokenizer = Counting(make_tokenizer())
+    examples = prepare(write_jsonl(tmp_path / "a.jsonl", sums(500)), tokenizer).examples
+    characters = sum(len(e.prompt_text) + len(f"{e.target_text}<|end|>\n") for e in examples)
+    assert characters < tokenizer.characters < characters + 1000
+
+
 def test_a_long_text_of_few_tokens_is_kept(tmp_path):
     """What cannot be told from the number of characters: one token may stand for any of them."""
     core = Tokenizer(models.WordLevel({"<unk>": 0, "<|end|>": 1}, unk_token="<unk>"))
@@ -283,7 +290,7 @@ def test_examples_survive_the_disk(tmp_path):
         assert before.prompt_ids.tolist() == after.prompt_ids.tolist()
         assert before.target_ids.tolist() == after.target_ids.tolist()
     write_examples(tmp_path / "none.parquet", [])
-    assert read_examples(tmp_path / "none.parquet") == []
+    assert list(read_examples(tmp_path / "none.parquet")) == []
 
 
 def test_a_template_that_adds_an_end_of_text_after_the_end_of_turn(tmp_path):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 import re
 
 import pyarrow as pa
@@ -12,8 +13,10 @@ from datasets import Dataset, DatasetDict
 from messages import IN_BRACKETS, refused
 
 from tpaw.config.schema import DataConfig
+from tpaw.data import readers
 from tpaw.data.formats import Dialogue, Unusable, columns_to_read, shape_of
 from tpaw.data.readers import Records, read_records
+from tpaw.errors import InputError
 
 # Worded by Python and pyarrow.
 CANNOT_BE_READ = {"reason": re.compile(r"(?<=malformed JSON: ).*|(?<=cannot be read: ).*")}
@@ -84,6 +87,79 @@ def test_what_follows_the_limit_is_not_read(tmp_path, name):
     assert read_records(DataConfig(path=str(path), limit=1), "data") == rows
     with refused("data.path", path, hide=CANNOT_BE_READ):
         read_records(DataConfig(path=str(path), limit=2), "data")
+
+
+def json_file(seed):
+    """A list of nested records with every kind of blank between them."""
+    rng = random.Random(seed)
+
+    def value(depth):
+        kinds = [None, True, -1.5e3, 12345, 'é"\\\n🙂', "x" * rng.randrange(30)]
+        if depth and rng.random() < 0.5:
+            return (
+                [value(depth - 1) for _ in range(3)]
+                if rng.random() < 0.5
+                else {str(i): value(depth - 1) for i in range(3)}
+            )
+        return rng.choice(kinds)
+
+    records = [{"a": value(2), "b": value(1)} for _ in range(rng.randrange(1, 8))]
+    blanks = ["", " ", "\n", "\t\r\n  "]
+    text = rng.choice(blanks) + "["
+    for i, record in enumerate(records):
+        text += rng.choice(blanks) + ("," if i else "") + rng.choice(blanks)
+        text += json.dumps(record, ensure_ascii=rng.random() < 0.5, indent=rng.choice([None, 1]))
+    return records, text + rng.choice(blanks) + "]" + rng.choice(blanks)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 64])
+def test_a_json_list_that_is_read_piece_by_piece(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(readers, "_BYTES_AT_A_TIME", size)
+    for seed in range(30):
+        records, text = json_file(seed)
+        (tmp_path / "a.json").write_text(text)
+        assert read_records(DataConfig(path=str(tmp_path / "a.json")), "data") == records
+
+
+@pytest.mark.parametrize("size", [1, 5, 1000])
+def test_an_error_in_a_json_list_has_its_place_in_the_file(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(readers, "_BYTES_AT_A_TIME", size)
+    config = DataConfig(path=str(tmp_path / "a.json"))
+    for seed in range(30):
+        _, text = json_file(seed)
+        text = text.rstrip().removesuffix("]").rstrip() + ',\n\n {"c": 1,\n "d": oops}]'
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(json.JSONDecodeError) as expected:
+            json.loads((tmp_path / "a.json").read_text())
+        with pytest.raises(InputError) as found:
+            read_records(config, "data")
+        assert str(found.value).endswith(f"malformed JSON: {expected.value}")
+        # A comma that is missing has its line.
+        (tmp_path / "a.json").write_text(text.replace(',\n\n {"c"', '\n\n {"c"'))
+        line = text.count("\n", 0, text.index('{"c"')) + 1
+        with pytest.raises(InputError, match=f"no comma .* line {line}$"):
+            read_records(config, "data")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_of_a_large_file_no_more_is_read_than_the_limit_needs(tmp_path, name):
+    """Far behind the limit stands what is no text, and nobody notices."""
+    path = tmp_path / name
+    WRITERS[name](path, sums(20_000))
+    text = path.read_bytes().removesuffix(b"]")
+    path.write_bytes(text + b"\xff" * 100)
+    for limit in (1, 48):
+        assert read_records(DataConfig(path=str(path), limit=limit), "data") == sums(limit)
+    with refused("data.path", path, hide={"reason": re.compile(r"'utf-8' codec.*")}):
+        read_records(DataConfig(path=str(path)), "data")
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "saved"])
+def test_a_source_without_a_column_that_is_known_has_records(tmp_path, name):
+    WRITERS[name](tmp_path / name, [{"text": "x"}] * 3)
+    config = DataConfig(path=str(tmp_path / name))
+    records = read_records(config, "data", columns_to_read(config))
+    assert (records, records.columns) == ([{}] * 3, ("text",))
 
 
 @pytest.mark.parametrize(

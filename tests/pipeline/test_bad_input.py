@@ -16,6 +16,7 @@ from tpaw.generation.generator import FakeGenerator
 from tpaw.generation.responses import read_responses
 from tpaw.pipeline.preflight import read_inputs
 from tpaw.scoring.score import deliver_logps, fill_store
+from tpaw.scoring.sequences import DistinctSequences
 from tpaw.scoring.store import LogprobStore, sequence_key
 from tpaw.selfplay import self_play
 from tpaw.storage.run_directory import RunDirectory
@@ -165,7 +166,7 @@ def test_unusual_answers_are_scored_and_trained_on(settings, tmp_path):
 
 def test_answers_that_are_the_targets_are_counted(settings, tmp_path):
     examples = read_inputs(RunConfig.load(settings)).examples
-    targets = {example.prompt_key: example.target_ids.tolist() for example in examples}
+    targets = {example.prompt_ids.tobytes(): example.target_ids.tolist() for example in examples}
     _, log = one_iteration(
         settings,
         tmp_path,
@@ -187,7 +188,7 @@ def test_log_probs_are_found_in_any_order(tmp_path):
     stored = []
     for order in (range(20), rng.sample(range(20), 20)):
         store = LogprobStore(tmp_path / str(len(stored)))
-        wanted = {keys[i]: sequences[i] for i in order}
+        wanted = DistinctSequences.of(sequences[i] for i in order)
         prepared = scorer(model)
 
         def compute(shards, folder=store.folder, prepared=prepared):

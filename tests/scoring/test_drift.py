@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from messages import says
 
+from tpaw.data.columns import key_array
 from tpaw.data.token_ids import TokenSequence, token_ids, write_table
-from tpaw.generation.responses import Response
+from tpaw.generation.responses import Response, Responses
 from tpaw.scoring.drift import Drift, server_drift
 from tpaw.scoring.store import LogprobStore, sequence_key
 from tpaw.storage.artifacts import deliver
@@ -29,7 +30,7 @@ def store_of(folder, responses, logps):
     store.begin()
     columns = {"sequence": keys, "logp": list(logps), "tokens": counts}
     record = deliver(store.folder, "a.parquet", lambda path: write_table(path, columns), stage="s")
-    store.receive(record, "s", keys, np.array(logps))
+    store.receive(record, "s", key_array(b"".join(keys)), np.array(logps))
     return store
 
 
@@ -37,7 +38,7 @@ def test_the_difference_is_per_token_and_knows_its_sign(tmp_path):
     responses = [response([1, 4], -3.0), response([1, 2, 3, 4], -5.0), response([4], -1.0)]
     store = store_of(tmp_path, responses, [-2.5, -6.0, -1.0])
     # (-0.5 + 1.0 + 0.0) / 7 tokens, and (0.5 + 1.0 + 0.0) / 7
-    assert server_drift(PROMPTS, responses, store) == Drift(
+    assert server_drift(PROMPTS, Responses.of(responses), store) == Drift(
         3, 7, pytest.approx(0.5 / 7), pytest.approx(1.5 / 7)
     )
 
@@ -45,10 +46,10 @@ def test_the_difference_is_per_token_and_knows_its_sign(tmp_path):
 def test_what_has_no_partner_is_left_out(tmp_path):
     responses = [response([1, 4], None), response([1, 2, 4], -5.0), response([2, 4], -9.0)]
     store = store_of(tmp_path, responses[:2], [-2.0, -4.4])
-    assert server_drift(PROMPTS, responses, store) == Drift(
+    assert server_drift(PROMPTS, Responses.of(responses), store) == Drift(
         1, 3, pytest.approx(-0.2), pytest.approx(0.2)
     )
-    assert server_drift(PROMPTS[:1], responses[:1], store) is None
+    assert server_drift(PROMPTS[:1], Responses.of(responses[:1]), store) is None
 
 
 @pytest.mark.parametrize(("size", "warns"), [(0.01, False), (0.2, True)])

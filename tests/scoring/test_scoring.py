@@ -16,6 +16,7 @@ from tpaw.data.token_ids import TokenSequence, read_table, token_ids
 from tpaw.errors import NonFiniteError
 from tpaw.logprobs.response import response_logps
 from tpaw.scoring.score import Precision, deliver_logps, fill_store, score_sequences
+from tpaw.scoring.sequences import DistinctSequences
 from tpaw.scoring.store import LogprobStore, sequence_key
 from tpaw.storage.artifacts import read_manifest
 
@@ -121,8 +122,8 @@ def fill(folder, wanted, stage, model=None, shard_size=4, on_done=lambda n: None
 
 
 def test_each_sequence_is_forwarded_once_in_the_life_of_the_store(tmp_path):
-    first = {sequence_key(s): s for s in ragged(10, seed=0)}
-    both = first | {sequence_key(s): s for s in ragged(8, seed=1)}
+    first = DistinctSequences.of(ragged(10, seed=0))
+    both = DistinctSequences.of([*ragged(10, seed=0), *ragged(8, seed=1)])
     forwarded, loads = [], []
     fill(tmp_path, first, "one", on_done=forwarded.append, loads=loads)
     assert sum(forwarded) == len(first)
@@ -132,8 +133,8 @@ def test_each_sequence_is_forwarded_once_in_the_life_of_the_store(tmp_path):
     assert sum(forwarded) == len(both) == len(store)
     assert loads == ["one", "two"]  # nothing missing: the model is not even loaded
     model = make_model(seed=5)
-    expected = score(model, list(both.values()), tokens_per_row=1)
-    assert np.allclose(store.logps(both), expected, atol=1e-5)
+    expected = score(model, [both[i] for i in range(len(both))], tokens_per_row=1)
+    assert np.allclose(store.logps(both.keys), expected, atol=1e-5)
     with pytest.raises(KeyError):
         store.logps([b"unknown"])
 
@@ -145,7 +146,7 @@ def test_shards_hold_whole_prompts_of_similar_length_longest_first(tmp_path):
         (prompts[i % 3], token_ids(rng.integers(0, 320, n))) for i, n in enumerate(range(20, 30))
     ]
     wanted = {sequence_key(s): s for s in sequences}
-    fill(tmp_path, wanted, "s")
+    fill(tmp_path, DistinctSequences.of(sequences), "s")
     tables = [read_table(path) for path in sorted(tmp_path.glob("s-*.parquet"))]
     assert [len(table["sequence"]) for table in tables] == [4, 4, 2]
     stored = [wanted[key] for table in tables for key in table["sequence"]]
@@ -156,7 +157,7 @@ def test_shards_hold_whole_prompts_of_similar_length_longest_first(tmp_path):
 
 
 def test_a_stage_that_goes_on_after_a_crash_writes_the_same_bytes(tmp_path):
-    wanted = {sequence_key(s): s for s in ragged(30, seed=0)}
+    wanted = DistinctSequences.of(ragged(30, seed=0))
     fill(tmp_path / "whole", wanted, "s")
 
     class Killed(Exception):

@@ -25,7 +25,7 @@ from tpaw.storage.run_directory import RunDirectory
 from tpaw.training.callbacks import Recorder, _json_line
 from tpaw.training.iteration import team_objective, team_trainer, train_iteration
 from tpaw.training.trainer import TeamTrainer
-from tpaw.training.triples import Triple, TripleDataset
+from tpaw.training.triples import TripleDataset, Triples
 
 NO_DEFAULTS = {
     "iterations": 2,
@@ -95,7 +95,8 @@ def test_rows_hold_each_triple_with_its_own_references():
         Response("0-x", token_ids([5]), "r", "length"),
     ]
     target, generated = np.array([[-1.0, -2.0], [-3.0, -4.0]]), np.array([[-5.0, -6.0], [-7, -8]])
-    rows = TripleDataset([Triple.of(example, r, 0) for r in responses], target, generated)
+    triples = Triples([example], [(1, responses[:1]), (0, responses[1:])])
+    rows = TripleDataset(triples, target, generated)
     found = [rows[i] for i in range(len(rows))]
     assert [row["is_truncated"] for row in found] == [False, True]
     assert [row["generated_ids"].tolist() for row in found] == [[4], [5]]

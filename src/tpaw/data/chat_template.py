@@ -7,7 +7,8 @@ the same ids.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tpaw.data.formats import Dialogue, Message, Unusable, is_unicode
@@ -27,6 +28,9 @@ _REWRITES = Unusable(
 # A text with more characters per allowed token than this is tokenised in part first.
 _LONG_TEXT = 32
 _CHARACTERS_PER_CALL = 2**20
+# How far from the end of a prompt an added token is looked for, and how many ends are remembered.
+_TAIL = 200
+_TAILS = 64
 
 
 class Encoded(NamedTuple):
@@ -91,6 +95,7 @@ class ChatFormat:
         plain = tokenizer("a").input_ids
         bos = tokenizer.bos_token_id
         self.bos_ids = [bos] if bos is not None and plain[:1] == [bos] else []
+        self._borders = _Borders(tokenizer, self.stop_ids, self._ids)
 
     def encode(self, dialogues: Sequence[Dialogue]) -> list[Encoded | Unusable]:
         """Apply the chat template, where it is wanted, and tokenise.
@@ -108,11 +113,9 @@ class ChatFormat:
         rendered = [self._rendered(dialogue) for dialogue in dialogues]
         usable = [r for r in rendered if isinstance(r, _Rendered)]
         # One call for many texts lets the tokenizer use all cores.
-        ids = self._ids(text for r in usable for text in (r.prompt, r.prompt + r.rest, r.target))
-        return [
-            self._encoded(r, next(ids), next(ids), next(ids)) if isinstance(r, _Rendered) else r
-            for r in rendered
-        ]
+        joint = self._tokenised(r.prompt + r.rest for r in usable)
+        encoded = (self._encoded(r, whole) for r, whole in zip(usable, joint, strict=True))
+        return [next(encoded) if isinstance(r, _Rendered) else r for r in rendered]
 
     def _rendered(self, dialogue: Dialogue) -> _Rendered | Unusable:
         wants_template = (
@@ -181,9 +184,9 @@ class ChatFormat:
             )
         )
 
-    def _encoded(
-        self, rendered: _Rendered, prompt_ids: list[int], joint_ids: list[int], text_ids: list[int]
-    ) -> Encoded | Unusable:
+    def _encoded(self, rendered: _Rendered, whole: _Tokenised) -> Encoded | Unusable:
+        joint_ids = whole.ids
+        prompt_ids = self._borders.prompt_ids(rendered.prompt, whole) or self._ids(rendered.prompt)
         if joint_ids[: len(prompt_ids)] == prompt_ids:
             target_ids = joint_ids[len(prompt_ids) :]
         else:
@@ -208,7 +211,8 @@ class ChatFormat:
                     f"{end!r}, which contains none of the end-of-sequence tokens {stops}; set "
                     "model.eos_token to the token that the template uses, or change the template"
                 )
-            if self.stop_ids.intersection(text_ids):
+            text = rendered.target
+            if self._borders.may_have_stop(text) and self.stop_ids.intersection(self._ids(text)):
                 return _ENDS_EARLY
             # A template may add text after the end-of-sequence token. The model never generates
             # that text, so it is not part of the target.
@@ -224,10 +228,10 @@ class ChatFormat:
 
         Some tokenizers put a space before any text, so the text is encoded after a line break.
         """
-        anchor_ids, joint_ids = self._ids(("\n", "\n" + rest))
+        anchor_ids, joint_ids = self._ids("\n"), self._ids("\n" + rest)
         if joint_ids[: len(anchor_ids)] == anchor_ids:
             return joint_ids[len(anchor_ids) :]
-        return next(self._ids([rest]))
+        return self._ids(rest)
 
     def _end(self, target_ids: list[int]) -> int:
         """Number of tokens up to and including the first end-of-sequence token."""
@@ -242,22 +246,118 @@ class ChatFormat:
         """
         length = _LONG_TEXT * self.max_length
         while length < len(text):
-            if len(next(self._ids([text[:length]]))) > 2 * self.max_length:
+            if len(self._ids(text[:length])) > 2 * self.max_length:
                 return True
             length *= 2
         return False
 
-    def _ids(self, texts: Iterable[str]) -> Iterator[list[int]]:
+    def _ids(self, text: str) -> list[int]:
+        return next(self._tokenised([text])).ids
+
+    def _tokenised(self, texts: Iterable[str]) -> Iterator[_Tokenised]:
         batch: list[str] = []
         characters = 0
         for text in texts:
             batch.append(text)
             characters += len(text)
             if characters > _CHARACTERS_PER_CALL:
-                yield from self.tokenizer(batch, add_special_tokens=False).input_ids
+                yield from self._tokenised_at_once(batch)
                 batch, characters = [], 0
         if batch:
-            yield from self.tokenizer(batch, add_special_tokens=False).input_ids
+            yield from self._tokenised_at_once(batch)
+
+    def _tokenised_at_once(self, texts: list[str]) -> Iterator[_Tokenised]:
+        found = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
+        encodings = found.encodings or [None] * len(texts)
+        return map(_Tokenised, found.input_ids, encodings)
+
+
+class _Tokenised(NamedTuple):
+    """Token ids of a text.
+
+    Attributes:
+        ids: the token ids.
+        encoding: what the library tokenizers knows about them; None for a tokenizer in Python.
+    """
+
+    ids: list[int]
+    encoding: Any
+
+
+class _Borders:
+    """What can be said about a part of a text whose whole is tokenised already.
+
+    A tokenizer of the library tokenizers first cuts a text at its added tokens, such as
+    `<|im_start|>`, and then treats each piece by itself. So the ids before such a token do not
+    depend on what follows it.
+
+    Args:
+        tokenizer: the tokenizer.
+        stop_ids: the token ids that end a response.
+        ids: returns the token ids of a text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: Collection[int],
+        ids: Callable[[str], list[int]],
+    ) -> None:
+        self._ids = ids
+        self._tails: dict[str, list[int]] = {}
+        core = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
+        # Tokens that are cut out of a text before anything else is done with it.
+        added = core.get_added_tokens_decoder() if core is not None else {}
+        self._id_of: dict[str, int] = {
+            token.content: i for i, token in added.items() if not token.normalized and token.content
+        }
+        alternatives = "|".join(map(re.escape, sorted(self._id_of, key=len, reverse=True)))
+        self._last_added = re.compile(f"(?s:.*)({alternatives})") if self._id_of else None
+        # Texts without which no stop token can be in the ids of a text.
+        self._stop_texts: list[str] | None = None
+        content_of = {i: content for content, i in self._id_of.items()}
+        if core is not None and all(i in content_of for i in stop_ids):
+            plain = set(core.get_vocab(with_added_tokens=False).values())
+            if core.normalizer is None or plain.isdisjoint(stop_ids):
+                self._stop_texts = [content_of[i] for i in stop_ids]
+
+    def prompt_ids(self, prompt: str, whole: _Tokenised) -> list[int] | None:
+        """The ids of a prompt, from those of a text that begins with it.
+
+        Args:
+            prompt: the prompt.
+            whole: the tokenised text.
+
+        Returns:
+            The ids; None if they must be computed.
+        """
+        found = self._last_added and self._last_added.match(prompt, max(0, len(prompt) - _TAIL))
+        if not found or whole.encoding is None:
+            return None
+        begin, end = found.span(1)
+        place = whole.encoding.char_to_token(begin)
+        if place is None or whole.encoding.token_to_chars(place) != (begin, end):
+            return None
+        if whole.ids[place] != self._id_of[found[1]]:
+            return None
+        tail = prompt[begin:]
+        if tail not in self._tails:
+            if len(self._tails) > _TAILS:
+                self._tails.clear()
+            self._tails[tail] = self._ids(tail)
+        tail_ids = self._tails[tail]
+        if tail_ids[:1] != whole.ids[place : place + 1]:
+            return None
+        return whole.ids[:place] + tail_ids
+
+    def may_have_stop(self, text: str) -> bool:
+        """Whether the ids of a text may contain a token that ends a response."""
+        return self._stop_texts is None or any(stop in text for stop in self._stop_texts)
 
 
 def _plain(dialogue: Dialogue) -> _Rendered | Unusable:

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from tpaw.config.schema import RunConfig
-from tpaw.data.examples import Example, read_examples, write_examples
+from tpaw.data.examples import Examples, read_examples, write_examples
 from tpaw.models.tokenizers import load_tokenizer
 from tpaw.storage.artifacts import publishing, read_manifest
 
@@ -31,8 +33,8 @@ class Inputs(NamedTuple):
         stop_ids: the token ids that end a response.
     """
 
-    examples: list[Example]
-    heldout: list[Example]
+    examples: Examples
+    heldout: Examples
     skipped: Mapping[str, Mapping[str, int]]
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
@@ -65,14 +67,14 @@ class Inputs(NamedTuple):
     def duplicates(self) -> dict[str, int]:
         """`data` and `evaluate.data`, each to the number of examples that equal an earlier one."""
         return {
-            key: len(examples) - len({example.content_key for example in examples})
+            key: len(examples) - len(np.unique(Examples.of(examples).content_keys))
             for key, examples in (("data", self.examples), ("evaluate.data", self.heldout))
         }
 
     def heldout_prompts_in_training(self) -> int:
         """Number of held-out examples whose prompt is also a training prompt."""
-        known = {example.prompt_key for example in self.examples}
-        return sum(example.prompt_key in known for example in self.heldout)
+        training, heldout = (Examples.of(e).prompt_keys for e in (self.examples, self.heldout))
+        return int(np.isin(heldout, training).sum())
 
 
 def publish_inputs(folder: Path, inputs: Inputs) -> None:

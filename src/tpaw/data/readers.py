@@ -13,7 +13,7 @@ import reprlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tpaw.config.messages import nearest
 from tpaw.config.schema import DataConfig
@@ -24,6 +24,13 @@ Record = Mapping[str, Any]
 
 _SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".arrow")
 _BLANKS = re.compile(r"[ \t\n\r]*")
+
+
+# Records that decide the format of a source.
+_HEAD = 100
+# Records that are converted to Python at a time.
+_RECORDS_AT_A_TIME = 256
+_BYTES_AT_A_TIME = 1 << 20
 
 
 class Records(list[Record]):
@@ -38,8 +45,33 @@ class Records(list[Record]):
         self.columns = tuple(columns)
 
 
+class RecordStream:
+    """The records of a source, read as they are asked for. They can be read once.
+
+    Attributes:
+        head: the first 100 records, which have been read.
+    """
+
+    def __init__(self, records: Iterator[Record], columns: Iterable[str] | None) -> None:
+        first = list(islice(records, _HEAD))
+        self.head = Records(first, (first[0] if first else ()) if columns is None else columns)
+        self._rest = records
+
+    def __iter__(self) -> Iterator[Record]:
+        yield from self.head
+        yield from self._rest
+
+
 def read_records(config: DataConfig, key: str, columns: Collection[str] | None = None) -> Records:
-    """Read the records of a local file or folder, or of a Hub dataset.
+    """Read all records into memory; see `open_records`."""
+    stream = open_records(config, key, columns)
+    return Records(stream, stream.head.columns)
+
+
+def open_records(
+    config: DataConfig, key: str, columns: Collection[str] | None = None
+) -> RecordStream:
+    """Open a local file or folder, or a Hub dataset, to read its records one after another.
 
     Args:
         config: where the records are.
@@ -52,27 +84,29 @@ def read_records(config: DataConfig, key: str, columns: Collection[str] | None =
 
     Raises:
         InputError: the source does not exist, cannot be read, is malformed, or has no records.
+            A record that is malformed raises it when it is reached.
     """
     path = resolve_path(config.path)
     name = f"{key}.path: {config.path}"
     suffix = Path(path).suffix.lower()
+    known: Sequence[str] | None = None
     if os.path.isfile(path):
         if suffix in _TEXT_READERS:
-            rows = list(islice(_TEXT_READERS[suffix](Path(path), name), config.limit))
-            records = Records(rows, rows[0] if rows else ())
+            records = _TEXT_READERS[suffix](Path(path), name)
         elif suffix in _TABLE_READERS:
-            records = _TABLE_READERS[suffix](Path(path), name, columns, config.limit)
+            known, records = _TABLE_READERS[suffix](Path(path), name, columns, config.limit)
         else:
             raise InputError(f"{name}: unknown file type; must be one of {', '.join(_SUFFIXES)}")
     elif os.path.isdir(path) or not (
         suffix in _SUFFIXES or config.path.startswith((".", "/", "~"))
     ):
-        records = _dataset(path, config, key, columns)
+        known, records = _dataset(path, config, key, columns)
     else:
         raise InputError(f"{name}: no such file or folder; check the path")
-    if not records:
+    stream = RecordStream(islice(records, config.limit), known)
+    if not stream.head:
         raise InputError(f"{name}: has no records; give a file with at least one")
-    return records
+    return stream
 
 
 def _read_jsonl(path: Path, name: str) -> Iterator[Record]:
@@ -92,41 +126,125 @@ def _read_jsonl(path: Path, name: str) -> Iterator[Record]:
 
 def _read_json(path: Path, name: str) -> Iterator[Record]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as file:
+            text = _JsonText(file)
+            if text.next_character() == "[":
+                yield from _json_list(text, name)
+                return
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: not UTF-8 text: {error}") from None
-    if not text.lstrip().startswith("["):  # many .json files have one object on each line
-        yield from _read_jsonl(path, name)
-        return
-    position, number = _after(text, text.index("[") + 1), 0
-    while not text.startswith("]", position):
+    yield from _read_jsonl(path, name)  # many .json files have one object on each line
+
+
+def _json_list(text: _JsonText, name: str) -> Iterator[Record]:
+    text.skip_character()
+    number = 0
+    while (character := text.next_character()) != "]":
         number += 1
         if number > 1:
-            if not text.startswith(",", position):
-                line = text.count("\n", 0, position) + 1
+            if character != ",":
                 raise InputError(
-                    f"{name}: malformed JSON: no comma or ] after record {number - 1}, line {line}"
+                    f"{name}: malformed JSON: no comma or ] after record {number - 1}, line "
+                    f"{text.line}"
                 )
-            position = _after(text, position + 1)
-        record, position = _json_object(text, position, f"{name}: record {number}")
-        position = _after(text, position)
-        yield record
-    if text[position + 1 :].strip():
+            text.skip_character()
+            text.next_character()
+        yield text.take_object(f"{name}: record {number}")
+    text.skip_character()
+    if text.next_character():
         raise InputError(f"{name}: malformed JSON: text after the list of records")
+
+
+class _JsonText:
+    """The text of a JSON file, read as far as it is needed."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self._text = ""
+        self._position = 0
+        # Of what was read and dropped: its characters, its lines, and where the next line begins.
+        self._dropped = self._lines = self._line_begin = 0
+
+    @property
+    def line(self) -> int:
+        """Number of the present line, from 1."""
+        return self._lines + self._text.count("\n", 0, self._position) + 1
+
+    def next_character(self) -> str:
+        """Move to the next character that is not blank and return it; "" at the end."""
+        while True:
+            self._position = _after(self._text, self._position)
+            if self._position < len(self._text):
+                return self._text[self._position]
+            if not self._read_more():
+                return ""
+
+    def skip_character(self) -> None:
+        """Move on by one character."""
+        self._position += 1
+
+    def take_object(self, place: str) -> Record:
+        """Parse the object that begins here, and move behind it."""
+        while True:
+            try:
+                value, end = _json_value(self._text, self._position, place)
+            except json.JSONDecodeError as error:  # the object may end in what is not read yet
+                if not self._read_more():
+                    raise InputError(f"{place}: malformed JSON: {self._described(error)}") from None
+                continue
+            if end < len(self._text) or not self._read_more():
+                self._position = end
+                return _checked_object(value, place)
+
+    def _read_more(self) -> bool:
+        """Drop what is done and read as much again as is left, so that each byte is read once."""
+        begin = self._position
+        more = self._file.read(max(_BYTES_AT_A_TIME, len(self._text) - begin))
+        if not more:
+            return False
+        self._line_begin = self._begin_of_line(begin)
+        self._lines += self._text.count("\n", 0, begin)
+        self._dropped += begin
+        self._text, self._position = self._text[begin:] + more, 0
+        return True
+
+    def _begin_of_line(self, position: int) -> int:
+        """Where the line of a position begins, counted from the beginning of the file."""
+        before = self._text.rfind("\n", 0, position)
+        return self._line_begin if before < 0 else self._dropped + before + 1
+
+    def _described(self, error: json.JSONDecodeError) -> str:
+        line = self._lines + self._text.count("\n", 0, error.pos) + 1
+        character = self._dropped + error.pos
+        column = character - self._begin_of_line(error.pos) + 1
+        return f"{error.msg}: line {line} column {column} (char {character})"
 
 
 def _json_object(text: str, start: int, place: str) -> tuple[Record, int]:
     """Parse the object that starts at `start`; return it and the position after it."""
     try:
-        value, end = _DECODER.raw_decode(text, start)
+        value, end = _json_value(text, start, place)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{place}: malformed JSON: {error}") from None
+    return _checked_object(value, place), end
+
+
+def _json_value(text: str, start: int, place: str) -> tuple[Any, int]:
+    try:
+        return _DECODER.raw_decode(text, start)
+    except json.JSONDecodeError:
+        raise
     except RecursionError:
         raise InputError(f"{place}: malformed JSON: nested too deeply") from None
-    except ValueError as error:
+    except ValueError as error:  # a key that stands twice, or a number with too many digits
         raise InputError(f"{place}: malformed JSON: {error}") from None
+
+
+def _checked_object(value: Any, place: str) -> Record:
     if not isinstance(value, dict):
         shown = printable(reprlib.repr(value), 40)
         raise InputError(f"{place}: {shown}: each record must be a JSON object")
-    return value, end
+    return value
 
 
 def _after(text: str, position: int) -> int:
@@ -158,64 +276,80 @@ def _read_csv(path: Path, name: str) -> Iterator[Record]:
             raise InputError(f"{name}: line {reader.line_num + 1}: {error}") from None
 
 
+# Names of all columns, and the records with the columns that were asked for.
+Table = tuple[Sequence[str], Iterator[Record]]
+
+
 def _read_parquet(
     path: Path, name: str, columns: Collection[str] | None, limit: int | None
-) -> Records:
+) -> Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    def records() -> Iterator[Record]:
+        try:
+            with pq.ParquetFile(path, buffer_size=_BYTES_AT_A_TIME) as file:
+                batches = file.iter_batches(_RECORDS_AT_A_TIME, columns=wanted)
+                yield from _from_batches(batches, wanted, limit, name)
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{name}: not a readable parquet file: {error}") from None
+
     try:
-        with pq.ParquetFile(path) as file:
-            known = file.schema_arrow.names
-            wanted = [column for column in known if columns is None or column in columns]
-            return _from_batches(file.iter_batches(columns=wanted), known, wanted, limit, name)
+        known = pq.read_schema(path).names
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{name}: not a readable parquet file: {error}") from None
+    wanted = _wanted(known, columns, name)
+    return known, records()
 
 
-def _read_arrow(
-    path: Path, name: str, columns: Collection[str] | None, limit: int | None
-) -> Records:
+def _read_arrow(path: Path, name: str, columns: Collection[str] | None, limit: int | None) -> Table:
     import pyarrow as pa
+
+    def batches(open_arrow: Callable[[Any], Any]) -> Iterator[Any]:
+        with pa.memory_map(str(path)) as source, open_arrow(source) as file:
+            if open_arrow is pa.ipc.open_stream:
+                yield from file
+            else:
+                yield from map(file.get_batch, range(file.num_record_batches))
+
+    def records(open_arrow: Callable[[Any], Any]) -> Iterator[Record]:
+        try:
+            yield from _from_batches(batches(open_arrow), wanted, limit, name)
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{name}: not a readable arrow file: {error}") from None
 
     problem: Exception | None = None
     for open_arrow in (pa.ipc.open_stream, pa.ipc.open_file):  # datasets writes the stream format
         try:
             with pa.memory_map(str(path)) as source, open_arrow(source) as file:
                 known = file.schema.names
-                wanted = [column for column in known if columns is None or column in columns]
-                batches = (
-                    file
-                    if open_arrow is pa.ipc.open_stream
-                    else map(file.get_batch, range(file.num_record_batches))
-                )
-                return _from_batches(batches, known, wanted, limit, name)
         except (pa.ArrowException, OSError) as error:
             problem = error
+        else:
+            wanted = _wanted(known, columns, name)
+            return known, records(open_arrow)
     raise InputError(f"{name}: not a readable arrow file: {problem}")
 
 
-def _from_batches(
-    batches: Iterable[Any],
-    known: Sequence[str],
-    wanted: Sequence[str],
-    limit: int | None,
-    name: str,
-) -> Records:
-    """Records of the wanted columns of pyarrow's record batches."""
+def _wanted(known: Sequence[str], columns: Collection[str] | None, name: str) -> list[str]:
     _check_columns(known, name)
-    records = Records([], known)
+    return [column for column in known if columns is None or column in columns]
+
+
+def _from_batches(
+    batches: Iterable[Any], wanted: Sequence[str], limit: int | None, name: str
+) -> Iterator[Record]:
+    """Records of the wanted columns of pyarrow's record batches, at most `limit` of them."""
+    start = 0
     for batch in batches:
-        if limit is not None:
-            batch = batch.slice(0, limit - len(records))
-        values = {
-            column: _python_values(batch.column(column), column, len(records), name)
-            for column in wanted
-        }
-        records += [{column: values[column][i] for column in wanted} for i in range(len(batch))]
-        if len(records) == limit:
-            break
-    return records
+        for begin in range(0, len(batch), _RECORDS_AT_A_TIME):
+            size = _RECORDS_AT_A_TIME if limit is None else min(_RECORDS_AT_A_TIME, limit - start)
+            part = batch.slice(begin, size)
+            values = {c: _python_values(part.column(c), c, start, name) for c in wanted}
+            yield from ({c: values[c][i] for c in wanted} for i in range(len(part)))
+            start += len(part)
+            if start == limit:
+                return
 
 
 def _python_values(array: Any, column: str, start: int, name: str) -> list[Any]:
@@ -243,7 +377,7 @@ def _first_repeated(names: Sequence[str]) -> str:
     return printable(repr(repeated), 60)
 
 
-def _dataset(path: str, config: DataConfig, key: str, columns: Collection[str] | None) -> Records:
+def _dataset(path: str, config: DataConfig, key: str, columns: Collection[str] | None) -> Table:
     """Records of a saved dataset, or of a dataset repository, on the Hub or in a folder."""
     import datasets
 
@@ -279,8 +413,17 @@ def _dataset(path: str, config: DataConfig, key: str, columns: Collection[str] |
     known = list(loaded.column_names)
     wanted = [column for column in known if columns is None or column in columns]
     rows = min(len(loaded), config.limit or len(loaded))
+    if not wanted:
+        return known, ({} for _ in range(rows))
+    return known, _from_dataset(loaded.select_columns(wanted).select(range(rows)), name)
+
+
+def _from_dataset(loaded: Any, name: str) -> Iterator[Record]:
     try:
-        return Records(loaded.select_columns(wanted).select(range(rows)), known)
+        for batch in loaded.iter(_RECORDS_AT_A_TIME):
+            yield from (
+                dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)
+            )
     except Exception as error:  # a value that Python cannot hold, or a library that is missing
         problem = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"{name}: a record cannot be read ({problem})") from None
@@ -319,7 +462,7 @@ _TEXT_READERS: Mapping[str, Callable[[Path, str], Iterator[Record]]] = {
     ".ndjson": _read_jsonl,
     ".csv": _read_csv,
 }
-_TABLE_READERS: Mapping[str, Callable[[Path, str, Collection[str] | None, int | None], Records]] = {
+_TABLE_READERS: Mapping[str, Callable[[Path, str, Collection[str] | None, int | None], Table]] = {
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
 }

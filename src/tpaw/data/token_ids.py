@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from tpaw.data.columns import Column, ColumnWriter
+
 TokenIds = NDArray[np.int32]
 
 
@@ -50,6 +52,9 @@ def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
     """
     arrays = {}
     for name, values in columns.items():
+        if isinstance(values, Column) and len(values):
+            arrays[name] = values.to_arrow()
+            continue
         is_ids = len(values) > 0 and isinstance(values[0], np.ndarray)
         arrays[name] = pa.array(values, type=pa.list_(pa.int32()) if is_ids else None)
     pq.write_table(pa.table(arrays), path)
@@ -63,6 +68,35 @@ def read_table(path: Path) -> dict[str, list[Any]]:
     """
     table = pq.read_table(path)
     return {name: _values(table[name].combine_chunks()) for name in table.column_names}
+
+
+# Few enough to need little memory, and enough to be read fast.
+_ROWS_AT_A_TIME = 4096
+_BYTES_AT_A_TIME = 1 << 20
+
+
+def read_columns(
+    paths: Iterable[Path], kinds: Mapping[str, type[Column[Any]]]
+) -> dict[str, Column[Any]]:
+    """Read columns of parquet files, one file after the other, without holding them in memory.
+
+    Args:
+        paths: files with the same columns.
+        kinds: names of the columns to read, each with its kind.
+
+    Returns:
+        Column name to values. A column that no file has is left out.
+    """
+    writers: dict[str, ColumnWriter[Any]] = {}
+    for path in paths:
+        with pq.ParquetFile(path, buffer_size=_BYTES_AT_A_TIME) as file:
+            names = [name for name in file.schema_arrow.names if name in kinds]
+            for name in names:
+                writers.setdefault(name, ColumnWriter(kinds[name]))
+            for batch in file.iter_batches(_ROWS_AT_A_TIME, columns=names):
+                for name in names:
+                    writers[name].extend(batch.column(name))
+    return {name: writer.finish() for name, writer in writers.items()}
 
 
 def _values(column: Any) -> list[Any]:

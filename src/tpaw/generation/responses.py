@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
+from tpaw.data.columns import Column, ColumnWriter, IdColumn, TextColumn
 from tpaw.data.examples import Example
-from tpaw.data.token_ids import TokenIds, read_table, write_table
+from tpaw.data.token_ids import TokenIds, read_columns, write_table
 from tpaw.generation.generator import (
     FinishReason,
     Generator,
@@ -19,6 +24,16 @@ from tpaw.generation.generator import (
 from tpaw.runtime.progress import OnDone, note
 from tpaw.storage.artifacts import ShardedArtifact, deliver, read_manifest
 from tpaw.team import Player
+
+# Columns of a parquet file, in the order of `Response`'s fields.
+_COLUMNS: dict[str, type[Column[Any]]] = {
+    "example_id": TextColumn,
+    "token_ids": IdColumn,
+    "text": TextColumn,
+    "finish_reason": TextColumn,
+}
+
+_SERVER_LOGP = "server_logp"
 
 # A larger share of responses that were cut at the length limit is worth a warning.
 TRUNCATED_SHARE = 0.9
@@ -147,7 +162,7 @@ def deliver_responses(
         "finish_reason": [completion.finish_reason for completion in completions],
     }
     if any(completion.server_logp is not None for completion in completions):
-        columns["server_logp"] = [completion.server_logp for completion in completions]
+        columns[_SERVER_LOGP] = [completion.server_logp for completion in completions]
     identical = sum(
         np.array_equal(example.target_ids, completion.token_ids)
         for example, completion in zip(shard.examples, completions, strict=True)
@@ -164,14 +179,73 @@ def deliver_responses(
     )
 
 
-def read_responses(folder: Path) -> list[Response]:
+class Responses(Sequence[Response]):
+    """Responses as columns on disk. An index gives a `Response`; a slice gives a list.
+
+    Attributes:
+        example_ids, token_ids, texts, finish_reasons: columns, named as the fields of `Response`.
+        server_logps: float64, of shape (responses,), NaN where the server gave none; None if no
+            server generated the responses.
+    """
+
+    def __init__(
+        self,
+        example_ids: TextColumn,
+        token_ids: IdColumn,
+        texts: TextColumn,
+        finish_reasons: TextColumn,
+        server_logps: NDArray[np.float64] | None = None,
+    ) -> None:
+        self.example_ids = example_ids
+        self.token_ids = token_ids
+        self.texts = texts
+        self.finish_reasons = finish_reasons
+        self.server_logps = server_logps
+
+    @classmethod
+    def of(cls, responses: Iterable[Response]) -> Responses:
+        """The same responses as columns."""
+        if isinstance(responses, Responses):
+            return responses
+        writers = [ColumnWriter(kind) for kind in _COLUMNS.values()]
+        server_logps = array("d")
+        for response in responses:
+            *values, server_logp = response
+            for writer, value in zip(writers, values, strict=True):
+                writer.append(value)
+            server_logps.append(math.nan if server_logp is None else server_logp)
+        columns: list[Any] = [writer.finish() for writer in writers]
+        columns.append(_unless_all_nan(np.array(server_logps)))
+        return cls(*columns)
+
+    def __len__(self) -> int:
+        return len(self.example_ids)
+
+    @overload
+    def __getitem__(self, index: int) -> Response: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Response]: ...
+    def __getitem__(self, index: int | slice) -> Response | list[Response]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        reason: Any = self.finish_reasons[index]
+        server_logp = math.nan if self.server_logps is None else float(self.server_logps[index])
+        return Response(
+            self.example_ids[index],
+            self.token_ids[index],
+            self.texts[index],
+            reason,
+            None if math.isnan(server_logp) else server_logp,
+        )
+
+
+def read_responses(folder: Path) -> Responses:
     """Read a published D_t. The responses are in the order of the examples."""
-    responses: list[Response] = []
-    for entry in ShardedArtifact(folder).entries:
-        table = read_table(folder / entry["path"])
-        columns = (table[field] for field in Response._fields if field in table)
-        responses += [Response(*row) for row in zip(*columns, strict=True)]
-    return responses
+    paths = [folder / entry["path"] for entry in ShardedArtifact(folder).entries]
+    read = read_columns(paths, _COLUMNS)
+    columns: list[Any] = [read[name] for name in _COLUMNS]
+    columns.append(_server_logps(paths))
+    return Responses(*columns)
 
 
 def response_facts(folder: Path) -> dict[str, Any]:
@@ -183,6 +257,22 @@ def response_facts(folder: Path) -> dict[str, Any]:
     """
     manifest = read_manifest(folder)
     return {k: manifest[k] for k in ("rows", "identical", "truncated", "tokens", "seconds")}
+
+
+def _server_logps(paths: Sequence[Path]) -> NDArray[np.float64] | None:
+    parts = []
+    for path in paths:
+        with pq.ParquetFile(path) as file:
+            if _SERVER_LOGP in file.schema_arrow.names:
+                column = file.read([_SERVER_LOGP])[_SERVER_LOGP]
+                parts.append(column.to_numpy().astype(np.float64))  # null becomes NaN
+            else:
+                parts.append(np.full(file.metadata.num_rows, np.nan))
+    return _unless_all_nan(np.concatenate([np.empty(0), *parts]))
+
+
+def _unless_all_nan(logps: NDArray[np.float64]) -> NDArray[np.float64] | None:
+    return None if np.isnan(logps).all() else logps
 
 
 def _shard_seed(seed: int, player_index: int, shard: int) -> int:

@@ -12,7 +12,7 @@ from tpaw.pipeline.training import TrainingData, train_and_publish
 from tpaw.pipeline.worker import Worker
 from tpaw.runtime.progress import Advance, OnDone
 from tpaw.runtime.shards import Result, Shard, ShardTask, do_here
-from tpaw.training.triples import Triple
+from tpaw.training.triples import Triples
 
 
 class Engine(Protocol):
@@ -40,7 +40,7 @@ class Engine(Protocol):
     def train(
         self,
         job: TrainingJob,
-        triples: Sequence[Triple] | None,
+        triples: Triples | None,
         progress: AbstractContextManager[Advance],
     ) -> None:
         """Train θ_{t+1} and publish it.
@@ -79,7 +79,7 @@ class InProcess:
     def train(
         self,
         job: TrainingJob,
-        triples: Sequence[Triple] | None,
+        triples: Triples | None,
         progress: AbstractContextManager[Advance],
     ) -> None:
         """See `Engine`."""

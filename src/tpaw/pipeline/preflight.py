@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tpaw.config.plan import plan_run
 from tpaw.config.schema import RunConfig
-from tpaw.data.examples import Prepared, prepare_examples
+from tpaw.data.examples import Examples, Prepared, prepare_examples
 from tpaw.data.inputs import Inputs
 from tpaw.errors import InputError
 from tpaw.evaluation.benchmarks.run import check_suites
@@ -124,19 +124,14 @@ def read_inputs(config: RunConfig, on_done: OnDone = ignore) -> Inputs:
     def prepare(key: str) -> Prepared:
         data = config.data if key == "data" else config.evaluate.data
         if data is None:
-            return Prepared([], {}, [])
+            return Prepared(Examples.of([]), {}, [])
         preferences = config.method == "dpo" and key == "data"
         return prepare_examples(
             data, key, tokenizer, stop_ids, config.max_length, on_done, preferences=preferences
         )
 
     train, heldout = prepare("data"), prepare("evaluate.data")
-    used = max(
-        int(ids.max())
-        for example in train.examples + heldout.examples
-        for ids in (example.prompt_ids, example.target_ids, example.rejected_ids)
-        if ids is not None
-    )
+    used = max(train.examples.largest_id, heldout.examples.largest_id)
     check_vocabulary(config.model, model_config, used)
     if config.evaluate.exact_match and not heldout.examples:
         raise InputError("evaluate.exact_match: it needs held-out rows; set evaluate.data")

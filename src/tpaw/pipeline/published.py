@@ -9,7 +9,7 @@ from tpaw.generation.responses import read_responses
 from tpaw.scoring.store import LogprobStore
 from tpaw.storage.run_directory import RunDirectory
 from tpaw.team import Player
-from tpaw.training.triples import Triple, pair_with_responses
+from tpaw.training.triples import Triples
 
 
 class Published:
@@ -23,17 +23,16 @@ class Published:
         self.run = run
         self._stores: dict[str, LogprobStore] = {}
 
-    def triples(self, examples: Sequence[Example], opponents: Sequence[Player]) -> list[Triple]:
+    def triples(self, examples: Sequence[Example], opponents: Sequence[Player]) -> Triples:
         """D_O: every example with the response of every opponent.
 
         Raises:
             ArtifactError: responses on disk belong to other examples.
         """
-        triples: list[Triple] = []
-        for opponent in opponents:
-            responses = read_responses(self.run.iteration(opponent.index).responses)
-            triples += pair_with_responses(examples, responses, opponent.index)
-        return triples
+        indices = [opponent.index for opponent in opponents]
+        return Triples(
+            examples, [(i, read_responses(self.run.iteration(i).responses)) for i in indices]
+        )
 
     def store(self, player: Player) -> LogprobStore:
         """The log-probs under a player. It is read once."""

@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from tpaw.runtime.progress import Advance, OnDone, note, note_once
 from tpaw.runtime.shards import Result, Shard, ShardTask
 from tpaw.storage.artifacts import TEMPORARY_PREFIX
 from tpaw.storage.run_directory import RunDirectory
-from tpaw.training.triples import Triple
+from tpaw.training.triples import Triples
 
 SECONDS_TO_WAIT_FOR_A_WORKER = 60.0
 
@@ -134,7 +134,7 @@ class RayEngine:
     def train(
         self,
         job: TrainingJob,
-        triples: Sequence[Triple] | None,
+        triples: Triples | None,
         progress: AbstractContextManager[Advance],
     ) -> None:
         """See `Engine`. A stop reaches the processes, which save the step."""

@@ -7,7 +7,6 @@ Results of benchmark suites and the files of experiment trackers are not counted
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import NamedTuple
 
 from tpaw.config.plan import IterationPlan, kept_checkpoints
 from tpaw.config.schema import RunConfig
-from tpaw.data.examples import Example
+from tpaw.data.examples import Examples
 from tpaw.models.size import ModelSize
 from tpaw.storage.artifacts import is_published
 from tpaw.storage.failures import readable_size, require_space
@@ -118,16 +117,16 @@ def bytes_of_training(config: RunConfig, size: ModelSize, steps: int) -> int:
     return max(checkpoint + min(saves, 1) * saved_step, min(saves, 2) * saved_step)
 
 
-def bytes_of_inputs(examples: Sequence[Example], heldout: Sequence[Example]) -> int:
+def bytes_of_inputs(examples: Examples, heldout: Examples) -> int:
     """Bytes of the tokenised examples. The tokenizer is among the other files."""
-    parts = (
-        ids
-        for example in itertools.chain(examples, heldout)
-        for ids in (example.prompt_ids, example.target_ids, example.rejected_ids)
+    tokens = sum(
+        len(ids.flat)
+        for part in (examples, heldout)
+        for ids in (part.prompt_ids, part.target_ids, part.rejected_ids)
         if ids is not None
     )
     records = (len(examples) + len(heldout)) * BYTES_PER_RECORD
-    return sum(map(len, parts)) * BYTES_PER_TOKEN + records + 2 * BYTES_PER_SHARD
+    return tokens * BYTES_PER_TOKEN + records + 2 * BYTES_PER_SHARD
 
 
 def memory_of_training(config: RunConfig, size: ModelSize) -> int:

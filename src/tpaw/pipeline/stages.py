@@ -52,7 +52,7 @@ from tpaw.storage.artifacts import is_published, read_manifest, remove_artifacts
 from tpaw.storage.removal import remove_weights
 from tpaw.storage.run_directory import RunDirectory, finish_removals, open_run, verify_run
 from tpaw.team import Player, Team
-from tpaw.training.triples import Triple, preference_pairs
+from tpaw.training.triples import Triples, preference_pairs
 
 
 @contextlib.contextmanager
@@ -141,7 +141,7 @@ class Stages:
             self.config.generate, self.config.max_length, self.inputs.stop_ids
         )
 
-    def load_examples(self) -> list[Example]:
+    def load_examples(self) -> Sequence[Example]:
         """D_SFT."""
         return self.inputs.examples
 
@@ -174,9 +174,7 @@ class Stages:
                 on_done=on_done,
             )
 
-    def build_triples(
-        self, examples: Sequence[Example], opponents: Sequence[Player]
-    ) -> list[Triple]:
+    def build_triples(self, examples: Sequence[Example], opponents: Sequence[Player]) -> Triples:
         """D_O: every example with the response of every opponent.
 
         Raises:
@@ -184,7 +182,7 @@ class Stages:
         """
         return self.published.triples(examples, opponents)
 
-    def score(self, triples: Sequence[Triple], players: Sequence[Player], t: int) -> None:
+    def score(self, triples: Triples, players: Sequence[Player], t: int) -> None:
         """log π_j of every target and generated response that the store lacks.
 
         Then the weights that the run does not need any more are removed, as `keep` says.
@@ -192,10 +190,10 @@ class Stages:
         Raises:
             Interrupted: a stop was asked for; finished shards are published.
         """
-        wanted = dict(item for triple in triples for item in triple.sequences())
+        wanted = triples.sequences()
         for player in players:
             store = self.published.store(player)
-            missing = sum(key not in store for key in wanted)
+            missing = int((~store.contains(wanted.keys)).sum())
             if not missing:
                 continue
             space_for_scores(self.run, self.config, missing)
@@ -212,7 +210,7 @@ class Stages:
         self._compare_with_server(players, t)
         self._remove_weights(t, is_trained=False)
 
-    def train(self, policy: Player, triples: Sequence[Triple], team: Team, t: int) -> Player:
+    def train(self, policy: Player, triples: Triples, team: Team, t: int) -> Player:
         """θ_{t+1}, from θ_t by minimising the objective over D_O."""
         steps = optimizer_steps(self.config, len(triples), t)
         job = TrainingJob(t, steps, policy, team.opponents, team.main_players)
@@ -257,7 +255,7 @@ class Stages:
         """summary.json, from what is published."""
         write_summary(self.run, self.config)
 
-    def _train(self, job: TrainingJob, triples: Sequence[Triple] | None = None) -> Player:
+    def _train(self, job: TrainingJob, triples: Triples | None = None) -> Player:
         """θ_{t+1}. Its saved steps are removed once it is published."""
         iteration = self.run.iteration(job.t)
         folder = iteration.checkpoint
@@ -305,9 +303,7 @@ class Stages:
         if not is_published(iteration.responses):  # a baseline
             return
         responses = read_responses(iteration.responses)
-        if all(response.server_logp is None for response in responses):
-            return
-        prompts = [example.prompt_ids for example in self.load_examples()]
+        prompts = self.inputs.examples.prompt_ids
         drift = server_drift(prompts, responses, self.published.store(newest))
         if drift is not None:
             note(drift.described())

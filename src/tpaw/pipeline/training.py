@@ -6,7 +6,7 @@ The processes of a group read the data from the run directory.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,7 @@ from tpaw.training.iteration import (
     team_trainer,
     train_iteration,
 )
-from tpaw.training.triples import Triple, TripleDataset, preference_pairs
+from tpaw.training.triples import TripleDataset, Triples, preference_pairs
 from tpaw.training.trl import sft_trainer
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class TrainingData:
         self.inputs = inputs
         self.published = published
 
-    def trainer_of(self, job: TrainingJob, triples: Sequence[Triple] | None = None) -> BuildTrainer:
+    def trainer_of(self, job: TrainingJob, triples: Triples | None = None) -> BuildTrainer:
         """Return what makes the trainer of the run's method.
 
         Args:
@@ -70,7 +70,7 @@ class TrainingData:
             )
         if config.method == "dpo":
             objective: Objective = dpo_objective(config.objective, job.t)
-            read: Callable[[], Sequence[Triple]] = lambda: preference_pairs(examples)  # noqa: E731
+            read: Callable[[], Triples] = lambda: preference_pairs(examples)  # noqa: E731
         else:
             objective = team_objective(config.objective, job.t)
             read = lambda: self.published.triples(examples, job.opponents)  # noqa: E731
@@ -93,7 +93,7 @@ def train_and_publish(
     players: LoadedPlayers,
     advance: Advance,
     stop: StopSignal,
-    triples: Sequence[Triple] | None = None,
+    triples: Triples | None = None,
 ) -> None:
     """Train θ_{t+1} and publish it. Every process of a group calls it; the main one writes.
 

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from tpaw.data.token_ids import TokenIds, TokenSequence
-from tpaw.generation.responses import Response
-from tpaw.scoring.store import LogprobStore, sequence_key
+from tpaw.generation.responses import Responses
+from tpaw.scoring.sequences import sequence_keys
+from tpaw.scoring.store import LogprobStore
 
 # In nats per token. Rounding to bf16 gives up to 0.01; other weights give more than this.
 LARGE = 0.05
@@ -49,7 +50,7 @@ class Drift(NamedTuple):
 
 
 def server_drift(
-    prompts: Sequence[TokenIds], responses: Sequence[Response], store: LogprobStore
+    prompts: Sequence[TokenIds], responses: Responses, store: LogprobStore
 ) -> Drift | None:
     """Compare the log-probs of a server with those of the store.
 
@@ -61,19 +62,16 @@ def server_drift(
     Returns:
         The difference; None if no response has a log-prob of the server and one in the store.
     """
-    pairs = [
-        (response, key)
-        for prompt, response in zip(prompts, responses, strict=True)
-        if response.server_logp is not None
-        and (key := sequence_key(TokenSequence(prompt, response.token_ids))) in store
-    ]
-    tokens = sum(len(response.token_ids) for response, _ in pairs)
+    if responses.server_logps is None:
+        return None
+    keys = sequence_keys(map(TokenSequence, prompts, responses.token_ids))
+    compared = ~np.isnan(responses.server_logps) & store.contains(keys)
+    tokens = int(responses.token_ids.lengths[compared].sum())
     if not tokens:
         return None
-    server = np.array([response.server_logp for response, _ in pairs], dtype=np.float64)
-    differences = server - store.logps(key for _, key in pairs)
+    differences = responses.server_logps[compared] - store.logps(keys[compared])
     return Drift(
-        len(pairs),
+        int(compared.sum()),
         tokens,
         float(differences.sum() / tokens),
         float(np.abs(differences).sum() / tokens),

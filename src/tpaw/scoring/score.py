@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,13 +13,15 @@ import torch
 from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 
+from tpaw.data.columns import KeyArray, key_list
 from tpaw.data.token_ids import TokenSequence, write_table
 from tpaw.logprobs.packing import Layout, PackedBatch, PromptGroup, group_by_prompt
 from tpaw.logprobs.response import LogprobHead, response_logps
 from tpaw.models.finite import non_finite
 from tpaw.runtime.memory import memory_limited_by
 from tpaw.runtime.progress import OnDone, ignore
-from tpaw.scoring.store import Key, LogprobStore
+from tpaw.scoring.sequences import DistinctSequences
+from tpaw.scoring.store import LogprobStore
 from tpaw.storage.artifacts import deliver
 
 
@@ -127,7 +129,7 @@ class SequenceShard(NamedTuple):
 
     name: str
     stage: str
-    keys: Sequence[Key]
+    keys: KeyArray
     sequences: Sequence[TokenSequence]
 
 
@@ -148,7 +150,7 @@ class ScoredShard(NamedTuple):
 def fill_store(
     store: LogprobStore,
     stage: str,
-    wanted: Mapping[Key, TokenSequence],
+    wanted: DistinctSequences,
     compute: Callable[[Iterator[SequenceShard]], Iterator[ScoredShard]],
     *,
     shard_size: int,
@@ -158,26 +160,22 @@ def fill_store(
     Args:
         store: the log-probs of one player.
         stage: names the shards, e.g. "iteration-3".
-        wanted: the sequences by key.
+        wanted: the sequences.
         compute: calls `deliver_logps` for every shard, in any order, and returns what it returned.
             It may raise to stop the work; published shards stay.
         shard_size: number of sequences in a shard.
     """
     store.begin()
-    todo = store.missing_before(stage, wanted)
-    sequences = [wanted[key] for key in todo]
-    # Sequences of a prompt stay together, and a shard holds sequences of similar length.
-    groups = group_by_prompt(sequences)
-    groups.sort(key=lambda group: -max(len(sequences[i][1]) for i in group))
-    todo = [todo[i] for group in groups for i in group]
+    order = wanted.scoring_order(store.missing_before(stage, wanted.keys))
     given_out: dict[str, SequenceShard] = {}
 
     def missing() -> Iterator[SequenceShard]:
-        for number, begin in enumerate(range(0, len(todo), shard_size)):
+        for number, begin in enumerate(range(0, len(order), shard_size)):
             name = f"{stage}-{number:05d}.parquet"
             if not store.has_shard(name):
-                keys = todo[begin : begin + shard_size]
-                shard = SequenceShard(name, stage, keys, [wanted[key] for key in keys])
+                members = order[begin : begin + shard_size]
+                sequences = [wanted[i] for i in members]
+                shard = SequenceShard(name, stage, wanted.keys[members], sequences)
                 given_out[name] = shard
                 yield shard
 
@@ -205,7 +203,7 @@ def deliver_logps(
     started = time.monotonic()
     logps = score_sequences(scorer, shard.sequences, tokens_per_row=tokens_per_row, on_done=on_done)
     columns = {
-        "sequence": shard.keys,
+        "sequence": key_list(shard.keys),
         "logp": logps.tolist(),
         "tokens": [len(response) for _, response in shard.sequences],
     }
@@ -214,7 +212,7 @@ def deliver_logps(
         shard.name,
         lambda path: write_table(path, columns),
         stage=shard.stage,
-        sequences=len(shard.keys),
+        sequences=len(shard.sequences),
         seconds=round(time.monotonic() - started, 3),
     )
     return ScoredShard(shard.name, record, logps)

@@ -51,9 +51,7 @@ class StudyRun(NamedTuple):
         if self.iterations_done() < self.config.iterations:
             return False
         run, suites = RunDirectory(self.folder), self.config.evaluate.suites
-        return not any(
-            missing_suites(run, i, suites) for i in range(self.config.iterations + 1)
-        )
+        return not any(missing_suites(run, i, suites) for i in range(self.config.iterations + 1))
 
 
 def runs_of(conditions: Sequence[Condition], seeds: Sequence[int], output: Path) -> list[StudyRun]:

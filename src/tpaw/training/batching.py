@@ -5,17 +5,21 @@ Shape suffixes: B triples in a micro-batch, K players.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from tpaw.data.columns import KeyArray, key_array
 from tpaw.data.token_ids import TokenSequence, token_ids
 from tpaw.logprobs.packing import Layout, PackedBatch, PromptGroup
 from tpaw.objectives.base import ObjectiveNeeds
+from tpaw.scoring.store import sequence_key
 
 TOKEN_COLUMNS = ("prompt_ids", "target_ids", "generated_ids")
 PLAYER_COLUMNS = ("player_target_logps", "player_generated_logps")
@@ -83,15 +87,15 @@ class TripleSizes:
     def __init__(
         self, dataset: Any, response_columns: Sequence[str] = ("target_ids", "generated_ids")
     ) -> None:
-        lengths, group_of, groups = [], [], dict[tuple[bytes, bytes], int]()
+        lengths = array("q")
+        keys = bytearray()
         for i in range(len(dataset)):
             row = dataset[i]
             prompt, target = token_ids(row["prompt_ids"]), token_ids(row["target_ids"])
-            lengths.append((len(prompt), *(len(row[name]) for name in response_columns)))
-            key = (prompt.tobytes(), target.tobytes())
-            group_of.append(groups.setdefault(key, len(groups)))
-        self.lengths = np.array(lengths, dtype=np.int64).reshape(-1, 1 + len(response_columns))
-        self.group_of = np.array(group_of, dtype=np.int64)
+            lengths.extend((len(prompt), *(len(row[name]) for name in response_columns)))
+            keys += sequence_key(TokenSequence(prompt, target))
+        self.lengths = np.frombuffer(lengths, dtype=np.int64).reshape(-1, 1 + len(response_columns))
+        self.group_of = _numbers_by_first_occurrence(key_array(keys))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -119,6 +123,14 @@ class TripleSizes:
         prompt, target, *_ = self.lengths[triples[0]]
         others = self.lengths[triples, 2:].ravel()
         return PromptGroup.of(int(prompt), [int(target), *map(int, others)])
+
+
+def _numbers_by_first_occurrence(keys: KeyArray) -> NDArray[np.int64]:
+    """A number for each key, from 0 in the order in which the keys occur first."""
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    numbers = np.empty(len(first), dtype=np.int64)
+    numbers[np.argsort(first)] = np.arange(len(first))
+    return numbers[inverse]
 
 
 class TripleBatchSampler(Sampler[Any]):
@@ -165,15 +177,15 @@ class TripleBatchSampler(Sampler[Any]):
     def __iter__(self) -> Iterator[_Part]:
         order = self._order()
         for begin in range(0, len(order), self.triples_per_batch):
-            yield self._part(order[begin : begin + self.triples_per_batch])
+            yield self._part(order[begin : begin + self.triples_per_batch].tolist())
 
-    def _order(self) -> list[int]:
+    def _order(self) -> NDArray[np.int64]:
         rng = np.random.default_rng((self.seed, self.epoch))
         order = rng.permutation(len(self.sizes))
         if self.group_by_prompt:
             rank_of = rng.permutation(int(self.sizes.group_of.max()) + 1)
             order = order[np.argsort(rank_of[self.sizes.group_of[order]], kind="stable")]
-        return [int(i) for i in order]
+        return order
 
     def _part(self, triples: list[int]) -> _Part:
         groups = self.sizes.group(triples, self.layout, self.tokens_per_row)

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.utils.versions import require_version
 
 from tpaw.config.schema import RunConfig
+from tpaw.data.columns import ColumnWriter, IdColumn
 from tpaw.data.examples import Example
 from tpaw.errors import InputError
 from tpaw.runtime.processes import process_count
@@ -56,15 +58,17 @@ def sft_trainer(
     from datasets import Dataset
     from trl import SFTTrainer
 
-    ids = [np.concatenate([e.prompt_ids, e.target_ids]) for e in examples]
-    labels = [
-        np.concatenate([np.full_like(e.prompt_ids, _IGNORED_LABEL), e.target_ids]) for e in examples
-    ]
+    ids, labels = ColumnWriter(IdColumn), ColumnWriter(IdColumn)
+    for example in examples:
+        prompt, target = example.target
+        ids.append(np.concatenate([prompt, target]))
+        labels.append(np.concatenate([np.full_like(prompt, _IGNORED_LABEL), target]))
+    table = {"input_ids": ids.finish().to_arrow(), "labels": labels.finish().to_arrow()}
     weights = [(p, p.data) for p in policy.parameters() if p.requires_grad]
     trainer = SFTTrainer(
         model=policy,
         args=arguments,
-        train_dataset=Dataset.from_dict({"input_ids": ids, "labels": labels}),
+        train_dataset=Dataset(pa.table(table)),
         processing_class=copy.deepcopy(tokenizer),  # TRL gives it a padding token
     )
     # TRL rounds the adapter of a quantised base to bf16, in which small updates vanish.
