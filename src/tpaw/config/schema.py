@@ -803,7 +803,7 @@ class RunConfig(Section):
         if self.train.weights == "split" and self.train.parallel == "fsdp2":
             raise ValueError(
                 "train.parallel: fsdp2: cannot be used with train.weights split, which needs whole "
-                "weights; set train.parallel to ddp, or train.weights to fp32"
+                "weights; set train.weights to fp32"
             )
         if self.train.weights == "split" and self.model.adapter is not None:
             raise ValueError(
@@ -856,6 +856,17 @@ class RunConfig(Section):
         if (server.command is None) == (not server.endpoints):
             found = "both are set" if server.endpoints else "neither is set"
             raise ValueError(f"generate.server: {found}; set either command or endpoints")
+        if self.model.quantization is not None:
+            raise ValueError(
+                f"model.quantization: {self.model.quantization}: a server would generate with a "
+                "base that is not quantised; set generate.backend to hf, or remove this setting"
+            )
+        command = server.command
+        if self.model.adapter is not None and command is not None and "{adapter}" not in command:
+            raise ValueError(
+                f"generate.server.command: {brief(command)}: with model.adapter it must contain "
+                "{adapter}, or the server would serve the base (docs/how-to/vllm.md)"
+            )
         if self.generate.temperature < LOWEST_SERVER_TEMPERATURE:
             raise ValueError(
                 f"generate.temperature: {self.generate.temperature}: with the backend server it "

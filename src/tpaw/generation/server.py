@@ -349,7 +349,9 @@ class Servers:
         try:
             served = [_serving(started.endpoint, model)]
             yield ServerGenerator(served, model, server, started.check)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, ServerError):
+                started.keep_log()
             self.close()  # whatever was wrong, the next try starts from nothing
             raise
 
@@ -455,6 +457,7 @@ class _StartedServer:
                 self.check()  # whoever answered, it was not a server that has ended
                 return
             except (Unavailable, Refused) as error:
+                _explain_a_wrong_key(error)
                 last = str(error)
             except ServerError as error:
                 if _is_taken(self._port):
@@ -469,6 +472,12 @@ class _StartedServer:
                     f"(generate.server.start_timeout): {last}.\n{self._end_of_log()}"
                 )
             time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def keep_log(self) -> None:
+        """Keep the log, because the server has failed, and say where it is."""
+        if not self._failed:
+            self._failed = True
+            note(f"{self._name} failed; its log: {self._log}")
 
     def close(self) -> None:
         """End the server. Its log is kept if it failed."""
@@ -518,6 +527,7 @@ def _serving(endpoint: Endpoint, model: str, tries: int = 3) -> _Served:
             models = endpoint.models(SECONDS_TO_LIST_MODELS)
             break
         except Refused as error:
+            _explain_a_wrong_key(error)
             raise ServerError(f"{error}; the URL of an endpoint ends with /v1") from None
         except Unavailable as error:
             tries -= 1
@@ -534,10 +544,22 @@ def _serving(endpoint: Endpoint, model: str, tries: int = 3) -> _Served:
     )
 
 
+def _explain_a_wrong_key(error: Unavailable | Refused) -> None:
+    if isinstance(error, Refused) and error.status in (401, 403):
+        raise ServerError(
+            f"{error}; set {API_KEY} in the environment to the key of the server"
+        ) from None
+
+
 def _filled_command(command: str, player: Player, port: int) -> list[str]:
     """The program and its arguments. Those with {adapter} go if the player has no adapter."""
     parts = shlex.split(command)
     adapter = player.adapter_folder
+    if adapter is not None and "{adapter}" not in command:
+        raise InputError(
+            f"generate.server.command: θ_{player.index} is an adapter, and the command has no "
+            "{adapter}; add it (docs/how-to/vllm.md), or merge the adapter by `tpaw export --merge`"
+        )
     if adapter is None:
         parts = [part for part in parts if "{adapter}" not in part]
     values = {

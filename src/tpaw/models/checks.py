@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tpaw.config.schema import ModelConfig
-from tpaw.errors import InputError, first_line, printable
+from tpaw.errors import InputError, brief, first_line, printable
 from tpaw.models.adapter_files import (
     base_fingerprint,
     base_of,
@@ -83,11 +83,24 @@ def _check_adapter(
     model: ModelConfig, base: ModelConfig, max_length: int | None, *, is_trained: bool
 ) -> PreTrainedConfig:
     require_peft()
+    kind = (read_adapter_config(model) or {}).get("peft_type")
+    if kind != "LORA":
+        raise InputError(
+            f"model.path: {model.path}: its peft_type is {brief(kind)}; the adapter must be LORA, "
+            "or an ordinary model"
+        )
     found = check_model(base, max_length, is_trained=is_trained)
     folder, _ = locate(model, model.revision)
     check_fits(folder, found, base.path, model.trust_remote_code)
-    if (actual := base_fingerprint(base)) is not None and recorded_facts(folder).get("base"):
+    facts = recorded_facts(folder)
+    if facts.get("base") and (actual := base_fingerprint(base)) is not None:
         refuse_another_base(folder, actual, base.path)
+    if is_trained and facts.get("quantization") and model.quantization is None:
+        raise InputError(
+            f"model.path: {model.path}: this adapter was trained over a base in "
+            f"{facts['quantization']}; set model.quantization to it, or write an ordinary model by "
+            "`tpaw export --merge` and give that"
+        )
     if model.adapter is not None and is_trained:
         saved = read_adapter_config(model)
         check_continues(folder, saved, found, model.adapter, model.trust_remote_code)

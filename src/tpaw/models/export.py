@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tpaw.errors import InputError
 from tpaw.models.adapter_files import ADAPTER_WEIGHTS
-from tpaw.models.adapters import merged
+from tpaw.models.adapters import merged, require_peft
 from tpaw.models.loading import cast_weights, load_base
 from tpaw.models.references import Checkpoint
 from tpaw.models.tokenizers import load_tokenizer
@@ -102,4 +102,7 @@ def _whole(checkpoint: Checkpoint) -> PreTrainedModel:
     model = load_base(player, checkpoint.model, dtype=torch.float32, device=cpu)
     if checkpoint.model.quantization is not None:
         model = model.dequantize()
-    return model if player.adapter_folder is None else merged(model, player.adapter_folder)
+    if player.adapter_folder is None:
+        return model
+    require_peft()
+    return merged(model, player.adapter_folder)

@@ -104,6 +104,8 @@ def find_base(config: ModelConfig, commit: str | None, base_commit: str | None) 
 def _recorded_base(config: ModelConfig, path: str, recorded: Facts) -> Base | None:
     base = recorded.get("base")
     if base is not None:
+        if base["revision"] is None:  # a folder; whoever loads it says whether it is there
+            return Base(base["name"], base["fingerprint"], base["name"])
         over = config.model_copy(update={"path": base["name"], "revision": base["revision"]})
         folder, _ = locate(over, base["revision"])
         return Base(str(folder), base["fingerprint"], base["name"], base["revision"])

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from tpaw.config.schema import ModelConfig
 from tpaw.errors import ArtifactError, InputError
-from tpaw.models.adapters import merged, wear
+from tpaw.models.adapters import merged, require_peft, wear
 from tpaw.models.fingerprint import weight_files
-from tpaw.models.quantization import quantized_loading, use_one_kernel
+from tpaw.models.quantization import check_quantization, quantized_loading, use_one_kernel
 from tpaw.team import Player
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def load_model(
     folder = player.adapter_folder
     if folder is None:
         return load_base(player, config, dtype=dtype, device=device)
+    require_peft()
     if config.adapter is not None or config.quantization is not None:
         return wear(load_base(player, config, dtype=dtype, device=device), folder)
     model = merged(load_base(player, config, dtype=torch.float32, device=device), folder)
@@ -71,6 +72,8 @@ def load_base(
             )
         weight_files(Path(folder))  # it says why there are none
     path = player.base_folder
+    if config.quantization is not None:
+        check_quantization(device)
     quantized = {} if config.quantization is None else quantized_loading(dtype, device)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(

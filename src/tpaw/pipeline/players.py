@@ -116,7 +116,8 @@ class LoadedPlayers:
 
     @contextlib.contextmanager
     def _open_server(self, player: Player, config: GenerateConfig) -> Iterator[Generator]:
-        if config.server.command is not None and self._shares_memory and self._kept is not None:
+        is_in_memory = self._kept is not None or self._base is not None
+        if config.server.command is not None and self._shares_memory and is_in_memory:
             self.release()
         with self.servers.open(player, config) as generator:
             yield generator

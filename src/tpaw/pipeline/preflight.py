@@ -89,7 +89,7 @@ def _check_libraries(config: RunConfig) -> None:
     """Refuse adapters and 4-bit weights where their libraries are missing or cannot work."""
     if config.model.adapter is not None:
         require_peft()
-    if config.model.quantization is not None:
+    if config.model.quantization is not None and config.launch.engine == "in_process":
         check_quantization(pick_device(config.device))
 
 
@@ -98,9 +98,9 @@ def _refuse_several_processes() -> None:
     count = os.environ.get("WORLD_SIZE", "1")
     if count.strip() not in ("", "1"):
         raise InputError(
-            f"WORLD_SIZE: {count}: a run uses one process; start it once, without torchrun or "
-            "accelerate launch, and choose its GPU with CUDA_VISIBLE_DEVICES. To train in several "
-            "processes, use TeamTrainer in your own script (docs/how-to/own-loop.md)."
+            f"WORLD_SIZE: {count}: a run is started once, without torchrun or accelerate launch; "
+            "set launch.engine to ray to use several devices, or train with TeamTrainer in your "
+            "own script (docs/how-to/own-loop.md)"
         )
 
 
@@ -113,7 +113,8 @@ def read_inputs(config: RunConfig, on_done: OnDone = ignore) -> Inputs:
     Raises:
         InputError: naming the setting, the file or the row.
     """
-    pick_device(config.device)
+    if config.launch.engine == "in_process":  # with Ray, the workers have the devices
+        pick_device(config.device)
     check_training(config)
     _check_libraries(config)
     model_config = check_model(config.model, config.max_length, is_trained=True)

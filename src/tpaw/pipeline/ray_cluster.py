@@ -44,6 +44,11 @@ def worker_count(config: RunConfig) -> int:
             f"train.batch_size: {config.train.batch_size}: must be a multiple of the {processes} "
             "processes that train together; change it, or launch.workers"
         )
+    if config.train.weights == "split" and processes > 1:
+        raise InputError(
+            f"train.weights: split: works in one process only, and {processes} would train "
+            "together; set it to fp32, or launch.workers and launch.gpus_per_worker to 1"
+        )
     return wanted
 
 

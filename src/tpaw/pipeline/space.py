@@ -110,10 +110,10 @@ def bytes_of_training(config: RunConfig, size: ModelSize, steps: int) -> int:
     """Bytes of the saved steps and the checkpoint of an iteration, at their peak.
 
     A saved step is removed when the next one is published, so two of them exist for a moment. At
-    the end the last one and the checkpoint exist.
+    the end the last one and the checkpoint exist. A stop saves a step at any time.
     """
     checkpoint, saved_step = bytes_of_checkpoint(size), bytes_of_saved_step(config, size, steps)
-    saves = (steps - 1) // config.train.save_every  # the last step is published, not saved
+    saves = steps - 1  # the last step is published, not saved
     return max(checkpoint + min(saves, 1) * saved_step, min(saves, 2) * saved_step)
 
 
