@@ -72,6 +72,7 @@ class GenerationServer:
     def __init__(self, answer=echo, misbehave=None, model="m", owned_by="vllm", port=0):
         self.answer = answer
         self.misbehave = misbehave or (lambda body, reply: reply)
+        self.models_status = 200
         self.models = [{"id": model, "owned_by": owned_by}]
         self.requests, self.keys = [], []
         self.at_once = self.most_at_once = self.cut_off = 0
@@ -82,7 +83,7 @@ class GenerationServer:
             def do_GET(self):
                 outer.keys.append(self.headers.get("Authorization"))
                 if self.path == "/v1/models":
-                    self.send(200, {"object": "list", "data": outer.models})
+                    self.send(outer.models_status, {"object": "list", "data": outer.models})
                 else:
                     self.send(404, {"detail": "Not Found"})
 

@@ -412,6 +412,20 @@ def test_settings_of_servers_without_servers_are_refused():
         RunConfig.load(served(command=COMMAND), overrides=["generate.temperature=0.001"])
 
 
+def test_a_server_serves_what_is_trained():
+    """Not the base alone, and not a base with other weights."""
+    adapter = {"adapter": {"rank": 4}}
+    settings = served(command=COMMAND)
+    settings["model"] |= adapter
+    with refused("generate.server.command", COMMAND, "{adapter}"):
+        RunConfig.load(settings)
+    settings["generate"]["server"]["command"] = f"{COMMAND} --lora-modules={{adapter}}={{adapter}}"
+    assert RunConfig.load(settings).model.adapter is not None
+    settings["model"] |= {"quantization": "nf4"}
+    with refused("model.quantization", "nf4", "generate.backend"):
+        RunConfig.load(settings)
+
+
 def test_another_server_may_go_on_with_a_run():
     config = RunConfig.load(served(command=COMMAND))
     other = RunConfig.load(served(endpoints=["http://a/v1"], in_flight=3, model="theta-{index}"))

@@ -559,6 +559,20 @@ def test_an_adapter_is_served_beside_its_base_and_the_base_alone_without_it(tmp_
     assert filled(command, Player(0, str(base), "f"), 80) == alone
 
 
+def test_a_command_without_a_place_for_the_adapter_does_not_serve_the_base(tmp_path):
+    player = Player(3, str(tmp_path / "a"), "g", Base(str(tmp_path / "b"), "f", "my-org/base"))
+    with refused("generate.server.command", "θ_3", "{adapter}"):
+        tpaw.generation.server._filled_command("serve {model} --port {port}", player, 80)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_wrong_key_is_named_at_once(serve, status):
+    server = serve()
+    server.models_status = status
+    with refused("TPAW_SERVER_API_KEY", f"HTTP {status}", error=ServerError):
+        answers(server)
+
+
 def test_an_error_in_a_thread_reaches_the_caller(serve, monkeypatch):
     def broken(*args, **kwargs):
         raise ZeroDivisionError("a bug")

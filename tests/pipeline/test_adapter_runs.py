@@ -23,10 +23,10 @@ from tpaw.models.loading import load_model
 from tpaw.models.references import find_checkpoint, find_checkpoints
 from tpaw.scoring.store import LogprobStore
 from tpaw.selfplay import self_play
-from tpaw.storage.artifacts import read_manifest
+from tpaw.storage.artifacts import read_manifest, write_manifest
 from tpaw.storage.run_directory import RunDirectory
 from tpaw.training.trainer import TeamTrainer
-from tpaw.training.triples import pair_with_responses
+from tpaw.training.triples import Triples
 
 CPU = torch.device("cpu")
 
@@ -139,11 +139,11 @@ def test_stored_log_probs_are_those_of_the_merged_model_one_row_at_a_time(played
             checkpoint.player, ModelConfig(path="x"), dtype=torch.float32, device=CPU
         )
         store = LogprobStore(run.logprobs(checkpoint.player.fingerprint))
-        triples = pair_with_responses(inputs.examples, answers, 1)[:4]
-        items = dict(item for triple in triples for item in triple.sequences())
-        assert len(items) >= 8
-        expected = expected_logps(merged.double(), list(items.values()))
-        assert torch.allclose(torch.from_numpy(store.logps(items)), expected, atol=1e-5)
+        wanted = Triples(inputs.examples, [(1, answers)]).sequences()
+        assert len(wanted) >= 8
+        expected = expected_logps(merged.double(), [wanted[i] for i in range(8)])
+        found = torch.from_numpy(store.logps(wanted.keys[:8]))
+        assert torch.allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("each", ["continue", "fresh"])
@@ -251,6 +251,42 @@ def test_an_sft_adapter_goes_on_or_is_merged(tmp_path, model_folder, data_file, 
     assert AutoModelForCausalLM.from_pretrained(full.checkpoint(1)) is not None
     # Both start as the same player.
     assert log(full, 1)[0]["logps/target"] == pytest.approx(log(run, 1)[0]["logps/target"], 1e-5)
+
+
+def test_an_adapter_of_a_base_in_4_bits_needs_that_base(
+    tmp_path, model_folder, data_file, heldout_file
+):
+    sft = save_adapter(tmp_path / "sft", model_folder)
+    base = fingerprint(model_folder)
+    write_manifest(sft, {"base": base, "quantization": "nf4"})
+    settings = with_adapters(model_folder, data_file, heldout_file)
+    settings["model"] = {"path": str(sft)}
+    with refused(sft, "nf4", "model.quantization", "tpaw export --merge"):
+        self_play(RunConfig.load(settings), tmp_path / "run")
+
+
+def test_an_adapter_that_cannot_be_merged_is_refused(
+    tmp_path, model_folder, data_file, heldout_file
+):
+    prompts = save_adapter(tmp_path / "prompts", model_folder)
+    file = prompts / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"peft_type": "PROMPT_TUNING"}))
+    settings = with_adapters(model_folder, data_file, heldout_file)
+    settings["model"] = {"path": str(prompts)}
+    with refused(prompts, "PROMPT_TUNING", "LORA"):
+        self_play(RunConfig.load(settings), tmp_path / "run")
+
+
+def test_a_finished_run_is_read_without_its_base(tmp_path, model_folder, data_file, heldout_file):
+    base = shutil.copytree(model_folder, tmp_path / "base")
+    settings = with_adapters(base, data_file, heldout_file)
+    settings |= {"iterations": 1, "evaluate": {}}
+    settings["model"]["path"] = str(save_adapter(tmp_path / "sft", base))
+    self_play(RunConfig.load(settings), tmp_path / "run")
+    shutil.rmtree(base)
+    shutil.rmtree(tmp_path / "sft")
+    found = find_checkpoint(f"{tmp_path / 'run'}@1").player
+    assert found.base_folder == str(base)
 
 
 def test_another_base_in_the_place_of_the_runs_is_refused(played, tmp_path, data_file):

@@ -35,7 +35,7 @@ from tpaw.runtime.interrupt import StopSignal
 from tpaw.selfplay import self_play
 from tpaw.storage.artifacts import read_sealed
 from tpaw.storage.run_directory import RunDirectory, open_run
-from tpaw.team import Player
+from tpaw.team import Base, Player
 
 STUB = f"{sys.executable} {generation_server.__file__} --port {{port}} --model {{model}}"
 LOG = {"log": re.compile(r"/\S+\.log")}
@@ -265,6 +265,30 @@ def test_a_stop_while_a_server_starts_is_prompt(tmp_path):
             pass
         assert time.monotonic() - began < 20
     assert not any(map(is_alive, pids(file)))
+
+
+def test_a_server_and_the_base_of_adapters_are_not_on_a_gpu_together(settings, monkeypatch):
+    settings["generate"] |= {"backend": "server", "server": {"command": f"{STUB} {{adapter}}"}}
+    settings["model"] |= {"adapter": {"rank": 2}}
+    players = LoadedPlayers(RunConfig.load(settings))
+    path = settings["model"]["path"]
+    player = Player(0, path, "f", Base(path, "f", path))
+    bases = []
+
+    @contextlib.contextmanager
+    def opened(player, config):
+        bases.append(players._base)
+        yield None
+
+    monkeypatch.setattr(players.servers, "open", opened)
+    for device in ("cpu", "cuda"):
+        players.for_training(player, 0)  # keeps the base for the next stage
+        assert players._base is not None
+        monkeypatch.setattr(players, "device", torch.device(device))
+        with players.open_generator(player, players.config.generate):
+            pass
+    assert bases[0] is not None
+    assert bases[1] is None
 
 
 def test_a_server_and_a_model_are_not_on_a_gpu_together(settings, monkeypatch):

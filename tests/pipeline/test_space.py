@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 import tpaw.pipeline.space
@@ -22,16 +24,20 @@ def asked(monkeypatch):
 
 
 def most_on_the_disk(steps, save_every, moments):
-    """Bytes, step by step: a saved step goes when the next one is whole, the last at the end."""
+    """Bytes, step by step: a saved step goes when the next one is whole, the last at the end.
+
+    A stop, which may come in any step, saves that step too.
+    """
     checkpoint = 4 * PARAMETERS
     saved_step = checkpoint + 4 * moments * PARAMETERS
-    held, most = 0, 0
-    for step in range(1, steps + 1):
-        if step == steps:
-            most = max(most, held + checkpoint)
-        elif step % save_every == 0:
-            most = max(most, held + saved_step)
-            held = saved_step
+    most = 0
+    for stops in itertools.product([False, True], repeat=steps - 1):
+        held = 0
+        for step, is_stopped in enumerate(stops, start=1):
+            if is_stopped or step % save_every == 0:
+                most = max(most, held + saved_step)
+                held = saved_step
+        most = max(most, held + checkpoint)
     return most
 
 
