@@ -1,8 +1,8 @@
 """Two workers of one thread against one: generation and scoring by Ray, and the overhead of Ray.
 
-Players are loaded before the clock starts: each worker does one shard first. Then the same shards
-are done by one worker and by two, in turn. `--starter` runs the whole starter by Ray with one
-worker and in one process of one thread, and prints the difference in seconds.
+Players are loaded before the clock starts, by as many small shards as there are workers. Then the
+same shards are done by one worker and by two, in turn. `--starter` runs the whole starter by Ray
+with one worker and in one process of one thread, and prints the difference in seconds.
 """
 
 from __future__ import annotations

@@ -61,15 +61,18 @@ class Cluster:
         self._cluster.shutdown()
 
 
-def kill_worker(choose: random.Random) -> str | None:
-    """Kill one process that does shards or trains; None if there is none now."""
+def kill_worker(address: str, choose: random.Random) -> str | None:
+    """Kill one process of the cluster that does shards or trains; None if there is none now."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             line = (folder / "cmdline").read_bytes()
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            raylet = Path("/proc", parent, "cmdline").read_bytes()
         except OSError:
             continue
-        if line.startswith((b"ray::ShardWorker", b"ray::RayTrainWorker", b"ray::TrainWorker")):
+        kinds = (b"ray::ShardWorker", b"ray::RayTrainWorker", b"ray::TrainWorker")
+        if line.startswith(kinds) and f"--gcs-address={address}".encode() in raylet:
             found.append((int(folder.name), line.split(b"\0")[0].decode()[5:]))
     if not found:
         return None
@@ -118,7 +121,7 @@ def disturbed(
     Raises:
         RuntimeError: it failed, or did not end.
     """
-    choose = random.Random(str(folder))
+    choose = random.Random(folder.name)
     done: list[str] = []
     began = time.monotonic()
     process = start(folder, address)
@@ -179,11 +182,12 @@ def main() -> int:
             flush=True,
         )
         # θ_1 is trained by two processes here, which rounds differently.
-        before_training = [n for n in calm if n.startswith(("inputs/", "iterations/0/"))]
+        begun = ("inputs/", "iterations/0/", "iterations/1/responses/")
+        before_training = [n for n in calm if n.startswith(begun)]
         before_training += [n for n in calm if "/iteration-1-" in n]
         failures += len(set(before_training) - set(early))
         actions: dict[str, Callable[[subprocess.Popen[bytes]], str | None]] = {
-            "worker": lambda _: kill_worker(choose),
+            "worker": lambda _: kill_worker(cluster.address, choose),
             "node": lambda _: cluster.kill_node(choose),
             "controller": kill_controller,
         }

@@ -6,8 +6,10 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
+import generation_server
 import pytest
 import ray
 import ray.cluster_utils
@@ -21,7 +23,7 @@ import tpaw.pipeline.players
 import tpaw.storage.artifacts
 from tpaw.config.schema import RunConfig
 from tpaw.errors import InputError, Interrupted, NonFiniteError, WorkerError
-from tpaw.pipeline import ray_engine, ray_link
+from tpaw.pipeline import ray_engine
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.selfplay import self_play
 from tpaw.storage.artifacts import ShardedArtifact, read_manifest
@@ -97,14 +99,16 @@ def losses(run):
 
 
 def worker_pids():
-    """Processes of actors that do shards."""
-    found = []
+    """Processes of actors that do shards, in the cluster of this test."""
+    address, found = f"--gcs-address={ray.get_runtime_context().gcs_address}".encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             line = (folder / "cmdline").read_bytes()
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            raylet = Path("/proc", parent, "cmdline").read_bytes()
         except OSError:
             continue
-        if line.startswith(b"ray::ShardWorker"):
+        if line.startswith(b"ray::ShardWorker") and address in raylet:
             found.append(int(folder.name))
     return found
 
@@ -196,6 +200,48 @@ def test_workers_that_hold_a_player_together_score_the_same_bytes(
     assert not list(run.root.rglob("delivered-*"))
 
 
+def test_a_process_that_dies_while_all_score_together_costs_one_try(
+    cluster, settings, alone, tmp_path, monkeypatch, capfd, untrained
+):
+    """The others may fail first, because they lose it."""
+    settings["score"] |= {"sharded": True}
+    given, killed = ray_engine.RayEngine._given, []
+
+    def killing(self, actor, task, work):
+        answer = given(self, actor, task, work)
+        if not killed and actor is self._group[-1]:
+            killed.append(max(worker_pids()))
+            threading.Timer(0.3, os.kill, (killed[0], signal.SIGKILL)).start()
+        return answer
+
+    monkeypatch.setattr(ray_engine.RayEngine, "_given", killing)
+    run = untrained(settings, tmp_path / "r")
+    assert killed
+    assert before_training(run) == before_training(alone)
+
+
+def test_paths_may_be_relative_to_the_folder_that_the_run_was_started_from(
+    cluster, settings, alone, tmp_path, monkeypatch, untrained
+):
+    monkeypatch.chdir(tmp_path)
+    settings["model"]["path"] = os.path.relpath(settings["model"]["path"])
+    run = untrained(settings, "runs/r")
+    assert len(ShardedArtifact(run.iteration(0).responses).names) > 2
+    expected = {n: c for n, c in before_training(alone).items() if n.endswith(".parquet")}
+    assert {n: c for n, c in before_training(run).items() if n.endswith(".parquet")} == expected
+
+
+def test_no_server_is_left_of_a_worker(cluster, settings, tmp_path, untrained):
+    file = tmp_path / "pids"
+    stub = f"{sys.executable} {generation_server.__file__} --port {{port}} --model {{model}}"
+    server = {"command": f"{stub} --pids {file}"}
+    settings["generate"] |= {"backend": "server", "server": server}
+    untrained(settings, tmp_path / "r")
+    pids = [int(line) for line in file.read_text().split()]
+    assert len(pids) >= 2  # one for each worker
+    assert not [pid for pid in pids if Path("/proc", str(pid)).exists()]
+
+
 def test_a_worker_that_dies_too_often_ends_the_run(cluster, settings, tmp_path, monkeypatch):
     settings["launch"] |= {"max_retries": 0}
     receive = ShardedArtifact.receive
@@ -236,7 +282,6 @@ def test_a_stop_reaches_the_processes_that_train(cluster, settings, alone, tmp_p
             stop.signal_number = signal.SIGTERM
         return counts
 
-    monkeypatch.setattr(ray_link, "SECONDS_BETWEEN_REPORTS", 0)
     monkeypatch.setattr(ray_engine.RayEngine, "_look", stopping)
     with pytest.raises(Interrupted):
         self_play(RunConfig.load(settings), tmp_path / "r", stop)

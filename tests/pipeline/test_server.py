@@ -133,9 +133,9 @@ def test_the_log_probs_of_a_server_are_compared_and_used_for_nothing(settings, t
     found = read_sealed(run.iteration(0).server_drift)
     assert found["responses"] == len(responses)
     assert found["tokens"] == 3 * len(responses)
-    if len(ours) == len(responses):  # no prompt occurs twice
-        mean = sum(-1.5 - logp for logp in ours.values()) / found["tokens"]
-        assert found["mean"] == pytest.approx(mean, rel=1e-9)
+    assert len(ours) == len(responses)  # no prompt occurs twice
+    mean = sum(-1.5 - logp for logp in ours.values()) / found["tokens"]
+    assert found["mean"] == pytest.approx(mean, rel=1e-9)
     assert found["mean_abs"] >= abs(found["mean"])
     # The random model knows nothing of -0.5, so this is a large difference.
     assert "Warning: log-probs of the server" in capsys.readouterr().err

@@ -26,8 +26,9 @@ Trust = Annotated[
     bool,
     typer.Option(
         "--trust",
-        help="Run Python code that a run directory or a suite file asks for. Without it, such "
-        "code is refused. Use it only if you trust whoever made them.",
+        help="Run what a run directory or a suite file asks for: Python code, and a generation "
+        "server that it starts or sends prompts to. Without it, both are refused. Use it only if "
+        "you trust whoever made them.",
     ),
 ]
 

@@ -74,7 +74,12 @@ def connected(launch: LaunchConfig) -> Iterator[None]:
                 log_to_driver=False,
                 logging_level="ERROR",
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray raises many types, and Exception itself
+        if launch.address is None:
+            raise InputError(
+                "launch.engine: ray: Ray does not start on this machine "
+                f"({printable(first_line(error))}); its logs are in /tmp/ray/session_latest/logs"
+            ) from None
         raise InputError(
             f"launch.address: {launch.address}: no Ray cluster answers there "
             f"({printable(first_line(error))}); start one by `ray start --head`, or remove the "

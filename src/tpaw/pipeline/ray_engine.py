@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tpaw.config.schema import RunConfig
-from tpaw.errors import WorkerError, first_line, printable
+from tpaw.errors import WorkerError, printable
+from tpaw.models.sharding import Member
 from tpaw.pipeline.job import TrainingJob
 from tpaw.pipeline.ray_cluster import worker_count
 from tpaw.pipeline.ray_group import GROUP
@@ -47,6 +48,22 @@ from tpaw.storage.run_directory import RunDirectory
 from tpaw.training.triples import Triples
 
 SECONDS_TO_WAIT_FOR_A_WORKER = 60.0
+SECONDS_TO_CLOSE = 30.0
+WAITING = "Waiting for a worker: the cluster has no free device for one."
+# Errors after which the same work may succeed elsewhere: a process, a machine or a result is lost.
+DEATHS = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.OutOfMemoryError,
+)
+
+
+class _FailedTogether(Exception):
+    """A member of a group failed, by itself or because another one died."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.text)
+        self.failure = failure
 
 
 class RayEngine:
@@ -92,7 +109,7 @@ class RayEngine:
             return
         ray.get(self._link.begin.remote())
         waiting = deque([Work(*first)])
-        starting = {self._begun(actor): actor for actor in self._started()}
+        starting = {actor.ready.remote(): actor for actor in self._started()}
         idle: list[Any] = []
         running: dict[Any, tuple[Any, Work]] = {}
         finished = shown = 0
@@ -101,7 +118,7 @@ class RayEngine:
             while idle and (waiting or (following := next(todo, None)) is not None):
                 work = waiting.popleft() if waiting else Work(*following)  # type: ignore[misc]
                 actor = idle.pop()
-                running[actor.do.remote(task, work)] = actor, work
+                running[self._given(actor, task, work)] = actor, work
             if not running and not waiting:
                 on_done(finished - shown)
                 return
@@ -116,14 +133,19 @@ class RayEngine:
                     if _has_started(reference):
                         idle.append(actor)
                     else:
-                        starting[self._begun(actor)] = actor
+                        time.sleep(SECONDS_BETWEEN_LOOKS)
+                        starting[actor.ready.remote()] = actor
                     continue
                 actor, work = running.pop(reference)
                 try:
                     answer = ray.get(reference)
-                except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
-                    waiting.append(self._once_more(task.title(work.shard), work, error))
-                    starting[self._begun(actor)] = actor  # Ray restarts it
+                except ray.exceptions.ActorUnavailableError:  # it died idle; nothing was begun
+                    waiting.append(work)
+                    starting[actor.ready.remote()] = actor
+                    continue
+                except DEATHS as error:
+                    waiting.append(self._once_more(task.title(work.shard), work, str(error)))
+                    starting[actor.ready.remote()] = actor  # Ray restarts it
                     continue
                 idle.append(actor)
                 if isinstance(answer, Failure):
@@ -134,7 +156,7 @@ class RayEngine:
             if running or idle:
                 since = time.monotonic()
             elif time.monotonic() - since > SECONDS_TO_WAIT_FOR_A_WORKER:
-                note_once("Waiting for a worker: the cluster has no free device for one.")
+                note_once(WAITING)
 
     def train(
         self,
@@ -156,12 +178,14 @@ class RayEngine:
             self.config.launch.max_retries,
             str(folder),
         )
-        shown, has_told = 0, False
+        shown, has_told, others = 0, False, set(placement_group_table())
         try:
             with progress as advance:
                 while not ray.wait([fit], timeout=SECONDS_BETWEEN_LOOKS)[0]:
                     counts = self._look()
                     self._raise_failure()
+                    if "training" not in counts:  # the group waits for its devices
+                        self.stop.check()
                     advance(max(counts.get("training", 0) - shown, 0))
                     shown = max(shown, counts.get("training", 0))
                     if self.stop.signal_number is not None and not has_told:
@@ -172,7 +196,7 @@ class RayEngine:
                 try:
                     ray.get(fit)
                 except ray.exceptions.RayError as error:
-                    why = first_line(error) if failure is None else failure.text
+                    why = printable(str(error)) if failure is None else failure.text
                     raise WorkerError(
                         f"training of θ_{job.t + 1} failed, launch.max_retries is "
                         f"{self.config.launch.max_retries}; saved steps are kept. {why}"
@@ -180,11 +204,14 @@ class RayEngine:
                 advance(max(job.steps - shown, 0))
         finally:
             ray.cancel(fit, force=True)
-            _free_devices()
+            _free_devices(others)
             shutil.rmtree(folder, ignore_errors=True)
 
     def release(self) -> None:
         """End the actors, which frees their devices."""
+        if self._actors:  # Ray kills an actor, and not the server that it has started
+            closing = [actor.close.remote() for actor in self._actors]
+            ray.wait(closing, num_returns=len(closing), timeout=SECONDS_TO_CLOSE)
         for actor in [*self._actors, *self._group]:
             ray.kill(actor)
         self._actors, self._group = [], []
@@ -194,29 +221,34 @@ class RayEngine:
     ) -> Iterator[Result]:
         """Do one shard after another, each by all workers, which hold the model together.
 
-        Where one of them dies, the others wait in vain. So all are ended, and begin anew.
+        Where one of them dies, the others wait in vain or fail. So all are ended, and begin anew.
         """
         for number, shard in enumerate(shards):
             ray.get(self._link.begin.remote())
             work, shown = Work(number, shard), 0
             while True:
                 try:
-                    doing = [member.do.remote(task, work) for member in self._joined()]
+                    doing = [self._given(member, task, work) for member in self._joined()]
                     waiting = doing
                     while waiting:
                         arrived, waiting = ray.wait(waiting, timeout=SECONDS_BETWEEN_LOOKS)
                         for answer in ray.get(arrived):
                             if isinstance(answer, Failure):
-                                raise answer.as_error()
+                                raise _FailedTogether(answer)
                         # Each member counts what all do.
                         done = self._look().get(work.key, 0)
                         on_done(max(0, done - shown))
                         shown = max(shown, done)
                     result, amount = ray.get(doing[0])
                     break
-                except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+                except (*DEATHS, ray.exceptions.RayTaskError) as error:
                     self._end_group()
-                    work = self._once_more(task.title(shard), work, error)
+                    work = self._once_more(task.title(shard), work, str(error))
+                except _FailedTogether as failed:
+                    if failed.failure.error is not None:  # another try would not help
+                        raise failed.failure.as_error() from None
+                    self._end_group()
+                    work = self._once_more(task.title(shard), work, failed.failure.text)
             on_done(max(0, amount - shown))
             yield result
 
@@ -228,10 +260,25 @@ class RayEngine:
             options = {"num_gpus": int(self._use_gpu), "num_cpus": 1, "max_restarts": 0}
             count = self.workers * gpus
             self._group = [SHARD_WORKER.options(**options).remote() for _ in range(count)]
-            ray.get([self._begun(member) for member in self._group])
+            self._wait([member.ready.remote() for member in self._group])
             address = ray.get(self._group[0].address.remote())
-            ray.get([m.join.remote(address, i, count) for i, m in enumerate(self._group)])
+            self._wait(
+                [
+                    actor.join.remote(address, Member(rank, count), self.config.device)
+                    for rank, actor in enumerate(self._group)
+                ]
+            )
         return self._group
+
+    def _wait(self, references: list[Any]) -> None:
+        """Wait for all, and for a stop."""
+        since = time.monotonic()
+        while references:
+            arrived, references = ray.wait(references, timeout=SECONDS_BETWEEN_LOOKS)
+            ray.get(arrived)
+            self.stop.check()
+            if time.monotonic() - since > SECONDS_TO_WAIT_FOR_A_WORKER:
+                note_once(WAITING)
 
     def _end_group(self) -> None:
         if self._group:
@@ -252,8 +299,8 @@ class RayEngine:
             raise failure.as_error()
         return failure
 
-    def _begun(self, actor: Any) -> Any:
-        return actor.begin.remote(self._place, self._link)
+    def _given(self, actor: Any, task: Any, work: Work) -> Any:
+        return actor.do.remote(self._place, self._link, task, work)
 
     def _look(self) -> dict[str, int]:
         """What is done of each piece of work. Lines that workers have for the user are printed."""
@@ -262,25 +309,28 @@ class RayEngine:
             note_once(text)
         return dict(counts)
 
-    def _once_more(self, title: str, work: Work, error: Exception) -> Work:
+    def _once_more(self, title: str, work: Work, why: str) -> Work:
         limit = self.config.launch.max_retries
         if work.tries >= limit:
             raise WorkerError(
                 f"{title}: its worker died {work.tries + 1} times (launch.max_retries: {limit}): "
-                f"{printable(first_line(error))}; published shards are kept"
-            ) from error
+                f"{printable(why)}; published shards are kept"
+            )
         note(f"{title}: its worker died; another one does it again.")
         return work._replace(tries=work.tries + 1)
 
 
-def _free_devices() -> None:
+def _free_devices(others: Collection[str]) -> None:
     """Give back the devices that a group of this run has reserved, and end its processes.
 
     Ray Train does so itself, but later, or not at all if it was interrupted.
+
+    Args:
+        others: placement groups that were there before. They stay.
     """
     job = ray.get_runtime_context().get_job_id()
     for number, group in placement_group_table().items():
-        if number.endswith(job) and group["state"] != "REMOVED":
+        if number not in others and number.endswith(job) and group["state"] != "REMOVED":
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(number))))
 
 

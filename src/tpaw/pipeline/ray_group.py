@@ -62,6 +62,8 @@ def _train_in_group(settings: dict[str, Any]) -> None:
             link.report.remote("training", done)
 
     notes_go_to(lambda text: link.note.remote(text))
+    if rank == 0:
+        link.report.remote("training", 0)
     try:
         run = place.enter()
         if (device := get_device()).type == "cuda":
@@ -71,7 +73,7 @@ def _train_in_group(settings: dict[str, Any]) -> None:
             train_and_publish(job, data, LoadedPlayers(place.config), advance, _RemoteStop(link))
     except Exception as error:
         # Where a process dies, the others fail too, with any error. Ray Train tries again then.
-        ray.get(link.fail.remote(Failure.of(error, f"training, process {rank}")))
+        ray.get(link.fail.remote(Failure.of(error, f"training, process {rank}", place.root)))
         raise
 
 

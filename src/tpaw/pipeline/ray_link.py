@@ -17,11 +17,14 @@ import ray
 import ray.exceptions
 
 from tpaw.config.schema import RunConfig
-from tpaw.errors import InputError, TpawError, WorkerError
+from tpaw.errors import InputError, StorageError, TpawError, WorkerError
+from tpaw.storage.failures import storage_failure
 from tpaw.storage.run_directory import RunDirectory
 
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_BETWEEN_REPORTS = 0.2
+# A network file system may show a new file late.
+SECONDS_TO_SEE_THE_LOCK = 5.0
 
 
 class Work(NamedTuple):
@@ -66,15 +69,19 @@ class Place(NamedTuple):
         Raises:
             InputError: this machine does not see the run directory.
         """
-        run = RunDirectory(self.root)
-        try:
-            is_shared = run.lock_file.read_text(encoding="utf-8") == self.lock
-        except OSError:
-            is_shared = False
-        if not is_shared or not Path(self.folder).is_dir():
+        run, host = RunDirectory(self.root), socket.gethostname()
+        deadline = time.monotonic() + SECONDS_TO_SEE_THE_LOCK
+        while not self._is_shared(run):
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"--output {self.root}: the machine {host} does not see this run directory; "
+                    "put it on a file system that every machine of the cluster shares"
+                )
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        if not Path(self.folder).is_dir():
             raise InputError(
-                f"--output {self.root}: the machine {socket.gethostname()} does not see this run "
-                "directory; put it on a file system that every machine of the cluster shares"
+                f"the machine {host} does not see {self.folder}, from which tpaw was started; "
+                "start it from a folder on a file system that every machine of the cluster shares"
             )
         os.chdir(self.folder)
         if self.threads is not None:
@@ -82,6 +89,12 @@ class Place(NamedTuple):
 
             torch.set_num_threads(self.threads)
         return run
+
+    def _is_shared(self, run: RunDirectory) -> bool:
+        try:
+            return run.lock_file.read_text(encoding="utf-8") == self.lock
+        except OSError:
+            return False
 
 
 class Failure(NamedTuple):
@@ -96,9 +109,11 @@ class Failure(NamedTuple):
     text: str
 
     @classmethod
-    def of(cls, error: BaseException, work: str) -> Failure:
-        """The error that this process is handling, at `work`."""
+    def of(cls, error: BaseException, work: str, root: str) -> Failure:
+        """The error that this process is handling, at `work` in the run directory `root`."""
         where = f"{work}, on the machine {socket.gethostname()}"
+        if not isinstance(error, TpawError) and (reason := storage_failure(error, root)):
+            error = StorageError(f"{reason}; what is published is kept")
         if isinstance(error, TpawError):
             return cls(error, f"{error} ({where})")
         return cls(None, f"{where}:\n{traceback.format_exc().rstrip()}")

@@ -10,6 +10,7 @@ import ray
 import ray.exceptions
 import ray.util
 
+from tpaw.config.schema import RunConfig
 from tpaw.models.loading import pick_device
 from tpaw.models.sharding import ALONE, Member, join_group
 from tpaw.models.tokenizers import load_tokenizer
@@ -18,6 +19,7 @@ from tpaw.pipeline.worker import Worker
 from tpaw.runtime.isolation import isolated
 from tpaw.runtime.progress import notes_go_to
 from tpaw.runtime.shards import Do
+from tpaw.storage.run_directory import RunDirectory
 
 
 class ShardWorker:
@@ -30,10 +32,14 @@ class ShardWorker:
         self._do: Do[Any, Any] | None = None
         self._member = ALONE
 
-    def begin(self, place: Place, link: Any) -> None:
-        """Begin, or begin anew after Ray has restarted this process."""
-        self._place = place
-        self._link = link
+    def ready(self) -> None:
+        """Answer, once this process runs."""
+
+    def close(self) -> None:
+        """Free the device: the player, and the server that generates. Ray would kill neither."""
+        self._close()
+        if self._worker is not None:
+            self._worker.players.release()
 
     def address(self) -> str:
         """Where this process can be the first of a group: host:port."""
@@ -41,26 +47,27 @@ class ShardWorker:
             found.bind(("", 0))
             return f"{ray.util.get_node_ip_address()}:{found.getsockname()[1]}"
 
-    def join(self, address: str, rank: int, count: int) -> None:
+    def join(self, address: str, member: Member, device: str) -> None:
         """Wait for the others of a group, which do each shard together from now on."""
-        self._member = Member(rank, count)
-        with_gpus = pick_device(self._place.config.device).type == "cuda"
-        join_group(address, self._member, "nccl" if with_gpus else "gloo")
+        self._member = member
+        join_group(address, member, "nccl" if pick_device(device).type == "cuda" else "gloo")
 
-    def do(self, task: Any, work: Work) -> Any:
+    def do(self, place: Place, link: Any, task: Any, work: Work) -> Any:
         """Do a shard. Return its result and the amount of work, or the failure as a whole."""
-        notes_go_to(lambda text: self._link.note.remote(text))
-        reporter = Reporter(self._link, work.key)
+        notes_go_to(lambda text: link.note.remote(text))
+        reporter = Reporter(link, work.key)
         try:
-            with isolated(deterministic=self._place.config.deterministic):
-                return self._opened_for(task)(work.shard, reporter), reporter.done
+            run = place.enter()
+            with isolated(deterministic=place.config.deterministic):
+                return self._opened_for(task, run, place.config)(
+                    work.shard, reporter
+                ), reporter.done
         except Exception as error:
             self._close()
-            return Failure.of(error, task.title(work.shard))
+            return Failure.of(error, task.title(work.shard), place.root)
 
-    def _opened_for(self, task: Any) -> Do[Any, Any]:
+    def _opened_for(self, task: Any, run: RunDirectory, config: RunConfig) -> Do[Any, Any]:
         if self._worker is None:
-            run, config = self._place.enter(), self._place.config
             tokenizer = load_tokenizer(config.model, str(run.inputs / "tokenizer"))
             self._worker = Worker(config, run, tokenizer, member=self._member)
         if self._do is None or task != self._task:

@@ -133,8 +133,8 @@ def memory_of_training(config: RunConfig, size: ModelSize) -> int:
     """Bytes of memory for weights, gradients and optimizer state while a model trains.
 
     Activations and logits come on top. See the table in `training/split_weights.py`. The base of
-    adapters is in the precision of the run. In 4 bits, with a scale for each 64 weights, it takes
-    0.56 bytes a weight; its embeddings are not quantised, and come on top.
+    adapters is in the precision of the run. In 4 bits, with its scales, it takes at most 0.56 bytes
+    a weight; its embeddings are not quantised, and come on top.
     """
     parameters = size.parameters
     if config.train.weights == "split":

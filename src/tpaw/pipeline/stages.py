@@ -44,7 +44,7 @@ from tpaw.pipeline.worker import (
 from tpaw.report.summary import write_summary
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.isolation import isolated
-from tpaw.runtime.progress import OnDone, ignore, note, progress
+from tpaw.runtime.progress import OnDone, note, progress
 from tpaw.runtime.watch import Watch
 from tpaw.scoring.drift import server_drift
 from tpaw.scoring.score import fill_store
@@ -246,7 +246,8 @@ class Stages:
                 watch=self.watch,
             ).publish(player)
         if missing_suites(self.run, player.index, self.config.evaluate.suites):
-            for _ in self.engine.do(SuitesTask(), [player.index], ignore):
+            stop = lambda _: self.watch.stop.check()  # noqa: E731
+            for _ in self.engine.do(SuitesTask(), [player.index], stop):
                 pass
         if player.index > 0:
             self._remove_weights(player.index - 1, is_trained=True)

@@ -23,9 +23,9 @@ from tpaw.pipeline.published import Published
 from tpaw.pipeline.space import space_for_training
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.memory import memory_limited_by
-from tpaw.runtime.processes import is_main_process
+from tpaw.runtime.processes import as_main_process_sees, is_main_process
 from tpaw.runtime.progress import Advance
-from tpaw.storage.artifacts import is_published, publishing
+from tpaw.storage.artifacts import is_published, publishing, remove_temporaries
 from tpaw.team import Base
 from tpaw.training.iteration import (
     BuildTrainer,
@@ -110,13 +110,14 @@ def train_and_publish(
         StorageError: the disk is too full.
     """
     iteration, config = data.published.run.iteration(job.t), data.config
-    if is_published(iteration.checkpoint):
+    if as_main_process_sees(is_published(iteration.checkpoint)):
         return  # a process of the group died after that
     meta: dict[str, object] = {"index": iteration.number}
     # Without adapters, what is trained is a whole model, even if θ_0 was an adapter.
     base = job.policy.base if config.model.adapter is not None else None
     policy = players.for_training(job.policy, job.t)
     if is_main_process():
+        remove_temporaries(iteration.folder, below=False)  # of a process that died
         space_for_training(iteration, config, size_of(policy), job.steps)
     with (
         _published_by_the_main_process(iteration.checkpoint, meta) as folder,

@@ -28,6 +28,9 @@ def copies_to_use() -> int:
     """How many copies of this process have a core each; 1 where a process cannot be copied."""
     if sys.platform != "linux":  # elsewhere, libraries do not survive it
         return 1
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():  # its threads hold locks
+        return 1
     return min(len(os.sched_getaffinity(0)), _MOST)
 
 

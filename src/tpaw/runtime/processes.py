@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from typing import TypeVar
+
+Value = TypeVar("Value")
 
 
 def process_count() -> int:
@@ -12,7 +15,7 @@ def process_count() -> int:
 
 def is_main_process() -> bool:
     """Whether this process is the one of them that writes."""
-    return os.environ.get("RANK", "0") in ("", "0")
+    return process_count() == 1 or os.environ.get("RANK", "0") in ("", "0")
 
 
 def wait_for_all() -> None:
@@ -33,3 +36,18 @@ def largest_of_all(number: int) -> int:
     numbers = torch.tensor(number, device=PartialState().device)
     torch.distributed.all_reduce(numbers, op=torch.distributed.ReduceOp.MAX)
     return int(numbers)
+
+
+def as_main_process_sees(value: Value) -> Value:
+    """What the main process gave, in every process. Every process must ask.
+
+    A network file system may show two machines different files.
+    """
+    if process_count() == 1:
+        return value
+    import torch.distributed
+    from accelerate import PartialState
+
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0, device=PartialState().device)
+    return box[0]

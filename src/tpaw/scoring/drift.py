@@ -16,7 +16,7 @@ from tpaw.generation.responses import Responses
 from tpaw.scoring.sequences import sequence_keys
 from tpaw.scoring.store import LogprobStore
 
-# In nats per token. Rounding to bf16 gives up to 0.01; other weights give more than this.
+# In nats per token. A guess: fp32 on a CPU gave 1e-8, and bf16 was not measured.
 LARGE = 0.05
 
 

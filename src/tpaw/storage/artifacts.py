@@ -448,7 +448,7 @@ class ShardedArtifact:
             is_here = data.is_file()
             if is_here:
                 os.replace(data, path)
-                flush(self.folder)
+                flush(path.parent)
             # A crash after the renaming leaves the file under its own name.
             if is_here or (
                 path.is_file() and describe_file(self.folder, path).items() <= entry.items()
@@ -475,6 +475,8 @@ class ShardedArtifact:
         Args:
             meta: values to store in the manifest.
         """
+        for path in self.folder.rglob(f"{DELIVERED_PREFIX}*"):  # of workers that died
+            path.unlink()
         self._manifest["files"].sort(key=lambda entry: entry["path"])
         self._manifest |= meta
         write_sealed(self._path, self._manifest)

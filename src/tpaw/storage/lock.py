@@ -40,6 +40,7 @@ def locked(path: Path) -> Iterator[None]:
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": now()}
         file.write(json.dumps(holder))
         file.flush()
+        os.fsync(file.fileno())  # the workers of a cluster read it
         # Otherwise a forked child, such as a data loader worker, would hold the lock after this
         # process has ended.
         os.register_at_fork(after_in_child=file.close)

@@ -19,7 +19,12 @@ from tpaw.models.adapters import complete_adapter
 from tpaw.objectives.base import Objective
 from tpaw.objectives.tpaw import TeamObjective
 from tpaw.runtime.interrupt import StopSignal
-from tpaw.runtime.processes import is_main_process, largest_of_all, process_count
+from tpaw.runtime.processes import (
+    as_main_process_sees,
+    is_main_process,
+    largest_of_all,
+    process_count,
+)
 from tpaw.runtime.progress import Advance, note
 from tpaw.storage.artifacts import describe_file, flush, read_manifest
 from tpaw.storage.run_directory import Iteration
@@ -117,7 +122,7 @@ def train_iteration(
         ArtifactError: the saved step contains pickled code.
         DivergenceError: the policy's log-probs or weights are NaN or infinite.
     """
-    resume_from = iteration.last_saved_step()
+    resume_from = as_main_process_sees(iteration.last_saved_step())
     if resume_from is not None and is_main_process():
         before = read_manifest(resume_from).get("processes", 1)
         if before != process_count():
