@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -244,15 +245,28 @@ def test_no_server_is_left_of_a_worker(cluster, settings, tmp_path, untrained):
 
 def test_a_worker_that_dies_too_often_ends_the_run(cluster, settings, tmp_path, monkeypatch):
     settings["launch"] |= {"max_retries": 0}
-    receive = ShardedArtifact.receive
+    receive, given, ends = ShardedArtifact.receive, ray_engine.RayEngine._given, []
+
+    def kill():
+        for pid in worker_pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def killing(self, record):
         receive(self, record)
-        for pid in worker_pids():
-            os.kill(pid, signal.SIGKILL)
+        if not ends:
+            kill()
+        ends.append(record)
+
+    def giving(self, *arguments):
+        answer = given(self, *arguments)
+        if ends:  # a worker that has begun anew loads its player first
+            threading.Timer(0.5, kill).start()
+        return answer
 
     with monkeypatch.context() as patch:
         patch.setattr(ShardedArtifact, "receive", killing)
+        patch.setattr(ray_engine.RayEngine, "_given", giving)
         with refused("launch.max_retries", 0, "θ_0 generates", error=WorkerError):
             self_play(RunConfig.load(settings), tmp_path / "r")
     folder = RunDirectory(tmp_path / "r").iteration(0).responses

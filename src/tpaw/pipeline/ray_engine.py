@@ -50,6 +50,7 @@ from tpaw.training.triples import Triples
 SECONDS_TO_WAIT_FOR_A_WORKER = 60.0
 SECONDS_TO_CLOSE = 30.0
 WAITING = "Waiting for a worker: the cluster has no free device for one."
+DIED = "{}: its worker died; another one does it again."
 # Errors after which the same work may succeed elsewhere: a process, a machine or a result is lost.
 DEATHS = (
     ray.exceptions.RayActorError,
@@ -139,7 +140,8 @@ class RayEngine:
                 actor, work = running.pop(reference)
                 try:
                     answer = ray.get(reference)
-                except ray.exceptions.ActorUnavailableError:  # it died idle; nothing was begun
+                except ray.exceptions.ActorUnavailableError:  # it died idle, and is no try
+                    note(DIED.format(task.title(work.shard)))
                     waiting.append(work)
                     starting[actor.ready.remote()] = actor
                     continue
@@ -316,7 +318,7 @@ class RayEngine:
                 f"{title}: its worker died {work.tries + 1} times (launch.max_retries: {limit}): "
                 f"{printable(why)}; published shards are kept"
             )
-        note(f"{title}: its worker died; another one does it again.")
+        note(DIED.format(title))
         return work._replace(tries=work.tries + 1)
 
 
