@@ -50,7 +50,6 @@ from tpaw.training.triples import Triples
 SECONDS_TO_WAIT_FOR_A_WORKER = 60.0
 SECONDS_TO_CLOSE = 30.0
 WAITING = "Waiting for a worker: the cluster has no free device for one."
-DIED = "{}: its worker died; another one does it again."
 # Errors after which the same work may succeed elsewhere: a process, a machine or a result is lost.
 DEATHS = (
     ray.exceptions.RayActorError,
@@ -140,14 +139,11 @@ class RayEngine:
                 actor, work = running.pop(reference)
                 try:
                     answer = ray.get(reference)
-                except ray.exceptions.ActorUnavailableError:  # it died idle, and is no try
-                    note(DIED.format(task.title(work.shard)))
-                    waiting.append(work)
-                    starting[actor.ready.remote()] = actor
-                    continue
                 except DEATHS as error:
                     waiting.append(self._once_more(task.title(work.shard), work, str(error)))
-                    starting[actor.ready.remote()] = actor  # Ray restarts it
+                    # Ray restarts it. Others of its machine may be dead too, without any work.
+                    starting |= {other.ready.remote(): other for other in (actor, *idle)}
+                    idle.clear()
                     continue
                 idle.append(actor)
                 if isinstance(answer, Failure):
@@ -318,7 +314,7 @@ class RayEngine:
                 f"{title}: its worker died {work.tries + 1} times (launch.max_retries: {limit}): "
                 f"{printable(why)}; published shards are kept"
             )
-        note(DIED.format(title))
+        note(f"{title}: its worker died; another one does it again.")
         return work._replace(tries=work.tries + 1)
 
 

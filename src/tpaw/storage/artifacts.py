@@ -431,8 +431,7 @@ class ShardedArtifact:
         for record in sorted(self.folder.rglob(f"{DELIVERED_PREFIX}*.json")):
             if not record.is_symlink():
                 self.receive(record)
-        for path in self.folder.rglob(f"{DELIVERED_PREFIX}*"):  # written without a record
-            path.unlink()
+        self._remove_remains()
         return Facts(self._path, self._manifest)
 
     def receive(self, record: Path) -> None:
@@ -475,8 +474,7 @@ class ShardedArtifact:
         Args:
             meta: values to store in the manifest.
         """
-        for path in self.folder.rglob(f"{DELIVERED_PREFIX}*"):  # of workers that died
-            path.unlink()
+        self._remove_remains()
         self._manifest["files"].sort(key=lambda entry: entry["path"])
         self._manifest |= meta
         write_sealed(self._path, self._manifest)
@@ -484,6 +482,12 @@ class ShardedArtifact:
         flush(self.folder)
         self._path = self.folder / MANIFEST
         self.is_complete = True
+
+    def _remove_remains(self) -> None:
+        """Remove what processes that died have written, and nobody will receive."""
+        for pattern in (f"{DELIVERED_PREFIX}*", f"{TEMPORARY_PREFIX}*{DELIVERED_PREFIX}*"):
+            for path in self.folder.rglob(pattern):
+                path.unlink()
 
     def _create(self) -> None:
         check_held(self.folder)
