@@ -7,11 +7,18 @@ import shutil
 
 import pytest
 import torch
-from builders import contents, run_settings, save_adapter, save_model, stopped_at_step
+from builders import (
+    contents,
+    make_tokenizer,
+    run_settings,
+    save_adapter,
+    save_model,
+    stopped_at_step,
+)
 from messages import refused
 from oracles import expected_logps
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import tpaw.pipeline.players
 from tpaw.config.schema import ModelConfig, RunConfig
@@ -262,6 +269,26 @@ def test_another_base_in_the_place_of_the_runs_is_refused(played, tmp_path, data
     )
     with refused(other, "θ_0"):
         initial_player(changed.model, RunDirectory(copy).initial_player_file)
+
+
+@pytest.mark.parametrize("with_adapter", [True, False])
+def test_an_adapter_of_another_base_ends_a_run_before_it_begins(
+    tmp_path, model_folder, data_file, heldout_file, with_adapter
+):
+    wide = tmp_path / "wide"
+    LlamaForCausalLM(
+        LlamaConfig(hidden_size=48, intermediate_size=64, num_hidden_layers=2, vocab_size=320)
+    ).save_pretrained(wide)
+    make_tokenizer().save_pretrained(wide)
+    sft = save_adapter(tmp_path / "sft", wide)
+    file = sft / "adapter_config.json"
+    own = json.loads(file.read_text())
+    file.write_text(json.dumps(own | {"base_model_name_or_path": str(model_folder)}))
+    settings = with_adapters(model_folder, data_file, heldout_file)
+    settings["model"] = {"path": str(sft)} | ({"adapter": {"rank": 4}} if with_adapter else {})
+    with refused("model.path", sft, model_folder):
+        self_play(RunConfig.load(settings), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_method_sft(tmp_path, model_folder, data_file, heldout_file):

@@ -793,6 +793,19 @@ class RunConfig(Section):
                 "train.weights: split: cannot be used with model.adapter, whose weights are always "
                 "fp32; set train.weights to fp32"
             )
+        adapter = self.model.adapter
+        if adapter and adapter.each_iteration == "fresh" and self.train.parallel == "fsdp2":
+            raise ValueError(
+                "train.parallel: fsdp2: cannot be used with model.adapter.each_iteration fresh, "
+                "which needs whole weights; set train.parallel to ddp, or each_iteration to "
+                "continue"
+            )
+        if self.model.quantization is not None and self.train.parallel == "fsdp2":
+            raise ValueError(
+                "train.parallel: fsdp2: cannot be used with model.quantization "
+                f"{self.model.quantization}: FSDP2 does not shard these weights; set "
+                "train.parallel to ddp"
+            )
         if self.model.quantization is not None and self.model.adapter is None:
             raise ValueError(
                 f"model.quantization: {self.model.quantization}: quantised weights cannot be "
