@@ -109,7 +109,7 @@ def score_into(
         How many sequences went through the model.
     """
     counted: list[int] = []
-    config = ScoreConfig(**DEFAULT_VARIANT)
+    config = ScoreConfig.model_validate(DEFAULT_VARIANT)
 
     def compute(shards: Iterator[SequenceShard]) -> Iterator[ScoredShard]:
         scorer = None

@@ -234,6 +234,34 @@ def test_a_worker_that_dies_costs_nothing(
     says(capfd.readouterr().err, "its worker died; another one does it again")
 
 
+def test_workers_that_hold_a_player_together_score_the_same_bytes(
+    cluster, settings, alone, tmp_path, monkeypatch, capfd, untrained
+):
+    settings["score"] |= {"sharded": True}
+    joined, receive, killed = ray_engine.RayEngine._joined, ShardedArtifact.receive, []
+    sizes = set()
+
+    def noting(self):
+        group = joined(self)
+        sizes.add((len(group), len(self._actors)))
+        return group
+
+    def killing(self, record):
+        receive(self, record)
+        if not killed and "logprobs" in str(record):
+            os.kill(worker_pids()[1], signal.SIGKILL)  # the others wait for it in vain
+            killed.append(record)
+
+    monkeypatch.setattr(ray_engine.RayEngine, "_joined", noting)
+    monkeypatch.setattr(ShardedArtifact, "receive", killing)
+    run = untrained(settings, tmp_path / "r")
+    assert sizes == {(2, 0)}  # nobody else holds a player meanwhile
+    assert killed
+    assert before_training(run) == before_training(alone)
+    says(capfd.readouterr().err, "its worker died; another one does it again")
+    assert not list(run.root.rglob("delivered-*"))
+
+
 def test_a_worker_that_dies_too_often_ends_the_run(cluster, settings, tmp_path, monkeypatch):
     settings["launch"] |= {"max_retries": 0}
     receive = ShardedArtifact.receive

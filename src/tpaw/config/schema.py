@@ -530,6 +530,13 @@ class ScoreConfig(Section):
         description="Sequences in one shard of log-probs. TPAW publishes shard by shard, so a "
         "killed run loses at most one shard of work.",
     )
+    sharded: bool = Field(
+        False,
+        json_schema_extra=CHANGEABLE,
+        description="Spread each main player over all workers of launch.engine ray (FSDP2), for a "
+        "model that does not fit on one device in fp32. Otherwise each worker holds a whole "
+        "player, which is faster.",
+    )
 
 
 class TrainConfig(Section):
@@ -782,6 +789,16 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.weights: split: cannot be used with precision {self.precision}; set "
                 "precision to bf16, or train.weights to fp32"
+            )
+        if self.score.sharded and self.launch.engine != "ray":
+            raise ValueError(
+                "score.sharded: true: needs the workers of launch.engine ray; set launch.engine to "
+                "ray, or score.sharded to false"
+            )
+        if self.score.sharded and self.model.adapter is not None:
+            raise ValueError(
+                "score.sharded: true: cannot be used with model.adapter; set it to false, and "
+                "model.quantization to nf4 if the model does not fit on one device"
             )
         if self.train.weights == "split" and self.train.parallel == "fsdp2":
             raise ValueError(

@@ -17,6 +17,7 @@ from tpaw.generation.server import Servers
 from tpaw.logprobs.prepare import prepare_for_logprobs
 from tpaw.models.adapters import AdaptedBase
 from tpaw.models.loading import load_base, load_model, pick_device
+from tpaw.models.sharding import ALONE, Member, shard
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.progress import note_once
 from tpaw.scoring.score import Precision, ScoringModel
@@ -45,10 +46,14 @@ class LoadedPlayers:
     Args:
         config: the run's configuration.
         stop: tells a server that starts whether the user asked for a stop.
+        member: this process in the group that scores together.
     """
 
-    def __init__(self, config: RunConfig, stop: StopSignal | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, stop: StopSignal | None = None, member: Member = ALONE
+    ) -> None:
         self.config = config
+        self.member = member
         self.servers = Servers((stop or StopSignal()).check)
         self.device = pick_device(config.device)
         self.precision = Precision(self.device.type, config.precision == "bf16")
@@ -65,12 +70,15 @@ class LoadedPlayers:
 
     def for_scoring(self, player: Player) -> ScoringModel:
         """A player whose log-probs agree with those that training computes."""
-        model = self._load(player, torch.float32)
+        is_sharded = self.member.size > 1
+        model = self._load(player, torch.float32, torch.device("cpu") if is_sharded else None)
         if self._scorer is None:
             layout, notes = prepare_for_logprobs(model, self.config.max_length)
             for text in notes:
                 note_once(text)
-            self._scorer = ScoringModel(model, layout, self.precision)
+            if is_sharded:
+                shard(model, self.device)
+            self._scorer = ScoringModel(model, layout, self.precision, self.member)
         return self._scorer
 
     def for_training(self, player: Player, t: int) -> PreTrainedModel | PeftModel:
@@ -109,7 +117,10 @@ class LoadedPlayers:
         with self.servers.open(player, config) as generator:
             yield generator
 
-    def _load(self, player: Player, dtype: torch.dtype) -> PreTrainedModel:
+    def _load(
+        self, player: Player, dtype: torch.dtype, device: torch.device | None = None
+    ) -> PreTrainedModel:
+        device = device or self.device
         if self.config.model.adapter is not None:
             dtype = self.precision.dtype  # the base's, in every stage
         if self._kept is None or self._kept[:2] != (player.fingerprint, dtype):
@@ -119,7 +130,7 @@ class LoadedPlayers:
             if self.config.model.adapter is not None:
                 model = self._base_of(player).put_on(player.adapter_folder)
             else:
-                model = load_model(player, self.config.model, dtype=dtype, device=self.device)
+                model = load_model(player, self.config.model, dtype=dtype, device=device)
             if dtype == torch.float32 and self.config.train.weights == "split":
                 round_weights(model)  # scored with the weights that it trains with
             self._kept = player.fingerprint, dtype, model

@@ -38,7 +38,7 @@ from tpaw.pipeline.ray_cluster import worker_count
 from tpaw.pipeline.ray_group import GROUP
 from tpaw.pipeline.ray_link import LINK, SECONDS_BETWEEN_LOOKS, Failure, Place, Work
 from tpaw.pipeline.ray_workers import SHARD_WORKER
-from tpaw.pipeline.worker import Worker
+from tpaw.pipeline.worker import LogpsTask, ScoreTask, Worker
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.progress import Advance, OnDone, note, note_once
 from tpaw.runtime.shards import Result, Shard, ShardTask
@@ -72,7 +72,8 @@ class RayEngine:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         self._here = {"scheduling_strategy": here}
         self._link = LINK.options(**self._here).remote()
-        self._actors: list[Any] = []
+        self._actors: list[Any] = []  # each holds a player
+        self._group: list[Any] = []  # hold one player together; see `score.sharded`
 
     def do(
         self, task: ShardTask[Worker, Shard, Result], shards: Iterable[Shard], on_done: OnDone
@@ -82,6 +83,10 @@ class RayEngine:
         Raises:
             TpawError: an error of a worker. Its message names the shard and the machine.
         """
+        if self.config.score.sharded and isinstance(task, ScoreTask | LogpsTask):
+            yield from self._do_together(task, shards, on_done)
+            return
+        self._end_group()
         todo = enumerate(shards)
         if (first := next(todo, None)) is None:
             return
@@ -180,9 +185,57 @@ class RayEngine:
 
     def release(self) -> None:
         """End the actors, which frees their devices."""
-        for actor in self._actors:
+        for actor in [*self._actors, *self._group]:
             ray.kill(actor)
-        self._actors = []
+        self._actors, self._group = [], []
+
+    def _do_together(
+        self, task: ShardTask[Worker, Shard, Result], shards: Iterable[Shard], on_done: OnDone
+    ) -> Iterator[Result]:
+        """Do one shard after another, each by all workers, which hold the model together.
+
+        Where one of them dies, the others wait in vain. So all are ended, and begin anew.
+        """
+        for number, shard in enumerate(shards):
+            ray.get(self._link.begin.remote())
+            work, shown = Work(number, shard), 0
+            while True:
+                try:
+                    doing = [member.do.remote(task, work) for member in self._joined()]
+                    waiting = doing
+                    while waiting:
+                        arrived, waiting = ray.wait(waiting, timeout=SECONDS_BETWEEN_LOOKS)
+                        for answer in ray.get(arrived):
+                            if isinstance(answer, Failure):
+                                raise answer.as_error()
+                        # Each member counts what all do.
+                        done = self._look().get(work.key, 0)
+                        on_done(max(0, done - shown))
+                        shown = max(shown, done)
+                    result, amount = ray.get(doing[0])
+                    break
+                except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+                    self._end_group()
+                    work = self._once_more(task.title(shard), work, error)
+            on_done(max(0, amount - shown))
+            yield result
+
+    def _joined(self) -> list[Any]:
+        """The workers as a group that holds one model."""
+        if not self._group:
+            self.release()  # the group needs the devices
+            gpus = self.config.launch.gpus_per_worker if self._use_gpu else 1
+            options = {"num_gpus": int(self._use_gpu), "num_cpus": 1, "max_restarts": 0}
+            count = self.workers * gpus
+            self._group = [SHARD_WORKER.options(**options).remote() for _ in range(count)]
+            ray.get([self._begun(member) for member in self._group])
+            address = ray.get(self._group[0].address.remote())
+            ray.get([m.join.remote(address, i, count) for i, m in enumerate(self._group)])
+        return self._group
+
+    def _end_group(self) -> None:
+        if self._group:
+            self.release()
 
     def _started(self) -> list[Any]:
         if not self._actors:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from typing import Any
 
 import ray
 import ray.exceptions
+import ray.util
 
+from tpaw.models.loading import pick_device
+from tpaw.models.sharding import ALONE, Member, join_group
 from tpaw.models.tokenizers import load_tokenizer
 from tpaw.pipeline.ray_link import Failure, Place, Reporter, Work
 from tpaw.pipeline.worker import Worker
@@ -24,11 +28,24 @@ class ShardWorker:
         self._task: Any = None
         self._opened = contextlib.ExitStack()
         self._do: Do[Any, Any] | None = None
+        self._member = ALONE
 
     def begin(self, place: Place, link: Any) -> None:
         """Begin, or begin anew after Ray has restarted this process."""
         self._place = place
         self._link = link
+
+    def address(self) -> str:
+        """Where this process can be the first of a group: host:port."""
+        with contextlib.closing(socket.socket()) as found:
+            found.bind(("", 0))
+            return f"{ray.util.get_node_ip_address()}:{found.getsockname()[1]}"
+
+    def join(self, address: str, rank: int, count: int) -> None:
+        """Wait for the others of a group, which do each shard together from now on."""
+        self._member = Member(rank, count)
+        with_gpus = pick_device(self._place.config.device).type == "cuda"
+        join_group(address, self._member, "nccl" if with_gpus else "gloo")
 
     def do(self, task: Any, work: Work) -> Any:
         """Do a shard. Return its result and the amount of work, or the failure as a whole."""
@@ -45,7 +62,7 @@ class ShardWorker:
         if self._worker is None:
             run, config = self._place.enter(), self._place.config
             tokenizer = load_tokenizer(config.model, str(run.inputs / "tokenizer"))
-            self._worker = Worker(config, run, tokenizer)
+            self._worker = Worker(config, run, tokenizer, member=self._member)
         if self._do is None or task != self._task:
             self._close()
             self._task = task

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from tpaw.data.token_ids import TokenIds, TokenSequence
 from tpaw.evaluation.benchmarks.run import SuitesOfRun
 from tpaw.generation.generator import Completion, OpenGenerator, SamplingParams
 from tpaw.generation.responses import PromptShard, deliver_responses
+from tpaw.models.sharding import ALONE, Member
 from tpaw.pipeline.players import LoadedPlayers
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.progress import OnDone
@@ -40,6 +41,7 @@ class Worker:
         tokenizer: the tokenizer of the run.
         open_generator: opens whatever generates responses. Default: the Hugging Face model.
         stop: tells whether the user asked for a stop.
+        member: this process in the group that scores together; see `score.sharded`.
     """
 
     def __init__(
@@ -49,12 +51,13 @@ class Worker:
         tokenizer: PreTrainedTokenizerBase,
         open_generator: OpenGenerator | None = None,
         stop: StopSignal | None = None,
+        member: Member = ALONE,
     ) -> None:
         self.config = config
         self.run = run
         self.tokenizer = tokenizer
         self.stop = stop or StopSignal()
-        self.players = LoadedPlayers(config, self.stop)
+        self.players = LoadedPlayers(config, self.stop, member)
         self.open_generator = open_generator or self.players.open_generator
 
     def decode(self, ids: TokenIds) -> str:
@@ -103,13 +106,16 @@ class ScoreTask(NamedTuple):
     def opened(self, worker: Worker) -> Iterator[Do[SequenceShard, ScoredShard]]:
         """See `ShardTask`."""
         scorer = worker.players.for_scoring(self.player)
-        yield lambda shard, on_done: deliver_logps(
-            self.folder,
-            shard,
-            scorer,
-            tokens_per_row=worker.config.score.tokens_per_row,
-            on_done=on_done,
-        )
+        budget = worker.config.score.tokens_per_row
+        if scorer.member.rank == 0:
+            yield lambda shard, on_done: deliver_logps(
+                self.folder, shard, scorer, tokens_per_row=budget, on_done=on_done
+            )
+        else:  # the first member of the group delivers what all have computed
+            compute: Any = lambda shard, on_done: score_sequences(  # noqa: E731
+                scorer, shard.sequences, tokens_per_row=budget, on_done=on_done
+            )
+            yield compute
 
     def title(self, shard: SequenceShard) -> str:
         """See `ShardTask`."""

@@ -18,6 +18,7 @@ from tpaw.data.token_ids import TokenSequence, write_table
 from tpaw.logprobs.packing import Layout, PackedBatch, PromptGroup, group_by_prompt
 from tpaw.logprobs.response import LogprobHead, response_logps
 from tpaw.models.finite import non_finite
+from tpaw.models.sharding import ALONE, Member
 from tpaw.runtime.memory import memory_limited_by
 from tpaw.runtime.progress import OnDone, ignore
 from tpaw.scoring.sequences import DistinctSequences
@@ -52,11 +53,13 @@ class ScoringModel(NamedTuple):
         model: a causal language model of transformers.
         layout: what `prepare_for_logprobs` chose for it.
         precision: of the computation.
+        member: this process, among those that hold the model together.
     """
 
     model: Any
     layout: Layout
     precision: Precision
+    member: Member = ALONE
 
 
 def score_sequences(
@@ -67,6 +70,9 @@ def score_sequences(
     on_done: OnDone = ignore,
 ) -> NDArray[np.float64]:
     """log π(y|x) of each sequence under one model.
+
+    Processes that hold a model together call this with the same sequences. Each computes a part of
+    the forward passes, which are those of one process.
 
     Args:
         tokens_per_row: token budget of one forward pass.
@@ -87,7 +93,7 @@ def score_sequences(
 def _score(
     scorer: ScoringModel, sequences: Sequence[TokenSequence], tokens_per_row: int, on_done: OnDone
 ) -> NDArray[np.float64]:
-    model, layout, precision = scorer
+    model, layout, precision, member = scorer
     device = next(model.parameters()).device
     head = LogprobHead.attached_to(model)
     groups: list[list[int]] = []
@@ -97,24 +103,29 @@ def _score(
     sizes = [_size(sequences, group) for group in groups]
     assigned = layout.assign(sizes, tokens_per_row, 1)
     passes = [[i for g in members for i in groups[g]] for members in assigned]
+    turns = [passes[i : i + member.size] for i in range(0, len(passes), member.size)]
+    # In the last turn, some processes compute what another one does too, and drop it.
+    mine = [turn[min(member.rank, len(turn) - 1)] for turn in turns]
     batches: Iterator[PackedBatch] = (
-        layout.collate([sequences[i] for i in members]) for members in passes
+        layout.collate([sequences[i] for i in members]) for members in mine
     )
     if device.type == "cuda":  # on a CPU the second thread would slow down the first
         batches = _prepared_ahead(batches)
-    logps = np.empty(len(sequences), dtype=np.float64)
-    for members, batch in zip(passes, batches, strict=True):
+    logps = np.zeros(len(sequences), dtype=np.float64)
+    for turn, members, batch in zip(turns, mine, batches, strict=True):
         with torch.inference_mode(), precision.autocast():
             logps_S = response_logps(model, send_to_device(batch, device), head)
-        logps[members] = logps_S.cpu().numpy()
-        if not np.isfinite(logps[members]).all():
+        found = logps_S.cpu().numpy()
+        if not np.isfinite(found).all():
             if head is not None:
                 head.raise_if_changed()  # it marks a changed log-prob with NaN
             raise non_finite(model, "log-probs")
-        on_done(len(members))
+        if member.rank < len(turn):
+            logps[members] = found
+        on_done(sum(map(len, turn)))
     if head is not None:
         head.raise_if_changed()
-    return logps
+    return member.sum(logps, device)
 
 
 class SequenceShard(NamedTuple):
