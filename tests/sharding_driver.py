@@ -36,9 +36,7 @@ def main():
         return compute(model, batch, head)
 
     tpaw.scoring.score.response_logps = counting
-    logps = score_sequences(
-        prepared, SEQUENCES, tokens_per_row=TOKENS_PER_ROW, on_done=done.append
-    )
+    logps = score_sequences(prepared, SEQUENCES, tokens_per_row=TOKENS_PER_ROW, on_done=done.append)
     facts = {
         "logps": [x.hex() for x in logps.tolist()],
         "passes": len(passes),

@@ -23,17 +23,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import tpaw.pipeline.players
 from tpaw.config.schema import ModelConfig, RunConfig
 from tpaw.data.inputs import load_inputs
+from tpaw.data.token_ids import TokenSequence
 from tpaw.generation.responses import read_responses
 from tpaw.models.fingerprint import adapter_fingerprint, fingerprint
 from tpaw.models.initial import initial_player
 from tpaw.models.loading import load_model
 from tpaw.models.references import find_checkpoint, find_checkpoints
-from tpaw.scoring.store import LogprobStore
+from tpaw.scoring.store import LogprobStore, sequence_key
 from tpaw.selfplay import self_play
 from tpaw.storage.artifacts import read_manifest
 from tpaw.storage.run_directory import RunDirectory
 from tpaw.training.trainer import TeamTrainer
-from tpaw.training.triples import pair_with_responses
+from tpaw.training.triples import Triples
 
 CPU = torch.device("cpu")
 
@@ -146,11 +147,14 @@ def test_stored_log_probs_are_those_of_the_merged_model_one_row_at_a_time(played
             checkpoint.player, ModelConfig(path="x"), dtype=torch.float32, device=CPU
         )
         store = LogprobStore(run.logprobs(checkpoint.player.fingerprint))
-        triples = pair_with_responses(inputs.examples, answers, 1)[:4]
-        items = dict(item for triple in triples for item in triple.sequences())
-        assert len(items) >= 8
-        expected = expected_logps(merged.double(), list(items.values()))
-        assert torch.allclose(torch.from_numpy(store.logps(items)), expected, atol=1e-5)
+        sequences = [
+            TokenSequence(example.prompt_ids, ids)
+            for example, response, _ in Triples(inputs.examples, [(1, answers)])[:4]
+            for ids in (example.target_ids, response.token_ids)
+        ]
+        expected = expected_logps(merged.double(), sequences)
+        found = store.logps([sequence_key(sequence) for sequence in sequences])
+        assert torch.allclose(torch.from_numpy(found), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("each", ["continue", "fresh"])
