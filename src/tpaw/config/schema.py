@@ -360,8 +360,9 @@ class ServerConfig(Section):
         json_schema_extra=CHANGEABLE,
         description="Base URLs of servers that you run, such as http://gpu-7:8000/v1. They must "
         "serve the newest checkpoint; a run stops if they serve another model, and goes on with "
-        "the same command once they serve this one. Prompts of an endpoint that fails go to the "
-        "others.",
+        "the same command once they serve this one. With model.adapter, vLLM with "
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING loads the adapter itself. Prompts of an endpoint that "
+        "fails go to the others.",
     )
     model: str = Field(
         "{model}",
