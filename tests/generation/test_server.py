@@ -625,6 +625,16 @@ def test_the_base_is_known_by_its_folder_its_name_or_the_name_of_theta_0(serve, 
         assert ask(servers, server, THETA_1, model="theta-{index}") == "theta-1@aaaaaaaaaaaa"
 
 
+def test_the_base_is_not_taken_for_an_adapter_where_all_have_one_name(serve):
+    server = over_base(serve, model="my-org/base")
+    with contextlib.closing(Servers()) as servers:
+        names = [ask(servers, server, p, model="my-org/base") for p in (THETA_0, THETA_1)]
+    assert names == ["my-org/base", "my-org/base@aaaaaaaaaaaa"]
+    server.models[0] = {"id": "m"}
+    server.models.append({"id": "m-now", "parent": "m"})
+    assert ask(Servers(), server, THETA_1, model="m-now") == "m-now"
+
+
 def test_two_processes_that_load_an_adapter_at_once_both_use_it(serve, monkeypatch):
     server = over_base(serve)
     load = tpaw.generation.serving.Endpoint.load_adapter

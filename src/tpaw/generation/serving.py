@@ -136,11 +136,18 @@ def _models(endpoint: Endpoint, tries: int) -> Cards:
 
 
 def _served(endpoint: Endpoint, wanted: Wanted, cards: Cards) -> Served | None:
-    names = [wanted.name] if wanted.adapter is None else [wanted.name, wanted.adapter.name]
     for card in cards:
-        if card.get("id") in names:
+        if _is_wanted(card, wanted):
             return Served(endpoint, wanted, card["id"], card.get("owned_by") == "vllm")
     return None
+
+
+def _is_wanted(card: Mapping[str, Any], wanted: Wanted) -> bool:
+    name, adapter = card.get("id"), wanted.adapter
+    if adapter is None or name != wanted.name:
+        return name == (wanted.name if adapter is None else adapter.name)
+    # The name may be the same for all players. vLLM gives an adapter its base as parent.
+    return wanted.name not in adapter.base_names or bool(card.get("parent"))
 
 
 def _load(endpoint: Endpoint, wanted: Wanted, adapter: Adapter, cards: Cards) -> None:
@@ -162,10 +169,10 @@ def _load(endpoint: Endpoint, wanted: Wanted, adapter: Adapter, cards: Cards) ->
     except Refused as error:
         if error.status in (404, 405) and adapter.folder not in str(error):
             raise InputError(
-                f"generate.server: {endpoint.url} serves {_listed(cards)}, and {wanted.name} is "
-                "needed; the server loads no adapter while it runs. Start vLLM with --enable-lora "
-                "and with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment, or let it "
-                f"serve the adapter: --lora-modules={wanted.name}={adapter.folder}"
+                f"generate.server: {endpoint.url} serves {_listed(cards)}, and not the adapter "
+                f"{adapter.folder}. It loads no adapter while it runs: start vLLM with "
+                "--enable-lora and with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment, "
+                f"or let it serve the adapter: --lora-modules={wanted.name}={adapter.folder}"
             ) from None
         if _served(endpoint, wanted, _models(endpoint, tries=1)) is None:
             raise _not_loaded(endpoint, adapter, error) from None
