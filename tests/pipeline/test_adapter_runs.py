@@ -281,7 +281,13 @@ def test_an_adapter_of_another_base_ends_a_run_before_it_begins(
 ):
     wide = tmp_path / "wide"
     LlamaForCausalLM(
-        LlamaConfig(hidden_size=48, intermediate_size=64, num_hidden_layers=2, vocab_size=320)
+        LlamaConfig(
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            vocab_size=320,
+        )
     ).save_pretrained(wide)
     make_tokenizer().save_pretrained(wide)
     sft = save_adapter(tmp_path / "sft", wide)
