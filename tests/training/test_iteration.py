@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from messages import refused
 
 import tpaw.pipeline.training
 import tpaw.training.callbacks
@@ -236,6 +237,17 @@ def test_training_goes_on_from_the_saved_step_and_logs_each_step_once(
     assert run.training_log(1).read_bytes().startswith(before)
     assert lines[2]["loss"] != 9.0
     assert 1000 < read_manifest(run.checkpoint(1))["seconds"] < 1100
+
+
+def test_a_step_that_fsdp2_saved_is_not_loaded_by_one_process(settings, tmp_path, monkeypatch):
+    config = RunConfig.load(settings | {"iterations": 1})
+    run = stopped_in_step(2, config, tmp_path / "r", monkeypatch)
+    saved = run.last_saved_step(1)
+    (saved / "pytorch_model_fsdp_0").mkdir()
+    (saved / "pytorch_model_fsdp_0" / "__0_0.distcp").write_bytes(b"weights")
+    with refused(saved, "fsdp2", "--restart-iteration 1"):
+        self_play(config, tmp_path / "r")
+    assert saved.is_dir()
 
 
 def test_a_stop_in_the_last_step_does_not_cost_the_training(settings, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from tpaw.models.adapters import AdaptedBase
 from tpaw.models.loading import load_base, load_model, pick_device
 from tpaw.models.sharding import ALONE, Member, shard
 from tpaw.runtime.interrupt import StopSignal
+from tpaw.runtime.processes import process_count
 from tpaw.runtime.progress import note_once
 from tpaw.scoring.score import Precision, ScoringModel
 from tpaw.team import Player
@@ -86,7 +87,10 @@ class LoadedPlayers:
         adapter = self.config.model.adapter
         self.release(keep_base=True)
         if adapter is None:
-            return load_model(player, self.config.model, dtype=torch.float32, device=self.device)
+            # FSDP2 moves its part of the weights to the device itself; all of them may not fit.
+            is_sharded = process_count() > 1 and self.config.train.parallel == "fsdp2"
+            device = torch.device("cpu") if is_sharded else self.device
+            return load_model(player, self.config.model, dtype=torch.float32, device=device)
         seed = int(np.random.SeedSequence((self.config.seed, t)).generate_state(2)[1])
         return self._base_of(player).policy(player.adapter_folder, adapter, seed)
 

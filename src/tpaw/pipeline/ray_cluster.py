@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 
@@ -13,6 +14,8 @@ import ray.exceptions
 
 from tpaw.config.schema import LaunchConfig, RunConfig
 from tpaw.errors import InputError, first_line, printable
+
+SECONDS_TO_CONNECT = 10.0
 
 
 def worker_count(config: RunConfig) -> int:
@@ -58,6 +61,7 @@ def connected(launch: LaunchConfig) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to anybody
     try:
+        _try_to_connect(launch.address)
         with _signals_kept():
             ray.init(
                 address=launch.address or "local",
@@ -65,7 +69,7 @@ def connected(launch: LaunchConfig) -> Iterator[None]:
                 log_to_driver=False,
                 logging_level="ERROR",
             )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
             f"launch.address: {launch.address}: no Ray cluster answers there "
             f"({printable(first_line(error))}); start one by `ray start --head`, or remove the "
@@ -75,6 +79,13 @@ def connected(launch: LaunchConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _try_to_connect(address: str | None) -> None:
+    """Raise an OSError if nobody listens at host:port. Ray itself would try for minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.rpartition("/")[2], int(port)), SECONDS_TO_CONNECT).close()
 
 
 @contextlib.contextmanager

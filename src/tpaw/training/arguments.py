@@ -59,6 +59,8 @@ USE_INSTEAD: Mapping[str, str] = {
     "eval_on_start": "evaluate",
     "do_eval": "evaluate",
     "train_sampling_strategy": "train.group_by_prompt",
+    "fsdp": "train.parallel",
+    "fsdp_config": "train.parallel",
 }
 
 # TrainingArguments that cannot be set. The value says why.
@@ -80,10 +82,8 @@ CANNOT_BE_SET: Mapping[str, str] = {
     "include_num_input_tokens_seen": "training.jsonl reports log-probs per token instead",
     "use_liger_kernel": "TPAW has its own fused head and never stores all logits",
     "enable_jit_checkpoint": "TPAW itself saves a step when SIGTERM arrives",
-    "deepspeed": "a run uses only one process",
-    "fsdp": "a run uses only one process",
-    "fsdp_config": "a run uses only one process",
-    "parallelism_config": "a run uses only one process",
+    "deepspeed": "it is untested; train.parallel knows ddp and fsdp2",
+    "parallelism_config": "it is untested; train.parallel knows ddp and fsdp2",
 }
 
 RESERVED = (*USE_INSTEAD, *CANNOT_BE_SET)

@@ -112,7 +112,8 @@ def train_iteration(
 
     Raises:
         Interrupted: a stop was asked for; the step is saved.
-        InputError: `train.parallel` is fsdp2, but accelerate does not shard on this device.
+        InputError: `train.parallel` is fsdp2, but accelerate does not shard on this device; or the
+            saved step is of the other kind.
         ArtifactError: the saved step contains pickled code.
         DivergenceError: the policy's log-probs or weights are NaN or infinite.
     """
@@ -139,6 +140,7 @@ def train_iteration(
     with _tensorboard_in(iteration.folder / "tensorboard"), _with_advice(iteration):
         trainer = build(policy, arguments)
         _check_parallel(trainer, config)
+        _check_saved_step(resume_from, trainer, iteration)
         trainer.add_callback(recorder)
         trainer.remove_callback(PrinterCallback)
         if config.model.adapter is not None and config.model.adapter.each_iteration == "fresh":
@@ -175,6 +177,20 @@ def _check_parallel(trainer: Trainer, config: RunConfig) -> None:
     if wanted != bool(trainer.is_fsdp_enabled):
         raise InputError(
             "train.parallel: fsdp2: accelerate shards models on GPUs only; set it to ddp"
+        )
+
+
+def _check_saved_step(saved: Path | None, trainer: Trainer, iteration: Iteration) -> None:
+    """Raise an InputError if a saved step cannot be read by the way in which `trainer` trains."""
+    if saved is None:
+        return
+    is_sharded = next(saved.rglob("*.distcp"), None) is not None
+    if is_sharded != bool(trainer.is_fsdp_enabled):
+        by, now = ("fsdp2", "whole") if is_sharded else ("ddp, or in one process", "sharded")
+        raise InputError(
+            f"{saved}: this step was saved by train.parallel {by}, and cannot be loaded as a {now} "
+            "model; train as before, or run "
+            f"`tpaw run {iteration.run_root} --restart-iteration {iteration.number}`"
         )
 
 
