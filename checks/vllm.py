@@ -147,7 +147,7 @@ def adapter_table(lora: dict[str, Any], full: dict[str, Any]) -> Table:
             after = lora["players"][i + 1]
             speed = after["responses"]["tokens"] / after["seconds"]["generate"]
             cells = [f"{speed:,.0f}", f"{after['server_drift']['mean_abs']:.1e}"]
-        accuracies = (f"{entry['evaluation']['accuracy']:.3f}" for entry in (one, other))
+        accuracies = (f"{accuracy_of(entry):.3f}" for entry in (one, other))
         table.add_row(f"θ_{i}", *accuracies, *cells)
     return table
 
@@ -184,6 +184,11 @@ def speeds(config: RunConfig, run: RunDirectory, count: int) -> Table:
                 f"{same} of {len(prompts)}",
             )
     return table
+
+
+def accuracy_of(entry: dict[str, Any]) -> float:
+    """Accuracy of a checkpoint on the held-out problems."""
+    return float(entry["evaluation"]["exact_match"]["accuracy"])
 
 
 def drifts_of(summary: dict[str, Any]) -> list[dict[str, Any]]:
