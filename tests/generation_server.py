@@ -52,6 +52,53 @@ def completion(body, emitted):
     return {"model": body["model"], "choices": [choice], "usage": usage}
 
 
+class Adapters:
+    """vLLM's adapters: what it answers to requests to load and to unload them.
+
+    Args:
+        models: the cards of /v1/models.
+        folders: adapters that can be loaded.
+        largest_rank: the ranks of others are larger.
+        allowed: whether adapters may be loaded while the server runs.
+    """
+
+    def __init__(self, models, folders=(), largest_rank=16, allowed=True):
+        self.models, self.folders, self.largest_rank = models, dict(folders), largest_rank
+        self.allowed = allowed
+        self.updates = []
+
+    def update(self, path, body):
+        """Status and body of the reply; None for another path."""
+        what = path.removeprefix("/v1/").removesuffix("_lora_adapter")
+        if what not in ("load", "unload"):
+            return None
+        if not self.allowed:
+            return 404, {"detail": "Not Found"}
+        name, names = body["lora_name"], [card["id"] for card in self.models]
+        self.updates.append((what, name))
+        if what == "unload":
+            if name not in names:
+                return self.error(404, f"The lora adapter '{name}' cannot be found.")
+            self.models[:] = [card for card in self.models if card["id"] != name]
+            return 200, f"Success: LoRA adapter '{name}' removed successfully.".encode()
+        folder = body["lora_path"]
+        if name in names:
+            return self.error(400, f"The lora adapter '{name}' has already been loaded.")
+        if folder not in self.folders:
+            return self.error(404, f"Loading lora {name} failed: No adapter found for {folder}")
+        if (rank := self.folders[folder]) > self.largest_rank:
+            return self.error(
+                500, f"LoRA rank {rank} is greater than max_lora_rank {self.largest_rank}."
+            )
+        card = {"id": name, "owned_by": "vllm", "root": folder, "parent": names[0]}
+        self.models.append(card)
+        return 200, f"Success: LoRA adapter '{name}' added successfully.".encode()
+
+    @staticmethod
+    def error(status, message):
+        return status, {"error": {"message": message, "code": status}}
+
+
 class GenerationServer:
     """Serves `answer(prompt, seed)`, which returns the ids that the model emits.
 
@@ -61,6 +108,7 @@ class GenerationServer:
             or a status, a body and headers, or None to close the connection in the middle of the
             reply. It may wait.
         model: name of the model that is served.
+        adapters: options of `Adapters`; by default none can be loaded.
 
     Attributes:
         requests: bodies, in the order they came.
@@ -69,11 +117,16 @@ class GenerationServer:
         most_at_once: the most requests that were being answered together.
     """
 
-    def __init__(self, answer=echo, misbehave=None, model="m", owned_by="vllm", port=0):
+    def __init__(
+        self, answer=echo, misbehave=None, model="m", owned_by="vllm", port=0, adapters=None
+    ):
         self.answer = answer
         self.misbehave = misbehave or (lambda body, reply: reply)
         self.models_status = 200
         self.models = [{"id": model, "owned_by": owned_by}]
+        self.adapters = Adapters(
+            self.models, **({"allowed": False} if adapters is None else adapters)
+        )
         self.requests, self.keys = [], []
         self.at_once = self.most_at_once = self.cut_off = 0
         self.lock = threading.Lock()
@@ -90,6 +143,11 @@ class GenerationServer:
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.keys.append(self.headers.get("Authorization"))
+                with outer.lock:
+                    updated = outer.adapters.update(self.path, body)
+                if updated is not None:
+                    self.send(*updated)
+                    return
                 with outer.lock:
                     outer.requests.append(body)
                     outer.at_once += 1

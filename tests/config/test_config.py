@@ -318,6 +318,18 @@ def test_adapters_go_on_top_of_a_recipe_with_split_weights(name, quantization):
     )
 
 
+@by_first(
+    ("name", "model", "parts"),
+    [
+        ("fresh", {"adapter": {"each_iteration": "fresh"}}, ["each_iteration", "fresh"]),
+        ("nf4", {"adapter": {}, "quantization": "nf4"}, ["model.quantization", "nf4"]),
+    ],
+)
+def test_adapters_that_fsdp2_cannot_shard(name, model, parts):
+    with refused("train.parallel", "fsdp2", "ddp", *parts):
+        RunConfig.load("starter", {"model": model, "train": {"parallel": "fsdp2"}})
+
+
 def test_recipe_names():
     assert {"starter", "spin", "tpaw", *PAPER_RECIPES} <= set(recipe_names())
 

@@ -14,6 +14,7 @@ from messages import by_first, refused
 
 import tpaw.generation.endpoint
 import tpaw.generation.server
+import tpaw.generation.serving
 from tpaw.config.schema import GenerateConfig, ServerConfig
 from tpaw.data.token_ids import token_ids
 from tpaw.errors import MemoryShortageError, ServerError
@@ -28,6 +29,7 @@ PLAYER = Player(3, "/models/theta", "f")
 def _quick(monkeypatch):
     """The waits between tries are short."""
     monkeypatch.setattr(tpaw.generation.server, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(tpaw.generation.serving, "SECONDS_BETWEEN_TRIES", 0.001)
     monkeypatch.setattr(tpaw.generation.server, "LONGEST_WAIT", 0.004)
     monkeypatch.setattr(tpaw.generation.server, "SECONDS_BETWEEN_LOOKS", 0.02)
 
@@ -571,6 +573,135 @@ def test_a_wrong_key_is_named_at_once(serve, status):
     server.models_status = status
     with refused("TPAW_SERVER_API_KEY", f"HTTP {status}", error=ServerError):
         answers(server)
+
+
+THETA_0 = Player(0, "/models/base", "base")
+BASE = Base("/models/base", "base", "my-org/base")
+THETA_1, THETA_2, AGAIN = (
+    Player(t, f"/runs/r/iterations/{t}/checkpoint", f"{c * 12}-more", BASE)
+    for t, c in ((1, "a"), (2, "b"), (2, "c"))
+)
+
+
+def over_base(serve, players=(THETA_1, THETA_2), model="/models/base", **options):
+    """A server of the base that may load the adapters of players."""
+    folders = dict.fromkeys((player.path for player in players), 4)
+    return serve(model=model, adapters={"folders": folders} | options)
+
+
+def ask(servers, server, player, **settings):
+    """Let a server answer a prompt as a player; the name of the model that it was asked for."""
+    config = ServerConfig(endpoints=(server.url,), **settings)
+    with servers.open(player, GenerateConfig(backend="server", server=config)) as opened:
+        opened.generate([token_ids([5])], SAMPLING, 0, ignore)
+    return server.requests[-1]["model"]
+
+
+def test_an_endpoint_loads_the_adapter_of_each_player_and_unloads_the_one_before(serve):
+    server = over_base(serve)
+    with contextlib.closing(Servers()) as servers:
+        assert ask(servers, server, THETA_0) == "/models/base"
+        assert server.adapters.updates == []
+        for player in (THETA_1, THETA_1, THETA_2):  # the same player twice in a row
+            name = ask(servers, server, player)
+            assert name == f"{player.path}@{player.fingerprint[:12]}"
+            assert [card["id"] for card in server.models] == ["/models/base", name]
+            assert server.models[1]["root"] == player.path
+        assert [what for what, _ in server.adapters.updates] == ["load", "unload", "load"]
+    assert [card["id"] for card in server.models] == ["/models/base"]
+
+
+def test_an_adapter_that_was_trained_again_is_another_one(serve):
+    """The run was killed, so its adapter is still there, and the iteration was trained again."""
+    server = over_base(serve)
+    first, again = ask(Servers(), server, THETA_2), ask(Servers(), server, AGAIN)
+    assert first != again
+    with contextlib.closing(Servers()) as servers:
+        assert ask(servers, server, AGAIN) == again  # it is there, and need not be loaded
+    assert server.adapters.updates == [("load", first), ("load", again), ("unload", again)]
+
+
+def test_an_adapter_that_the_user_serves_is_not_loaded(serve):
+    server = over_base(serve)
+    server.models.append({"id": "theta-2", "owned_by": "vllm"})
+    with contextlib.closing(Servers()) as servers:
+        assert ask(servers, server, THETA_2, model="theta-{index}") == "theta-2"
+    assert server.adapters.updates == []
+
+
+@by_first(
+    ("name", "model"),
+    [("folder", "/models/base"), ("hub", "my-org/base"), ("named", "theta-0")],
+)
+def test_the_base_is_known_by_its_folder_its_name_or_the_name_of_theta_0(serve, name, model):
+    server = over_base(serve, model=model)
+    with contextlib.closing(Servers()) as servers:
+        assert ask(servers, server, THETA_1, model="theta-{index}") == "theta-1@aaaaaaaaaaaa"
+
+
+def test_the_base_is_not_taken_for_an_adapter_where_all_have_one_name(serve):
+    server = over_base(serve, model="my-org/base")
+    with contextlib.closing(Servers()) as servers:
+        names = [ask(servers, server, p, model="my-org/base") for p in (THETA_0, THETA_1)]
+    assert names == ["my-org/base", "my-org/base@aaaaaaaaaaaa"]
+    server.models[0] = {"id": "m"}
+    server.models.append({"id": "m-now", "parent": "m"})
+    assert ask(Servers(), server, THETA_1, model="m-now") == "m-now"
+
+
+def test_two_processes_that_load_an_adapter_at_once_both_use_it(serve, monkeypatch):
+    server = over_base(serve)
+    load = tpaw.generation.serving.Endpoint.load_adapter
+
+    def load_twice(endpoint, *args):
+        load(endpoint, *args)
+        load(endpoint, *args)
+
+    monkeypatch.setattr(tpaw.generation.serving.Endpoint, "load_adapter", load_twice)
+    with contextlib.closing(Servers()) as servers:
+        assert ask(servers, server, THETA_1).endswith("@aaaaaaaaaaaa")
+
+
+def test_an_endpoint_that_came_back_loads_the_adapter_again(serve, capsys):
+    folders = {"folders": {THETA_1.path: 4}}
+    other, gone = over_base(serve), over_base(serve)
+    gone.close()
+    endpoints = ServerConfig(endpoints=(gone.url, other.url))
+    with (
+        contextlib.closing(Servers()) as servers,
+        servers.open(THETA_1, GenerateConfig(backend="server", server=endpoints)) as opened,
+    ):
+        back = GenerationServer(port=gone.port, model="/models/base", adapters=folders)
+        try:
+            prompts = [token_ids([i + 5]) for i in range(40)]
+            assert len(opened.generate(prompts, SAMPLING, 0, ignore)) == 40
+            assert back.requests
+        finally:
+            servers.close()
+            back.close()
+    assert [what for what, _ in back.adapters.updates] == ["load", "unload"]
+
+
+@by_first(
+    ("name", "options", "parts"),
+    [
+        ("forbidden", {"allowed": False}, ["VLLM_ALLOW_RUNTIME_LORA_UPDATING", "--lora-modules"]),
+        ("rank", {"largest_rank": 2}, ["HTTP 500", "LoRA rank 4", "--max-lora-rank"]),
+        ("folder", {"folders": {}}, ["No adapter found", THETA_1.path, "must see this folder"]),
+    ],
+)
+def test_an_adapter_that_a_server_does_not_load_is_named(serve, name, options, parts):
+    server = over_base(serve, **options)
+    with refused("generate.server", server.url, *parts):
+        ask(Servers(), server, THETA_1)
+    assert not server.requests
+
+
+def test_an_adapter_is_not_loaded_over_another_base(serve):
+    server = over_base(serve, model="/models/other")
+    with refused("generate.server", "/models/other", THETA_1.path, "my-org/base"):
+        ask(Servers(), server, THETA_1)
+    assert server.adapters.updates == []
 
 
 def test_an_error_in_a_thread_reaches_the_caller(serve, monkeypatch):

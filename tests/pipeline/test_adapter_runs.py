@@ -7,21 +7,29 @@ import shutil
 
 import pytest
 import torch
-from builders import contents, run_settings, save_adapter, save_model, stopped_at_step
+from builders import (
+    contents,
+    make_tokenizer,
+    run_settings,
+    save_adapter,
+    save_model,
+    stopped_at_step,
+)
 from messages import refused
 from oracles import expected_logps
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import tpaw.pipeline.players
 from tpaw.config.schema import ModelConfig, RunConfig
 from tpaw.data.inputs import load_inputs
+from tpaw.data.token_ids import TokenSequence
 from tpaw.generation.responses import read_responses
 from tpaw.models.fingerprint import adapter_fingerprint, fingerprint
 from tpaw.models.initial import initial_player
 from tpaw.models.loading import load_model
 from tpaw.models.references import find_checkpoint, find_checkpoints
-from tpaw.scoring.store import LogprobStore
+from tpaw.scoring.store import LogprobStore, sequence_key
 from tpaw.selfplay import self_play
 from tpaw.storage.artifacts import read_manifest, write_manifest
 from tpaw.storage.run_directory import RunDirectory
@@ -139,11 +147,14 @@ def test_stored_log_probs_are_those_of_the_merged_model_one_row_at_a_time(played
             checkpoint.player, ModelConfig(path="x"), dtype=torch.float32, device=CPU
         )
         store = LogprobStore(run.logprobs(checkpoint.player.fingerprint))
-        wanted = Triples(inputs.examples, [(1, answers)]).sequences()
-        assert len(wanted) >= 8
-        expected = expected_logps(merged.double(), [wanted[i] for i in range(8)])
-        found = torch.from_numpy(store.logps(wanted.keys[:8]))
-        assert torch.allclose(found, expected, atol=1e-5)
+        sequences = [
+            TokenSequence(example.prompt_ids, ids)
+            for example, response, _ in Triples(inputs.examples, [(1, answers)])[:4]
+            for ids in (example.target_ids, response.token_ids)
+        ]
+        expected = expected_logps(merged.double(), sequences)
+        found = store.logps([sequence_key(sequence) for sequence in sequences])
+        assert torch.allclose(torch.from_numpy(found), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("each", ["continue", "fresh"])
@@ -298,6 +309,32 @@ def test_another_base_in_the_place_of_the_runs_is_refused(played, tmp_path, data
     )
     with refused(other, "θ_0"):
         initial_player(changed.model, RunDirectory(copy).initial_player_file)
+
+
+@pytest.mark.parametrize("with_adapter", [True, False])
+def test_an_adapter_of_another_base_ends_a_run_before_it_begins(
+    tmp_path, model_folder, data_file, heldout_file, with_adapter
+):
+    wide = tmp_path / "wide"
+    LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            vocab_size=320,
+        )
+    ).save_pretrained(wide)
+    make_tokenizer().save_pretrained(wide)
+    sft = save_adapter(tmp_path / "sft", wide)
+    file = sft / "adapter_config.json"
+    own = json.loads(file.read_text())
+    file.write_text(json.dumps(own | {"base_model_name_or_path": str(model_folder)}))
+    settings = with_adapters(model_folder, data_file, heldout_file)
+    settings["model"] = {"path": str(sft)} | ({"adapter": {"rank": 4}} if with_adapter else {})
+    with refused("model.path", sft, model_folder):
+        self_play(RunConfig.load(settings), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_method_sft(tmp_path, model_folder, data_file, heldout_file):

@@ -9,10 +9,11 @@ import pytest
 import torch
 from builders import make_model, make_tokenizer, sums, write_jsonl
 from messages import by_first, refused, says
+from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
 
-from tpaw.config.schema import RunConfig
+from tpaw.config.schema import AdapterConfig, RunConfig
 from tpaw.data.examples import read_examples
 from tpaw.pipeline.preflight import read_inputs
 from tpaw.report.status import done_and_next
@@ -141,6 +142,38 @@ def test_dpo_starts_at_log_2_and_goes_down_the_papers_loss(one_batch, tmp_path):
     assert second["loss"] == pytest.approx(losses[1].item(), abs=1e-4)
     assert second["rewards/target"] > 0 > second["rewards/generated"]
     assert_same_weights(double(player.path), model, reference)
+
+
+def test_dpo_trains_an_adapter_down_the_gradient_of_its_base(one_batch, tmp_path):
+    """After a step, B is −rate·s·G·Aᵀ, with G the gradient of W. A has none, because B was 0."""
+    config = one_batch("dpo", pairs())
+    adapter = AdapterConfig(rank=4, alpha=12)
+    config = config.model_copy(
+        update={"model": config.model.model_copy(update={"adapter": adapter})}
+    )
+    player = self_play(config, tmp_path / "r")
+    run = RunDirectory(tmp_path / "r")
+    model = double(config.model.path)
+    terms = []
+    for e in read_examples(run.inputs / "train.parquet"):
+        gain, loss = (
+            token_logps(model, e.prompt_ids, ids).sum() for ids in (e.target_ids, e.rejected_ids)
+        )
+        # The reference is the model itself, so the difference is 0 and has the gradient of this.
+        terms.append(-logsigmoid(0.1 * ((gain - gain.detach()) - (loss - loss.detach()))))
+    torch.stack(terms).mean().backward()
+    assert log_of(run)[0]["loss"] == pytest.approx(0.6931472, abs=1e-5)
+    weights = load_file(f"{player.path}/adapter_model.safetensors")
+    layers = [n.removesuffix(".lora_B.weight") for n in weights if n.endswith(".lora_B.weight")]
+    assert len(layers) == 14
+    largest = 0.0
+    for layer in layers:
+        a, b = (weights[f"{layer}.lora_{x}.weight"].double() for x in "AB")
+        gradient = model.get_parameter(layer.removeprefix("base_model.model.") + ".weight").grad
+        expected = -LEARNING_RATE * 12 / 4 * gradient @ a.T
+        assert torch.allclose(b, expected, atol=2e-6), layer
+        largest = max(largest, b.abs().max().item())
+    assert largest > 1e-3
 
 
 def test_the_ids_that_are_trained_on_are_those_of_the_inputs(one_batch, tmp_path, monkeypatch):

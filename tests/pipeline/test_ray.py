@@ -16,7 +16,7 @@ import ray
 import ray.cluster_utils
 import ray_driver
 import torch
-from builders import contents, run_settings, save_model
+from builders import contents, run_settings, save_adapter, save_model
 from messages import refused, says
 from safetensors.torch import load_file, save_file
 
@@ -49,23 +49,43 @@ def cluster():
         nodes.shutdown()
 
 
-@pytest.fixture
-def settings(model_folder, data_file, heldout_file):
+def settings_of(model_folder, data_file, heldout_file):
     settings = run_settings(model_folder, data_file, heldout_file) | {"iterations": 1}
     settings["generate"] |= {"shard_size": 4}
     settings["score"] |= {"shard_size": 8}
+    return settings
+
+
+def by_two_workers(settings):
     return settings | {"launch": {"engine": "ray", "workers": 2}}
+
+
+@pytest.fixture
+def settings(model_folder, data_file, heldout_file):
+    return by_two_workers(settings_of(model_folder, data_file, heldout_file))
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, model_folder, data_file, heldout_file):
     """The run of one process."""
-    settings = run_settings(model_folder, data_file, heldout_file) | {"iterations": 1}
-    settings["generate"] |= {"shard_size": 4}
-    settings["score"] |= {"shard_size": 8}
     folder = tmp_path_factory.mktemp("alone") / "r"
-    self_play(RunConfig.load(settings), folder)
+    self_play(RunConfig.load(settings_of(model_folder, data_file, heldout_file)), folder)
     return RunDirectory(folder)
+
+
+@pytest.fixture
+def with_adapters(tmp_path, model_folder, data_file, heldout_file):
+    """Settings whose θ_0 has an adapter already, and the run of one process."""
+
+    def make(each_iteration):
+        sft = save_adapter(tmp_path / "sft", model_folder)
+        settings = settings_of(model_folder, data_file, heldout_file)
+        adapter = {"rank": 4, "each_iteration": each_iteration}
+        settings |= {"model": {"path": str(sft), "adapter": adapter}}
+        self_play(RunConfig.load(settings), tmp_path / "alone")
+        return settings, RunDirectory(tmp_path / "alone")
+
+    return make
 
 
 def before_training(run):
@@ -152,6 +172,52 @@ def test_fsdp_shards_the_model_and_goes_on_after_a_process_dies(
     for name, expected in load_file(Path(alone.checkpoint(1)) / "model.safetensors").items():
         assert weights[name].dtype == torch.float32
         assert torch.allclose(weights[name], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("each_iteration", ["continue", "fresh"])
+def test_players_that_are_adapters(cluster, with_adapters, tmp_path, monkeypatch, each_iteration):
+    settings, alone = with_adapters(each_iteration)
+    monkeypatch.setattr(tpaw.pipeline.players, "load_base", None)
+    self_play(RunConfig.load(by_two_workers(settings)), tmp_path / "r")
+    run = RunDirectory(tmp_path / "r")
+    assert before_training(run) == before_training(alone)
+    assert len(before_training(run)) > 10
+    assert read_manifest(run.checkpoint(1))["processes"] == 2
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
+    same_adapters(run, alone)
+
+
+def test_fsdp_shards_a_base_and_its_adapter(cluster, with_adapters, tmp_path, monkeypatch):
+    settings, alone = with_adapters("continue")
+    folder = tmp_path / "facts"
+    folder.mkdir()
+    settings = by_two_workers(settings)
+    settings["train"] = settings["train"] | {"parallel": "fsdp2", "save_every": 1}
+
+    @ray.remote(num_cpus=0)
+    def group(*arguments):
+        ray_driver.run_fsdp_group(str(folder), *arguments)
+
+    monkeypatch.setattr(ray_engine, "GROUP", group)
+    self_play(RunConfig.load(settings), tmp_path / "r")
+    assert (folder / "killed").exists()
+    for rank in range(2):
+        facts = json.loads((folder / f"rank-{rank}.json").read_text())
+        assert facts["kinds"] == ["DTensor"]
+    run = RunDirectory(tmp_path / "r")
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
+    same_adapters(run, alone)
+
+
+def same_adapters(run, alone):
+    """Checkpoints hold an adapter alone, in fp32, and the two differ by rounding."""
+    found, expected = (r.checkpoint(1) / "adapter_model.safetensors" for r in (run, alone))
+    assert not (run.checkpoint(1) / "model.safetensors").exists()
+    weights, others = load_file(found), load_file(expected)
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        assert weight.dtype == torch.float32
+        assert torch.allclose(weight, others[name], atol=1e-4)
 
 
 def test_a_worker_that_dies_costs_nothing(

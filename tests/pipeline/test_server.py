@@ -23,6 +23,7 @@ from generation_server import GenerationServer
 from messages import complains, refused
 
 import tpaw.generation.server
+import tpaw.generation.serving
 from tpaw.config.schema import GenerateConfig, RunConfig, ServerConfig
 from tpaw.data.token_ids import read_table, token_ids
 from tpaw.errors import Interrupted, ServerError
@@ -47,6 +48,7 @@ def _quick(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # logs of servers that fail are kept
     monkeypatch.setattr(tpaw.generation.server, "SECONDS_BETWEEN_LOOKS", 0.02)
     monkeypatch.setattr(tpaw.generation.server, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(tpaw.generation.serving, "SECONDS_BETWEEN_TRIES", 0.01)
 
 
 @pytest.fixture

@@ -360,8 +360,9 @@ class ServerConfig(Section):
         json_schema_extra=CHANGEABLE,
         description="Base URLs of servers that you run, such as http://gpu-7:8000/v1. They must "
         "serve the newest checkpoint; a run stops if they serve another model, and goes on with "
-        "the same command once they serve this one. Prompts of an endpoint that fails go to the "
-        "others.",
+        "the same command once they serve this one. With model.adapter, vLLM with "
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING loads the adapter itself. Prompts of an endpoint that "
+        "fails go to the others.",
     )
     model: str = Field(
         "{model}",
@@ -809,6 +810,19 @@ class RunConfig(Section):
             raise ValueError(
                 "train.weights: split: cannot be used with model.adapter, whose weights are always "
                 "fp32; set train.weights to fp32"
+            )
+        adapter = self.model.adapter
+        if adapter and adapter.each_iteration == "fresh" and self.train.parallel == "fsdp2":
+            raise ValueError(
+                "train.parallel: fsdp2: cannot be used with model.adapter.each_iteration fresh, "
+                "which needs whole weights; set train.parallel to ddp, or each_iteration to "
+                "continue"
+            )
+        if self.model.quantization is not None and self.train.parallel == "fsdp2":
+            raise ValueError(
+                "train.parallel: fsdp2: cannot be used with model.quantization "
+                f"{self.model.quantization}: FSDP2 does not shard these weights; set "
+                "train.parallel to ddp"
             )
         if self.model.quantization is not None and self.model.adapter is None:
             raise ValueError(

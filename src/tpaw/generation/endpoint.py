@@ -32,14 +32,19 @@ class Unavailable(Exception):
     """There is no reply now; a later try may succeed.
 
     Attributes:
-        is_busy: whether the server answered that it has too much to do.
+        status: HTTP status code; None if there was no reply.
         wait: seconds to wait, if the server said so, else 0.
     """
 
-    def __init__(self, message: str, *, is_busy: bool = False, wait: float = 0.0) -> None:
+    def __init__(self, message: str, status: int | None = None, wait: float = 0.0) -> None:
         super().__init__(message)
-        self.is_busy = is_busy
+        self.status = status
         self.wait = wait
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the server answered that it has too much to do."""
+        return self.status in _BUSY
 
 
 class Refused(Exception):
@@ -88,7 +93,7 @@ class Endpoint:
         Raises:
             Unavailable, Refused: there is no valid reply.
         """
-        reply = self._ask("GET", "/models", None, timeout)
+        reply = _decoded(self.url, self._ask("GET", "/models", None, timeout))
         models = reply.get("data") if isinstance(reply, dict) else None
         if not isinstance(models, list) or not all(isinstance(m, dict) for m in models):
             raise Refused(f"{self.url}/models: not a list of models", 200)
@@ -106,7 +111,28 @@ class Endpoint:
         Raises:
             Unavailable, Refused: there is no valid reply.
         """
-        return self._ask("POST", "/completions", json.dumps(request).encode(), self._timeout)
+        return _decoded(self.url, self._post("/completions", request, self._timeout))
+
+    def load_adapter(self, name: str, folder: str, timeout: float) -> None:
+        """Let vLLM load a LoRA adapter from a folder that it sees.
+
+        Args:
+            name: name of the adapter as a model.
+            folder: absolute path.
+            timeout: seconds until the adapter must be loaded.
+
+        Raises:
+            Unavailable, Refused: it was not loaded.
+        """
+        self._post("/load_lora_adapter", {"lora_name": name, "lora_path": folder}, timeout)
+
+    def unload_adapter(self, name: str, timeout: float) -> None:
+        """Let vLLM forget a LoRA adapter that was loaded under a name.
+
+        Raises:
+            Unavailable, Refused: it was not unloaded.
+        """
+        self._post("/unload_lora_adapter", {"lora_name": name}, timeout)
 
     def abort(self) -> None:
         """End every request that waits for its reply. The server sees that the client is gone."""
@@ -115,7 +141,10 @@ class Endpoint:
                 with contextlib.suppress(OSError):
                     connected.shutdown(socket.SHUT_RDWR)
 
-    def _ask(self, method: str, path: str, body: bytes | None, timeout: float) -> Any:
+    def _post(self, path: str, body: Mapping[str, Any], timeout: float) -> bytes:
+        return self._ask("POST", path, json.dumps(body).encode(), timeout)
+
+    def _ask(self, method: str, path: str, body: bytes | None, timeout: float) -> bytes:
         try:
             response, content = self._exchange(method, path, body, timeout)
         except (OSError, http.client.HTTPException) as error:
@@ -125,15 +154,12 @@ class Endpoint:
         if status in _TEMPORARY or status >= 500:
             raise Unavailable(
                 f"{self.url}: HTTP {status}: {_said(content)}",
-                is_busy=status in _BUSY,
-                wait=_seconds(response.headers.get("Retry-After")),
+                status,
+                _seconds(response.headers.get("Retry-After")),
             )
         if status != 200:
             raise Refused(f"{self.url}{path}: HTTP {status}: {_said(content)}", status)
-        try:
-            return json.loads(content)
-        except (ValueError, RecursionError):
-            raise Unavailable(f"{self.url}: the reply is not JSON: {_said(content)}") from None
+        return content
 
     def _exchange(
         self, method: str, path: str, body: bytes | None, timeout: float
@@ -180,6 +206,13 @@ def _read(response: http.client.HTTPResponse, connected: socket.socket, deadline
         if size > LARGEST_REPLY:
             raise http.client.HTTPException(f"the reply has more than {LARGEST_REPLY:,} bytes")
     return b"".join(parts)  # of a reply that is cut short, no JSON is left
+
+
+def _decoded(url: str, content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        raise Unavailable(f"{url}: the reply is not JSON: {_said(content)}") from None
 
 
 def _said(content: bytes) -> str:

@@ -31,12 +31,19 @@ from tpaw.errors import InputError, ServerError, brief, for_terminal, printable
 from tpaw.generation.completion_api import WrongReply, completion_request, read_completion
 from tpaw.generation.endpoint import Endpoint, Refused, Unavailable
 from tpaw.generation.generator import Completion, Generator, SamplingParams
+from tpaw.generation.serving import (
+    API_KEY,
+    SECONDS_TO_LIST_MODELS,
+    Served,
+    Wanted,
+    explain_a_wrong_key,
+    serving,
+)
 from tpaw.runtime.memory import memory_limited_by
 from tpaw.runtime.process_group import ProcessGroup
 from tpaw.runtime.progress import OnDone, note
 from tpaw.team import Player
 
-API_KEY = "TPAW_SERVER_API_KEY"
 # Tries after the first one. They wait 0.5 s, then twice as long each time up to 8 s, with jitter:
 # about 25 s in all.
 RETRIES = 6
@@ -46,36 +53,12 @@ LONGEST_WAIT = 8.0
 LONGEST_ASKED_WAIT = 60.0
 # How often a caller that waits can stop, in seconds.
 SECONDS_BETWEEN_LOOKS = 0.25
-SECONDS_TO_LIST_MODELS = 30.0
 # Threads that do not end in this time, because they connect, are left alone.
 SECONDS_TO_END = 1.0
 # How often a server is started that another program took the port from.
 STARTS = 3
 LINES_OF_LOG = 30
 ERROR = re.compile(r"\b\w*(Error|Exception)\b: ")
-
-
-@dataclass(eq=False)
-class _Served:
-    """An endpoint that serves the player.
-
-    Attributes:
-        ignores_eos: see `completion_request`.
-        successes: replies so far.
-        failure: why it is no longer asked; None while it is.
-    """
-
-    endpoint: Endpoint
-    ignores_eos: bool
-    successes: int = 0
-    failure: str | None = None
-
-    def revive(self, model: str) -> None:
-        """Ask the endpoint again if it answers again."""
-        with contextlib.suppress(ServerError, InputError):
-            self.ignores_eos = _serving(self.endpoint, model, tries=1).ignores_eos
-            self.failure = None
-            note(f"{self.endpoint.url} answers again")
 
 
 @dataclass(eq=False)
@@ -103,20 +86,17 @@ class ServerGenerator:
 
     Args:
         served: the endpoints. They serve the same player.
-        model: the name under which they do.
         config: the section `generate.server` of the configuration.
         check: called a few times a second while nothing is finished. It may raise to stop the work.
     """
 
     def __init__(
         self,
-        served: Sequence[_Served],
-        model: str,
+        served: Sequence[Served],
         config: ServerConfig,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self._served = served
-        self._model = model
         self._config = config
         self._check = check
 
@@ -139,16 +119,16 @@ class ServerGenerator:
         """
         for served in self._served:
             if served.failure is not None:
-                served.revive(self._model)
+                served.revive()
         asked = _asked(self._served)
         work = _Work(self._served, prompts)
 
-        def ask(row: _Row, at: _Served) -> Completion:
+        def ask(row: _Row, at: Served) -> Completion:
             request = completion_request(
                 row.prompt,
                 params,
                 seed=_row_seed(seed, first + row.number),
-                model=self._model,
+                model=at.model,
                 logprobs=self._config.logprobs,
                 ignores_eos=at.ignores_eos,
             )
@@ -156,7 +136,7 @@ class ServerGenerator:
                 at.endpoint.complete(request),
                 row.prompt,
                 params,
-                model=self._model,
+                model=at.model,
                 logprobs=self._config.logprobs,
             )
 
@@ -204,7 +184,7 @@ class _Work:
             work.
     """
 
-    def __init__(self, served: Sequence[_Served], prompts: Sequence[TokenIds]) -> None:
+    def __init__(self, served: Sequence[Served], prompts: Sequence[TokenIds]) -> None:
         self.finished: SimpleQueue[tuple[int, Completion] | BaseException] = SimpleQueue()
         self._served = served
         self._waiting = deque(_Row(number, prompt) for number, prompt in enumerate(prompts))
@@ -219,7 +199,7 @@ class _Work:
         with self._changed:
             self._changed.notify_all()
 
-    def serve(self, served: _Served, ask: Callable[[_Row, _Served], Completion]) -> None:
+    def serve(self, served: Served, ask: Callable[[_Row, Served], Completion]) -> None:
         """Ask one endpoint for one response after the other, until there is nothing left to ask."""
         try:
             while (row := self._take(served)) is not None:
@@ -227,7 +207,7 @@ class _Work:
         except BaseException as error:
             self.finished.put(error)
 
-    def _take(self, served: _Served) -> _Row | None:
+    def _take(self, served: Served) -> _Row | None:
         with self._changed:
             while not self._stopped.is_set() and self._left and served.failure is None:
                 for row in self._waiting:
@@ -237,9 +217,7 @@ class _Work:
                 self._changed.wait()  # another endpoint may give a row back
             return None
 
-    def _answer(
-        self, row: _Row, served: _Served, ask: Callable[[_Row, _Served], Completion]
-    ) -> None:
+    def _answer(self, row: _Row, served: Served, ask: Callable[[_Row, Served], Completion]) -> None:
         began = served.successes
         tries = 0
         while not self._stopped.is_set():
@@ -268,7 +246,7 @@ class _Work:
                 self.finished.put((row.number, completion))
                 return
 
-    def _give_up(self, row: _Row, served: _Served, why: str, *, answers_others: bool) -> None:
+    def _give_up(self, row: _Row, served: Served, why: str, *, answers_others: bool) -> None:
         """An endpoint has not answered a row after all tries: leave the row to the others."""
         if answers_others:
             row.failed_at[served.endpoint.url] = why
@@ -299,7 +277,7 @@ class _Work:
         return max(wait, min(asked, LONGEST_ASKED_WAIT))
 
 
-def _asked(served: Sequence[_Served]) -> list[_Served]:
+def _asked(served: Sequence[Served]) -> list[Served]:
     """The endpoints that answer.
 
     Raises:
@@ -330,6 +308,7 @@ class Servers:
     def __init__(self, check: Callable[[], None] = lambda: None) -> None:
         self._check = check
         self._started: tuple[tuple[str, str], _StartedServer] | None = None
+        self._used: list[Served] = []  # endpoints that may have an adapter of ours
 
     @contextlib.contextmanager
     def open(self, player: Player, config: GenerateConfig) -> Iterator[Generator]:
@@ -340,15 +319,13 @@ class Servers:
             ServerError: no endpoint answers, or the server ends or does not get ready.
         """
         server = config.server
-        model = _fill(server.model, player)
+        wanted = _wanted(server, player)
         if server.command is None:
-            served = self._served(server, model)
-            yield ServerGenerator(served, model, server, self._check)
+            yield ServerGenerator(self._served(server, wanted), server, self._check)
             return
-        started = self._start(player, server, model)
+        started = self._start(player, server)
         try:
-            served = [_serving(started.endpoint, model)]
-            yield ServerGenerator(served, model, server, started.check)
+            yield ServerGenerator([serving(started.endpoint, wanted)], server, started.check)
         except BaseException as error:
             if isinstance(error, ServerError):
                 started.keep_log()
@@ -356,25 +333,32 @@ class Servers:
             raise
 
     def close(self) -> None:
-        """End the server that runs, if there is one."""
+        """End the server that runs, if there is one, and unload what endpoints have loaded."""
         if self._started is not None:
             (_, started), self._started = self._started, None
             started.close()
+        self._unload()
 
-    def _served(self, server: ServerConfig, model: str) -> list[_Served]:
-        served = []
+    def _unload(self, but: Wanted | None = None) -> None:
+        for served in self._used:
+            if served.wanted != but:
+                served.unload()
+        self._used = []
+
+    def _served(self, server: ServerConfig, wanted: Wanted) -> list[Served]:
+        self._unload(but=wanted)
         for url in server.endpoints:
             endpoint = Endpoint(url, os.environ.get(API_KEY), server.request_timeout)
             try:
-                served.append(_serving(endpoint, model))
+                self._used.append(serving(endpoint, wanted))
             except ServerError as error:
                 note(f"{error}; the other endpoints are asked")
-                served.append(_Served(endpoint, False, failure=str(error)))
+                self._used.append(Served(endpoint, wanted, failure=str(error)))
             self._check()
-        _asked(served)
-        return served
+        _asked(self._used)
+        return self._used
 
-    def _start(self, player: Player, server: ServerConfig, model: str) -> _StartedServer:
+    def _start(self, player: Player, server: ServerConfig) -> _StartedServer:
         assert server.command is not None
         key = (player.fingerprint, server.command)
         if self._started is not None and self._started[0] == key and self._started[1].is_running:
@@ -457,7 +441,7 @@ class _StartedServer:
                 self.check()  # whoever answered, it was not a server that has ended
                 return
             except (Unavailable, Refused) as error:
-                _explain_a_wrong_key(error)
+                explain_a_wrong_key(error)
                 last = str(error)
             except ServerError as error:
                 if _is_taken(self._port):
@@ -515,40 +499,9 @@ def check_command(server: ServerConfig) -> None:
             )
 
 
-def _serving(endpoint: Endpoint, model: str, tries: int = 3) -> _Served:
-    """Check that an endpoint serves the model.
-
-    Raises:
-        InputError: it serves another model.
-        ServerError: it does not answer.
-    """
-    while True:
-        try:
-            models = endpoint.models(SECONDS_TO_LIST_MODELS)
-            break
-        except Refused as error:
-            _explain_a_wrong_key(error)
-            raise ServerError(f"{error}; the URL of an endpoint ends with /v1") from None
-        except Unavailable as error:
-            tries -= 1
-            if not tries:
-                raise ServerError(str(error)) from None
-            time.sleep(FIRST_WAIT)
-    for card in models:
-        if card.get("id") == model:
-            return _Served(endpoint, ignores_eos=card.get("owned_by") == "vllm")
-    names = ", ".join(str(card.get("id")) for card in models) or "no model"
-    raise InputError(
-        f"generate.server: {endpoint.url} serves {printable(names)}, and {model} is needed; start "
-        "the server for this model, or set generate.server.model to the name that it has there"
-    )
-
-
-def _explain_a_wrong_key(error: Unavailable | Refused) -> None:
-    if isinstance(error, Refused) and error.status in (401, 403):
-        raise ServerError(
-            f"{error}; set {API_KEY} in the environment to the key of the server"
-        ) from None
+def _wanted(server: ServerConfig, player: Player) -> Wanted:
+    base = Player(0, player.base_folder, player.fingerprint)
+    return Wanted.of(player, _fill(server.model, player), _fill(server.model, base))
 
 
 def _filled_command(command: str, player: Player, port: int) -> list[str]:
