@@ -10,6 +10,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -29,11 +30,15 @@ from tpaw.errors import Interrupted
 from tpaw.generation.generator import SamplingParams
 from tpaw.logprobs.packing import PACKED_LAYOUT, PADDED_LAYOUT
 from tpaw.logprobs.prepare import prepare_for_logprobs
+from tpaw.logprobs.response import response_logps
 from tpaw.objectives.tpaw import TeamObjective
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.scoring.score import Precision, ScoringModel, score_sequences
 from tpaw.selfplay import self_play
 from tpaw.training.trainer import TeamTrainer
+
+# Where models compute: `pytest --device cuda` sets it.
+DEVICE = torch.device("cpu")
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -89,7 +94,11 @@ def make_tokenizer(*, chat: bool = True, bos: bool = False) -> PreTrainedTokeniz
 
 
 def make_model(kind: str = "qwen2", seed: int = 0, vocab_size: int = 320) -> torch.nn.Module:
-    """A random model of a few thousand parameters."""
+    """A random model of a few thousand parameters, on `DEVICE`; the same on every device."""
+    return _random_model(kind, seed, vocab_size).to(DEVICE)
+
+
+def _random_model(kind, seed, vocab_size):
     torch.manual_seed(seed)
     shared = {"vocab_size": vocab_size, "eos_token_id": 4, "pad_token_id": 0, "bos_token_id": None}
     if kind == "gpt2":
@@ -141,7 +150,13 @@ def score(model, sequences, *, tokens_per_row=10_000, use_bf16=False, on_done=la
 def scorer(model, use_bf16=False):
     """A model as a loaded player, prepared."""
     layout, _ = prepare_for_logprobs(model, 256)
-    return ScoringModel(model, layout, Precision("cpu", use_bf16=use_bf16))
+    kind = next(model.parameters()).device.type
+    return ScoringModel(model, layout, Precision(kind, use_bf16=use_bf16))
+
+
+def logps_of(model, batch):
+    """`response_logps` of a batch that is moved to the model's device."""
+    return response_logps(model, send_to_device(batch, next(model.parameters()).device))
 
 
 PAPER = {"lambda_": 0.1, "eta": 6.0, "gamma": 0.5}
@@ -179,7 +194,7 @@ def arguments(folder, **changes):
         "warmup_steps": 0.1,
         "logging_steps": 1,
         "report_to": "none",
-        "use_cpu": True,
+        "use_cpu": DEVICE.type == "cpu",
         "save_strategy": "no",
         "disable_tqdm": True,
         "seed": 1,
@@ -282,6 +297,6 @@ def run_settings(model: Path, data: Path, heldout: Path) -> dict:
         },
         "evaluate": {"data": {"path": str(heldout)}},
         "precision": "fp32",
-        "device": "cpu",
+        "device": DEVICE.type,
         "deterministic": True,
     }

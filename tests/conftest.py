@@ -10,7 +10,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are too small to share out
 
+import builders
 import pytest
+import torch
 from builders import run_settings, save_model, sums, write_jsonl
 from fork_server import fork_server
 from messages import GOLDEN
@@ -18,10 +20,25 @@ from messages import GOLDEN
 
 def pytest_addoption(parser):
     parser.addoption("--update-messages", action="store_true", help="Write messages.yaml anew.")
+    parser.addoption(
+        "--device",
+        choices=["cpu", "cuda", "pretended"],
+        default="cpu",
+        help="Where models compute. pretended: a GPU that is not there, see pretended_gpu.py.",
+    )
 
 
 def pytest_configure(config):
     GOLDEN.updates = config.getoption("--update-messages")
+    device = config.getoption("--device")
+    if device == "pretended":
+        import pretended_gpu
+
+        pretended_gpu.start()
+        device = "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch sees no CUDA device")
+    builders.DEVICE = torch.device(device)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -29,6 +46,11 @@ def pytest_collection_modifyitems(config, items):
     """Files with slow tests come first, so that no worker is left alone with one at the end."""
     slow = {item.path for item in items if item.get_closest_marker("process")}
     items.sort(key=lambda item: item.path not in slow)
+    if builders.DEVICE.type != "cpu":
+        skip = pytest.mark.skip(reason="its claim is of a CPU")
+        for item in items:
+            if item.get_closest_marker("cpu"):
+                item.add_marker(skip)
     if GOLDEN.updates:
         items[:] = [item for item in items if "from messages import" in item.path.read_text()]
     whole = not any("::" in argument for argument in config.args)
@@ -113,7 +135,7 @@ def finished(tmp_path_factory, model_folder, data_file, heldout_file):
             },
             "evaluate": {"data": {"path": str(heldout_file)}},
             "precision": "fp32",
-            "device": "cpu",
+            "device": builders.DEVICE.type,
         }
     )
     folder = tmp_path_factory.mktemp("runs") / "run"

@@ -12,9 +12,10 @@ from tpaw.data.token_ids import token_ids
 
 def oracle(model, prompt, response):
     """log π(y|x), one unpadded float64 sequence, token by token; differentiable."""
-    ids = torch.tensor([*prompt, *response])[None].long()
+    device = next(model.parameters()).device
+    ids = torch.tensor([*prompt, *response], device=device)[None].long()
     logps = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0], dim=-1)
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for position, token in enumerate(response, start=len(prompt)):
         total = total + logps[position - 1, int(token)]
     return total

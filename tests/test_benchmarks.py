@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
+import shlex
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +34,7 @@ from workload import SHAPES, make_model, make_triples, useful_tokens
 
 from tpaw.objectives.tpaw import team_loss
 
+ROOT = Path(__file__).parents[1]
 ONE_STEP = ["--triples", "4", "--batch", "4", "--length-scale", "0.1", "--no-memory"]
 SMOKE = {
     "train_step": ONE_STEP,
@@ -42,6 +46,7 @@ SMOKE = {
         *("--length-scales", "0.1", "--batch", "2"),
     ],
     "steps_per_second": ["--batch", "2", "--steps", "2", "--length-scale", "0.1"],
+    "exactness": ["--triples", "4", "--batch", "2", "--length-scale", "0.1"],
 }
 
 
@@ -75,6 +80,46 @@ def test_it_runs_and_writes_what_it_measured(name, tmp_path, capsys):
     if name == "whole_iteration":
         counts = {k: [i["sequences"] / 2 for i in runs[0]] for k, runs in results.items()}
         assert counts == {"store": [2, 4, 6, 6], "no store": [2, 8, 18, 18]}
+
+
+@pytest.mark.parametrize("small", ["", "1"], ids=["whole", "small"])
+def test_every_piece_for_a_gpu_calls_a_benchmark_that_takes_its_options(
+    small, tmp_path, monkeypatch
+):
+    """With `echo` in place of Python, the script prints its commands."""
+    script = ROOT / "benchmarks" / "gpu.sh"
+    env = os.environ | {"PYTHON": "echo", "OUT": str(tmp_path), "SMALL": small, "DEVICE": "cpu"}
+    done = subprocess.run([script, "all"], env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    pieces = subprocess.run([script, "list"], capture_output=True, text=True).stdout.split()
+    assert sorted(pieces) == sorted(path.stem for path in tmp_path.glob("*.log"))
+    commands = [shlex.split(x) for x in done.stdout.splitlines() if x.startswith("benchmarks/")]
+    assert len(commands) > 10
+    for file, *options in commands:
+        module = importlib.import_module(Path(file).stem)
+        if module.__name__ == "generation":
+            continue  # it parses its options itself; the next test runs it
+        seen = []
+
+        def parse(parser, argv, seen=seen):
+            seen.append(parser.parse_args(argv))
+            raise SystemExit
+
+        monkeypatch.setattr(module, "parse", parse)
+        with pytest.raises(SystemExit):
+            module.main(options)
+        assert seen, (file, options)
+        assert seen[0].device == "cpu"
+        assert (seen[0].size == "tiny") == bool(small)
+
+
+def test_a_piece_that_is_unknown_or_fails_ends_with_1(tmp_path):
+    script = ROOT / "benchmarks" / "gpu.sh"
+    env = os.environ | {"PYTHON": "false", "OUT": str(tmp_path)}
+    done = subprocess.run([script, "facts", "wrong"], env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "failed: facts wrong"
+    assert "no such piece" in (tmp_path / "wrong.log").read_text()
 
 
 @pytest.mark.parametrize("broken", ["lambda", "last token"])

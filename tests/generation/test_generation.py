@@ -14,6 +14,7 @@ from messages import refused, says
 import tpaw.generation.batching
 import tpaw.generation.continuous_batching
 import tpaw.generation.hf
+import tpaw.runtime.memory
 from tpaw.data.token_ids import token_ids
 from tpaw.errors import NonFiniteError
 from tpaw.generation.batching import Batching, choose_batching
@@ -291,7 +292,7 @@ def test_a_model_that_cannot_share_batches_freely_answers_as_if_alone(kind, monk
 @pytest.mark.parametrize("free", [0, 10**9], ids=["too large for fp32", "in fp32"])
 @pytest.mark.parametrize("kind", SLOWER)
 def test_the_way_is_the_same_in_bf16(kind, free, monkeypatch):
-    monkeypatch.setattr(tpaw.generation.batching, "_free_memory", lambda device: free)
+    monkeypatch.setattr(tpaw.runtime.memory, "free_memory", lambda device: free)
     model = build_slower(kind).to(torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert HFGenerator(model, 200).batching is SLOWER[kind][1]

@@ -9,14 +9,15 @@ import peft
 import pytest
 import torch
 import transformers
-from builders import LAYOUTS, make_model
+from builders import LAYOUTS, logps_of, make_model
 from messages import DIFFERENCE, refused, says
 from oracles import expected_logps, ragged_team
 
 import tpaw.logprobs.attention
+import tpaw.runtime.memory
 from tpaw.logprobs.packing import PACKED_LAYOUT, PADDED_LAYOUT, packed_batch
 from tpaw.logprobs.prepare import prepare_for_logprobs
-from tpaw.logprobs.response import HeadChangedError, LogprobHead, response_logps
+from tpaw.logprobs.response import HeadChangedError, LogprobHead
 
 TINY = {
     "vocab_size": 64,
@@ -102,7 +103,7 @@ def test_an_architecture_is_packed_if_it_can_be_and_right_in_any_case(name):
     sequences = [s for s in ragged_team(3, seed=1, vocab_size=64) if sum(map(len, s)) <= 40]
     with torch.no_grad():
         expected_S = expected_logps(reference, sequences)
-        logps_S = response_logps(model, layout.collate(sequences))
+        logps_S = logps_of(model, layout.collate(sequences))
     assert torch.allclose(logps_S, expected_S, rtol=1e-5, atol=1e-4)
 
 
@@ -137,9 +138,9 @@ def test_a_copy_of_a_prepared_model_has_a_head_of_its_own(kind):
     prepare_for_logprobs(model, 99)
     other = copy.deepcopy(model)
     rows = packed_batch(ragged_team(2, seed=0))
-    before = response_logps(other, rows)
+    before = logps_of(other, rows)
     torch.nn.init.zeros_(model.lm_head.weight)
-    after = response_logps(other, rows)
+    after = logps_of(other, rows)
     assert torch.equal(before, after)
     after.sum().backward()
     assert other.lm_head.weight.grad.abs().max() > 0
@@ -238,12 +239,32 @@ def test_weights_in_bf16_do_not_hide_wrong_attention(monkeypatch):
     assert prepare_for_logprobs(model, 99).layout is PADDED_LAYOUT
 
 
+@pytest.mark.parametrize("free", [0, 2**40])
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_weights_are_widened_for_the_trial_only_where_memory_is_free(free, is_wrong, monkeypatch):
+    """8B parameters in bf16 take 16 GB, and 32 GB more in fp32."""
+    model = make_model("llama").bfloat16()
+    model.lm_head.weight.data *= 30  # so that the random model's log-probs differ by more than 1
+    monkeypatch.setattr(tpaw.runtime.memory, "free_memory", lambda device: free)
+    packed, dtypes = tpaw.logprobs.attention.packed_attention, set()
+
+    def noting(module, query, *args, **kwargs):
+        dtypes.add(query.dtype)
+        output, weights = packed(module, query, *args, **kwargs)
+        return (output.roll(1, dims=1) if is_wrong else output), weights
+
+    monkeypatch.setattr(tpaw.logprobs.attention, "packed_attention", noting)
+    layout, _ = prepare_for_logprobs(model, 99)
+    assert dtypes == {torch.float32 if free else torch.bfloat16}
+    assert (layout is PADDED_LAYOUT) == is_wrong
+
+
 @LAYOUTS
 def test_a_head_that_is_changed_without_a_trial_is_noticed_in_the_call(layout):
     model = architecture("granite")
     next(model.parameters()).ds_id = 0  # as DeepSpeed marks what it has taken apart
     assert prepare_for_logprobs(model, 40) == (PACKED_LAYOUT, ())
-    logps_S = response_logps(model, layout.collate(ragged_team(1, seed=1, vocab_size=64)))
+    logps_S = logps_of(model, layout.collate(ragged_team(1, seed=1, vocab_size=64)))
     assert logps_S.isnan().any()  # so that nobody can use them
     with pytest.raises(HeadChangedError):
         LogprobHead.attached_to(model).raise_if_changed()
@@ -253,7 +274,7 @@ def test_a_log_prob_that_is_no_number_is_not_taken_for_a_changed_head():
     model = make_model("llama")
     prepare_for_logprobs(model, 99)
     model.lm_head.weight.data[7] = math.nan
-    assert response_logps(model, packed_batch(ragged_team(1, seed=0))).isnan().any()
+    assert logps_of(model, packed_batch(ragged_team(1, seed=0))).isnan().any()
     LogprobHead.attached_to(model).raise_if_changed()
 
 
@@ -272,7 +293,7 @@ def test_lora_may_come_around_a_head_that_has_answered():
     model = peft.get_peft_model(model, config)
     expected_S = expected_logps(model, ragged_team(2, seed=0))
     assert prepare_for_logprobs(model, 99) == (PACKED_LAYOUT, ())
-    logps_S = response_logps(model, packed_batch(ragged_team(2, seed=0)))
+    logps_S = logps_of(model, packed_batch(ragged_team(2, seed=0)))
     assert torch.allclose(logps_S, expected_S, rtol=1e-5)
 
 
@@ -308,7 +329,7 @@ def test_the_same_model_as_a_decoder_passes():
     sequences = ragged_team(1, seed=1, vocab_size=64)
     sequences = [s for s in sequences if sum(map(len, s)) <= 40]
     with torch.no_grad():
-        found_S = response_logps(model, layout.collate(sequences))
+        found_S = logps_of(model, layout.collate(sequences))
         assert torch.allclose(found_S, expected_logps(model, sequences), rtol=1e-5, atol=1e-4)
 
 

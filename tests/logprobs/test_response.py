@@ -9,7 +9,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from builders import LAYOUTS, make_model
+from builders import LAYOUTS, logps_of, make_model
 from messages import refused
 from oracles import expected_logps, ragged_team
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,7 +35,7 @@ def test_values_and_gradients_equal_the_oracle_on_ragged_rows(kind, players, lay
 
     model = make_model(kind, seed=players)
     assert prepare_for_logprobs(model, 99) == (PACKED_LAYOUT, ())
-    logps_S = response_logps(model, layout.collate(sequences))
+    logps_S = logps_of(model, layout.collate(sequences))
     assert logps_S.dtype == torch.float64
     assert torch.allclose(logps_S, expected_S, rtol=1e-5, atol=0)
     assert logps_S[players + 2] == 0  # the empty response
@@ -54,7 +54,7 @@ def test_values_equal_the_oracle_to_the_last_digits_of_float64(layout):
     prepare_for_logprobs(model, 99)
     expected_S = expected_logps(make_model("llama").double(), sequences)
     assert torch.allclose(
-        response_logps(model, layout.collate(sequences)), expected_S, rtol=1e-12, atol=0
+        logps_of(model, layout.collate(sequences)), expected_S, rtol=1e-12, atol=0
     )
 
 
@@ -62,9 +62,9 @@ def test_what_lies_beside_a_sequence_changes_nothing():
     model = make_model("llama").double()
     prepare_for_logprobs(model, 99)
     sequences = ragged_team(3, seed=2)
-    together = response_logps(model, packed_batch(sequences))
+    together = logps_of(model, packed_batch(sequences))
     for rows_of in (packed_batch, padded_batch):
-        alone = torch.cat([response_logps(model, rows_of([s])) for s in sequences])
+        alone = torch.cat([logps_of(model, rows_of([s])) for s in sequences])
         assert torch.allclose(alone, together, rtol=1e-12, atol=0)
 
 
@@ -74,7 +74,7 @@ def test_a_sum_and_no_mean_and_no_prompt_tokens():
     one, two = token_ids([4, 5]), token_ids([6, 7])
 
     def logp(p, r):
-        return response_logps(model, padded_batch([(p, r)])).item()
+        return logps_of(model, padded_batch([(p, r)])).item()
 
     # The chain rule: log π(ab|x) = log π(a|x) + log π(b|xa).
     chained = logp(prompt, one) + logp(np.concatenate([prompt, one]), two)
@@ -118,7 +118,7 @@ def test_no_tensor_is_as_large_as_the_logits(kind, layout, monkeypatch):
     prepare_for_logprobs(model, 99)
     sequences = [(token_ids(range(9)), token_ids(range(i, i + 30))) for i in range(8)]
     with Largest() as largest:
-        response_logps(model, layout.collate(sequences)).sum().backward()
+        logps_of(model, layout.collate(sequences)).sum().backward()
     assert V * H <= largest.elements <= max(V * H, C * V)  # the head's gradient, or a chunk
     assert largest.elements < 8 * 30 * V / 4
 
@@ -150,7 +150,7 @@ def test_lora_gives_the_plain_log_probs_and_gradients(kind, settings, layout, mo
             logps_S = expected_logps(model, sequences)
         else:
             assert prepare_for_logprobs(model, 99) == (PACKED_LAYOUT, ())
-            logps_S = response_logps(model, layout.collate(sequences))
+            logps_S = logps_of(model, layout.collate(sequences))
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         assert any("lora" in name for name in trained)
         if "trainable_token_indices" in settings:

@@ -30,7 +30,7 @@ from tpaw.selfplay import self_play
 from tpaw.storage.artifacts import ShardedArtifact, read_manifest
 from tpaw.storage.run_directory import RunDirectory
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.cpu]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-import torch
 from messages import by_first, refused
 from transformers import TrainingArguments
 
@@ -124,18 +123,3 @@ def test_arguments_are_built_once_for_each_pair_of_values(monkeypatch):
 def test_reserved_names_are_names_of_transformers():
     assert set(RESERVED) <= {f.name for f in dataclasses.fields(TrainingArguments)}
     assert not set(USE_INSTEAD) & set(CANNOT_BE_SET)
-
-
-def test_the_gpus_of_a_cluster_are_the_workers_business(monkeypatch):
-    """One process uses one GPU, but with Ray the process of the run uses none."""
-    gpus = property(lambda self: 0 if self.use_cpu else 8)
-    monkeypatch.setattr(TrainingArguments, "n_gpu", gpus)
-    monkeypatch.setattr(
-        tpaw.training.arguments,
-        "pick_device",
-        lambda name: torch.device("cpu" if name == "cpu" else "cuda"),
-    )
-    settings = {"model": {"path": "m"}, "data": {"path": "d"}, "precision": "fp32"}
-    with refused("8 GPUs", "launch.engine"):
-        check_training(RunConfig.load(settings))
-    check_training(RunConfig.load(settings | {"launch": {"engine": "ray"}}))

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -27,6 +25,7 @@ from tpaw.generation.generator import SamplingParams
 from tpaw.generation.padded_batches import generate_padded
 from tpaw.models.finite import non_finite
 from tpaw.models.quantization import computing_in_fp32
+from tpaw.runtime.memory import has_room_for
 
 # Lengths of the prompts of the trial. Padding is most of the shorter ones. DeepSeek-V4 compresses
 # 128 tokens into one, so the longest has more; a convolution looks beyond the shortest.
@@ -39,8 +38,6 @@ TOLERANCE = 1e-2
 # The same for the median over all tokens, where a model is too large to compute in fp32. Rounding
 # gave up to 6e-2 in bf16, and more where it chose another expert; wrong models gave 1e-1 and more.
 LOW_PRECISION_TOLERANCE = 0.1
-# Share of the free memory that the weights in fp32 may take.
-FREE_MEMORY_SHARE = 0.8
 
 
 class Batching(enum.Enum):
@@ -135,7 +132,7 @@ def _in_fp32(model: PreTrainedModel) -> Iterator[bool]:
         if tensor.dtype in (torch.bfloat16, torch.float16)
     ]
     needed = sum(data.numel() * torch.float32.itemsize for _, data in rounded)
-    if needed > FREE_MEMORY_SHARE * _free_memory(model.device):
+    if not has_room_for(needed, model.device):
         yield False
         return
     try:
@@ -146,15 +143,6 @@ def _in_fp32(model: PreTrainedModel) -> Iterator[bool]:
     finally:
         for tensor, data in rounded:
             tensor.data = data
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if "SC_AVPHYS_PAGES" not in os.sysconf_names:  # macOS does not tell
-        return sys.maxsize
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @torch.inference_mode()

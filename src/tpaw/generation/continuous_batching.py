@@ -313,6 +313,8 @@ def _choose(
     if params.top_k:
         warpers.append(TopKLogitsWarper(params.top_k))
     if params.top_p < 1:
+        if torch.are_deterministic_algorithms_enabled():
+            logits_NV = logits_NV.cpu()  # a GPU has no deterministic sum of the sorted shares
         warpers.append(TopPLogitsWarper(params.top_p))
     return draw(torch.softmax(warpers(None, logits_NV), -1), draws)
 

@@ -294,6 +294,7 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: int | None, *, scaling: float | None
 ) -> Tensor:
     """Call SDPA for one part. On a CPU this is faster than one call with an L × L mask."""
+    k, v = _for_sdpa(q, k, v)
     is_causal = q.shape[2] == k.shape[2] and (window is None or window >= k.shape[2])
     return F.scaled_dot_product_attention(
         q,
@@ -304,6 +305,18 @@ def _attend(
         scale=scaling,
         enable_gqa=q.shape[1] != k.shape[1],
     )
+
+
+def _for_sdpa(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Repeat the keys and values that query heads share, on a GPU.
+
+    There only FlashAttention and cuDNN share them, and neither takes fp32. SDPA would otherwise
+    compute by plain matrix products and keep every score for the backward pass.
+    """
+    group = q.shape[1] // k.shape[1]
+    if q.device.type != "cuda" or group == 1:
+        return k, v
+    return k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
 
 
 def _attend_with_sinks(
@@ -322,6 +335,7 @@ def _attend_with_sinks(
     the product of one more column: the sink divided by the scaling in each query, 1 in the sink's
     key, and 0 in the other keys. Kernels want a multiple of 8 columns.
     """
+    k, v = _for_sdpa(q, k, v)
     scaling = scaling or q.shape[-1] ** -0.5
     sinks = (sinks_H / scaling).to(q.dtype)[None, :, None, None].expand(-1, -1, q.shape[2], -1)
     q = torch.cat([q, F.pad(sinks, (0, 7))], dim=3)

@@ -33,12 +33,13 @@ from tpaw.logprobs.response import HeadChangedError, LogprobHead, response_logps
 from tpaw.models.checks import why_length_matters
 from tpaw.models.loading import is_sharded
 from tpaw.models.quantization import computing_in_fp32
+from tpaw.runtime.memory import has_room_for
 
 # Relative, and absolute in nats. Two correct ways to compute a log-prob in fp32 differ by about
 # 1e-6 of it, more in deep models with large activations. A wrong one is off by 1e-2 and more in a
 # trained model; wrong positions in a random model of two layers by 8e-4.
 RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE = 2e-5, 1e-4
-# For the kernel that computes in bf16 alone. It checks for gross errors only.
+# For computation in bf16. It checks for gross errors only.
 BF16_RELATIVE_TOLERANCE, BF16_ABSOLUTE_TOLERANCE = 0.02, 0.2
 
 # Most tokens of a sequence of the trial.
@@ -129,6 +130,7 @@ class _Trial:
         sequences: of different lengths; some share their prompt.
         is_possible: false for a sharded model, which runs only once it is wrapped.
         expected_S: float64, in nats.
+        tolerances: relative and absolute, in nats, for two correct ways to compute a log-prob.
     """
 
     def __init__(self, model: Any, longest: int) -> None:
@@ -151,12 +153,18 @@ class _Trial:
             self.sequences.append(TokenSequence(prompt, self._random_ids(3)))
         self.is_possible = not is_sharded(model)
         self.expected_S = torch.empty(0)
+        self.tolerances = RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE
         # In fp32, whatever the weights are: rounding to bf16 would hide a difference.
-        self._wide = {
-            name: parameter.float()
+        rounded = {
+            name: parameter
             for name, parameter in model.named_parameters()
             if parameter.dtype in (torch.bfloat16, torch.float16) and self.is_possible
         }
+        needed = sum(parameter.numel() * torch.float32.itemsize for parameter in rounded.values())
+        if rounded and not has_room_for(needed, next(model.parameters()).device):
+            self.tolerances = BF16_RELATIVE_TOLERANCE, BF16_ABSOLUTE_TOLERANCE
+            rounded = {}
+        self._wide = {name: parameter.float() for name, parameter in rounded.items()}
 
     def refuse_a_wrong_model(self) -> None:
         """Compare sequences that stand alone with the padded rows that any model can get.
@@ -181,7 +189,7 @@ class _Trial:
             ) from error
         self.expected_S = torch.cat(alone)
         kind = _kind_of(self.model)
-        if (change := _difference(continued_S, padded_S)) is not None:
+        if (change := self._difference(continued_S, padded_S)) is not None:
             advice = "choose a causal model"
             if getattr(self.model.config.get_text_config(), "is_decoder", None) is False:
                 advice += "; if it was trained as one, set is_decoder to true in its config.json"
@@ -189,7 +197,7 @@ class _Trial:
                 f"{kind} is not causal: log-probs change {change} when only later tokens change, "
                 f"so each token sees those that it must predict; {advice}"
             )
-        if (change := _difference(padded_S, self.expected_S)) is not None:
+        if (change := self._difference(padded_S, self.expected_S)) is not None:
             raise InputError(
                 f"{kind} cannot be used: the log-probs of a sequence change {change} when it is "
                 "padded on the right beside other sequences; choose another model"
@@ -205,13 +213,16 @@ class _Trial:
             return None
         if new_head is not None:
             new_head.learn_logit_map(self.model)
-        error = _difference(self._logps(layout.collate(self.sequences)), self.expected_S)
+        error = self._difference(self._logps(layout.collate(self.sequences)), self.expected_S)
         if error is None and next(self.model.parameters()).device.type == "cuda":
             # Packed rows use a kernel for bf16 alone there.
             rounded_S = self._logps(layout.collate(self.sequences), in_bf16=True)
             tolerances = BF16_RELATIVE_TOLERANCE, BF16_ABSOLUTE_TOLERANCE
             error = _difference(rounded_S, self.expected_S, *tolerances)
         return None if error is None else f"off {error}"
+
+    def _difference(self, found_S: Tensor, expected_S: Tensor) -> str | None:
+        return _difference(found_S, expected_S, *self.tolerances)
 
     def _run_in_training_mode(self) -> None:
         """The longest sequence, as training computes it. Some models then take fewer lengths."""
@@ -273,10 +284,7 @@ def _narrow_windows(model: nn.Module, longest: int) -> Iterator[None]:
 
 
 def _difference(
-    found_S: Tensor,
-    expected_S: Tensor,
-    relative: float = RELATIVE_TOLERANCE,
-    absolute: float = ABSOLUTE_TOLERANCE,
+    found_S: Tensor, expected_S: Tensor, relative: float, absolute: float
 ) -> str | None:
     if torch.allclose(found_S, expected_S, rtol=relative, atol=absolute, equal_nan=True):
         return None

@@ -129,9 +129,10 @@ class LoadedPlayers:
         if self.config.model.adapter is not None:
             dtype = self.precision.dtype  # the base's, in every stage
         if self._kept is None or self._kept[:2] != (player.fingerprint, dtype):
+            self._kept = self._scorer = None
             if self._shares_memory:
                 self.servers.close()
-            self._kept = self._scorer = None
+                gc.collect()  # an output head and the `LogprobHead` on it refer to each other
             if self.config.model.adapter is not None:
                 model = self._base_of(player).put_on(player.adapter_folder)
             else:

@@ -52,7 +52,7 @@ def read_and_check(config: RunConfig, output: str | Path, watch: Watch) -> Input
     check_suites(config.evaluate.suites, run, config.iterations)
     check_command(config.generate.server)
     if is_published(run.inputs):
-        check_training(config)  # some of its settings may have changed
+        check_training(_as_tried_here(config))  # some of its settings may have changed
         _check_libraries(config)
         _check_space_of_the_rest(config, run)
         return None
@@ -93,6 +93,17 @@ def _check_libraries(config: RunConfig) -> None:
         check_quantization(pick_device(config.device))
 
 
+def _as_tried_here(config: RunConfig) -> RunConfig:
+    """The configuration as this process tries it.
+
+    With Ray the workers have the GPUs. This process may see none of them, or all of a machine, and
+    must not take the memory of any. What the cluster lacks is refused when it is joined.
+    """
+    if config.launch.engine == "in_process":
+        return config
+    return config.model_copy(update={"device": "cpu"})
+
+
 def _refuse_several_processes() -> None:
     """A run belongs to one process. With a folder for each, all would train with other batches."""
     count = os.environ.get("WORLD_SIZE", "1")
@@ -113,9 +124,8 @@ def read_inputs(config: RunConfig, on_done: OnDone = ignore) -> Inputs:
     Raises:
         InputError: naming the setting, the file or the row.
     """
-    if config.launch.engine == "in_process":  # with Ray, the workers have the devices
-        pick_device(config.device)
-    check_training(config)
+    pick_device(_as_tried_here(config).device)
+    check_training(_as_tried_here(config))
     _check_libraries(config)
     model_config = check_model(config.model, config.max_length, is_trained=True)
     tokenizer = load_tokenizer(config.model)

@@ -1,12 +1,20 @@
-"""Say what to do when memory runs out."""
+"""How much memory is free, and what to do when it runs out."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from tpaw.errors import MemoryShortageError, first_line, printable
 
+if TYPE_CHECKING:
+    import torch
+
+# Share of the free memory that something temporary may take.
+FREE_MEMORY_SHARE = 0.8
 # How torch, CUDA libraries, C++ and the operating system report it, where it is no exception of
 # its own.
 _REPORTS = (
@@ -47,3 +55,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError):
         return True
     return any(report in str(error).lower() for report in _REPORTS)
+
+
+def has_room_for(size: int, device: torch.device) -> bool:
+    """Whether something temporary of a size in bytes fits into the memory of a device."""
+    return size <= FREE_MEMORY_SHARE * free_memory(device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:  # macOS does not tell
+        return sys.maxsize
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -184,8 +184,6 @@ def check_training(config: RunConfig) -> None:
         InputError: names the setting, and says what is allowed or what transformers reports.
     """
     train = config.train
-    if config.launch.engine == "ray":  # the workers have the GPUs, and each of them one
-        config = config.model_copy(update={"device": "cpu"})
     _refuse_reserved(train.training_arguments)
     known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
     explain_unknown("train.training_arguments", train.training_arguments, known)
