@@ -32,6 +32,8 @@ from tpaw.runtime.interrupt import StopSignal
 from tpaw.storage.run_directory import open_run
 
 SHARDS = 16
+# Scoring is fast, so each target is scored so often.
+TIMES = 8
 
 
 def shards_of(items: list[Any], kind: Any) -> list[Any]:
@@ -64,7 +66,7 @@ def measure(rows: int, repeats: int) -> dict[str, Any]:
         examples = inputs.examples[:]
         prompts = shards_of([example.prompt_ids for example in examples], Prompts)
         sequences = shards_of(
-            [TokenSequence(example.prompt_ids, example.target_ids) for example in examples],
+            [TokenSequence(example.prompt_ids, example.target_ids) for example in examples] * TIMES,
             Sequences,
         )
         with connected(config.launch), open_run(Path(name) / "run", config) as run:
