@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -43,6 +44,7 @@ from tpaw.data.examples import Example, Examples, ExampleWriter, prepare_example
 from tpaw.data.inputs import Inputs, load_inputs, publish_inputs
 from tpaw.data.token_ids import token_ids
 from tpaw.generation.generator import Completion, FakeGenerator
+from tpaw.models.sharding import ALONE
 from tpaw.models.tokenizers import load_tokenizer
 from tpaw.pipeline.engines import InProcess
 from tpaw.pipeline.preflight import read_inputs
@@ -306,7 +308,8 @@ def measure(sender: Any, rows: int, read: bool, iterations: int) -> None:
         sampled = inputs.examples[:1000]
         text = "an answer of a few words. " * 60
         worker.decode = lambda ids: text[: 4 * len(ids)]  # type: ignore[method-assign]
-        worker.players.for_scoring = lambda player: None  # type: ignore[method-assign,assignment,return-value]
+        nobody: Any = SimpleNamespace(member=ALONE)
+        worker.players.for_scoring = lambda player: nobody  # type: ignore[method-assign]
         with mock.patch.object(tpaw.scoring.score, "score_sequences", random_logps):
             algorithm_1(config, stages)
         tokens = np.mean([len(e.prompt_ids) + len(e.target_ids) for e in sampled])

@@ -183,10 +183,10 @@ def test_what_is_left_of_a_run_must_fit(finished, tmp_path, monkeypatch):
     shutil.rmtree(copy.checkpoint(4))
     shutil.rmtree(copy.evaluation(4))
     size = model_size(config.model)
-    # θ_4 without a saved step: an iteration has nine steps. A file of somebody else is no space.
+    # θ_4, and a saved step if somebody stops the run. A file of somebody else is no space.
     (copy.root / "iterations" / "suite.bin").write_bytes(bytes(100_000))
     space = 4 * size.parameters + BYTES_OF_OTHER_FILES
-    for free, fits in ((space, False), (2 * space, True)):
+    for free, fits in ((space, False), (4 * space, True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: Usage(0, 0, free))
         with (
             contextlib.nullcontext() if fits else refused("this run", error=StorageError, hide=SIZE)

@@ -17,7 +17,7 @@ import ray.cluster_utils
 import ray_driver
 import torch
 from builders import contents, run_settings, save_adapter, save_model
-from messages import refused, says
+from messages import refused
 from safetensors.torch import load_file, save_file
 
 import tpaw.pipeline.players
@@ -236,7 +236,7 @@ def test_a_worker_that_dies_costs_nothing(
     run = untrained(settings, tmp_path / "r")
     assert len(set(killed)) == 2
     assert before_training(run) == before_training(alone)
-    says(capfd.readouterr().err, "its worker died; another one does it again")
+    assert "its worker died; another one does it again" in capfd.readouterr().err
 
 
 def test_workers_that_hold_a_player_together_score_the_same_bytes(
@@ -263,7 +263,7 @@ def test_workers_that_hold_a_player_together_score_the_same_bytes(
     assert sizes == {(2, 0)}  # nobody else holds a player meanwhile
     assert killed
     assert before_training(run) == before_training(alone)
-    says(capfd.readouterr().err, "its worker died; another one does it again")
+    assert "its worker died; another one does it again" in capfd.readouterr().err
     assert not list(run.root.rglob("delivered-*"))
 
 
@@ -333,7 +333,7 @@ def test_a_worker_that_dies_too_often_ends_the_run(cluster, settings, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(ShardedArtifact, "receive", killing)
         patch.setattr(ray_engine.RayEngine, "_given", giving)
-        with refused("launch.max_retries", 0, "θ_0 generates", error=WorkerError):
+        with pytest.raises(WorkerError, match=r"θ_0 generates .*launch\.max_retries: 0"):
             self_play(RunConfig.load(settings), tmp_path / "r")
     folder = RunDirectory(tmp_path / "r").iteration(0).responses
     assert 0 < len(ShardedArtifact(folder).names) < 6

@@ -27,13 +27,12 @@ def test_ray_that_is_not_installed_is_named_with_the_extra(settings, tmp_path, m
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.parametrize("kind", ["nobody listens", "nothing running", "no address"])
+@pytest.mark.parametrize("kind", ["nobody listens", "no address"])
 def test_a_cluster_that_is_not_there_is_named_by_its_address(settings, tmp_path, monkeypatch, kind):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         nobody = f"127.0.0.1:{free.getsockname()[1]}"
-    address = {"nobody listens": nobody, "nothing running": "auto", "no address": "there"}[kind]
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # where Ray notes a cluster of this machine
+    address = nobody if kind == "nobody listens" else "there"
     settings["launch"] |= {"address": address}
     with refused("launch.address", address, "ray start --head", hide={"address": nobody}):
         self_play(RunConfig.load(settings), tmp_path / "r")

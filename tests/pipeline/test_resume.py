@@ -305,7 +305,7 @@ def test_training_that_ends_early_without_a_signal_publishes_nothing(
 
 def test_several_processes_are_refused_before_anything_is_written(settings, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with refused("WORLD_SIZE", "2", "CUDA_VISIBLE_DEVICES"):
+    with refused("WORLD_SIZE", "2", "launch.engine", "TeamTrainer"):
         self_play(RunConfig.load(settings), tmp_path / "r")
     assert not (tmp_path / "r").exists()
     monkeypatch.setenv("WORLD_SIZE", "1")
