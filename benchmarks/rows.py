@@ -10,9 +10,6 @@ tokens, 200 on average. Memory is sampled every 20 ms: `anonymous` is what the p
 `resident` includes the pages of mapped files, which the kernel takes back when it needs memory.
 
 `--no-read` begins with random token ids instead of a file, which is far faster.
-
-`--tokenise N` compares reading and tokenising N UltraChat-like rows (three rounds, the answer of
-the last one is the target) with the library tokenizers alone on the same texts, in one call.
 """
 
 from __future__ import annotations
@@ -32,15 +29,13 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from common import RESULTS, print_table, spread, write_json
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainingArguments
+import row_files
+from common import RESULTS, print_table, write_json
+from transformers import Qwen2ForCausalLM, TrainingArguments
 
 import tpaw.scoring.score
 from tpaw.config.schema import RunConfig
-from tpaw.data.examples import Example, Examples, ExampleWriter, prepare_examples
+from tpaw.data.examples import Example, Examples, ExampleWriter
 from tpaw.data.inputs import Inputs, load_inputs, publish_inputs
 from tpaw.data.token_ids import token_ids
 from tpaw.generation.generator import Completion, FakeGenerator
@@ -60,105 +55,7 @@ from tpaw.training.iteration import team_objective
 from tpaw.training.trainer import TeamTrainer
 from tpaw.training.triples import TripleDataset
 
-VOCABULARY = 8_000
-MAX_LENGTH = 1024
-MAX_NEW_TOKENS = 300
 MEASURED = ("seconds", "cpu", "anonymous", "resident")
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-class Text:
-    """Endless text of made-up words with the frequencies of Zipf's law."""
-
-    def __init__(self, seed: int) -> None:
-        rng = np.random.default_rng(seed)
-        syllables = [
-            a + b for a in "bcdfghklmnprstvw" for b in ("a", "e", "i", "o", "u", "an", "er")
-        ]
-        words = ["".join(rng.choice(syllables, rng.integers(1, 5))) for _ in range(20_000)]
-        ranks = np.minimum(rng.zipf(1.3, 200_000), len(words)) - 1
-        ends = rng.choice([" "] * 12 + [", ", ". ", ".\n\n"], len(ranks))
-        self.text = "".join(words[r] + e for r, e in zip(ranks, ends, strict=True))
-        self.rng = rng
-
-    def passages(self, count: int, characters: float) -> list[str]:
-        """So many passages of about so many characters, lognormally distributed."""
-        lengths = (self.rng.lognormal(-0.15, 0.55, count) * characters).astype(int) + 1
-        starts = self.rng.integers(0, len(self.text) // 2, count)
-        return [self.text[a : a + n] for a, n in zip(starts, lengths, strict=True)]
-
-
-def make_tokenizer(text: Text) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with GPT-2's pattern and the template of ChatML."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator([text.text[:300_000]], trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    )
-    tokenizer.chat_template = CHATML
-    return tokenizer
-
-
-def write_rows(path: Path, text: Text, rows: int, rounds: int, characters: Sequence[float]) -> None:
-    """Conversations as a parquet file; `characters` of a question and of an answer."""
-    schema = pa.schema(
-        {"messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))}
-    )
-    with pq.ParquetWriter(path, schema) as writer:
-        for begin in range(0, rows, 10_000):
-            count = min(10_000, rows - begin)
-            turns = [
-                [{"role": role, "content": passage} for passage in text.passages(count, length)]
-                for _ in range(rounds)
-                for role, length in zip(("user", "assistant"), characters, strict=True)
-            ]
-            messages = [list(conversation) for conversation in zip(*turns, strict=True)]
-            writer.write_table(pa.table({"messages": messages}, schema=schema))
-
-
-def make_files(
-    folder: Path, rows: int, rounds: int, characters: Sequence[float], iterations: int = 4
-) -> RunConfig:
-    """A data file, a tokenizer and a small model, and the configuration of a run on them."""
-    text = Text(seed=0)
-    tokenizer = make_tokenizer(text)
-    tokenizer.save_pretrained(folder / "model")
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        max_position_embeddings=MAX_LENGTH,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder / "model")
-    write_rows(folder / "rows.parquet", text, rows, rounds, characters)
-    return RunConfig.load(
-        {
-            "model": {"path": str(folder / "model")},
-            "data": {"path": str(folder / "rows.parquet"), "turn": "last"},
-            "iterations": iterations,
-            "max_length": MAX_LENGTH,
-            "generate": {"max_new_tokens": MAX_NEW_TOKENS},
-            "precision": "fp32",
-            "device": "cpu",
-        }
-    )
 
 
 class Sampler:
@@ -259,8 +156,8 @@ def random_completions(
 ) -> list[Completion]:
     """In place of a model's."""
     rng = np.random.default_rng(seed)
-    lengths = rng.integers(100, MAX_NEW_TOKENS + 1, len(prompts))
-    flat = token_ids(rng.integers(3, VOCABULARY, lengths.sum()))
+    lengths = rng.integers(100, row_files.MAX_NEW_TOKENS + 1, len(prompts))
+    flat = token_ids(rng.integers(3, row_files.VOCABULARY, lengths.sum()))
     on_done(len(prompts))
     return [Completion(ids, "stop") for ids in np.split(flat, lengths.cumsum()[:-1])]
 
@@ -277,7 +174,9 @@ def random_inputs(config: RunConfig, rows: int) -> Inputs:
     text = "a passage of some words. " * 40
     writer = ExampleWriter()
     for i in range(rows):
-        prompt, target = np.split(rng.integers(3, VOCABULARY, 300).astype(np.int32), [100])
+        prompt, target = np.split(
+            rng.integers(3, row_files.VOCABULARY, 300).astype(np.int32), [100]
+        )
         writer.append(Example(f"{i}-random", prompt, target, text[:400], text[:800]))
     return Inputs(writer.finish(), Examples.of([]), {}, load_tokenizer(config.model), (2,))
 
@@ -286,7 +185,7 @@ def measure(sender: Any, rows: int, read: bool, iterations: int) -> None:
     """Run all stages on so many rows and send what they took."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = make_files(folder, rows if read else 1, 1, (400, 800), iterations)
+        config = row_files.make_files(folder, rows if read else 1, 1, (400, 800), iterations)
         run = RunDirectory(folder / "run")
         fake = FakeGenerator(lambda prompt, seed: ())
         fake.generate = random_completions  # type: ignore[method-assign]
@@ -355,71 +254,18 @@ def curve(options: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def tokenise(options: argparse.Namespace) -> dict[str, Any]:
-    """Reading and tokenising, in turn with the tokenizer alone on the same texts."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        config = make_files(folder, options.tokenise, 3, (400, 1200))
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(config.model.path)
-        table = pq.read_table(folder / "rows.parquet")["messages"]
-        alone, ours = [], []
-        for _ in range(options.repeats):
-            seconds = 0.0
-            characters = tokens = 0
-            for begin in range(0, len(table), 10_000):
-                texts = [
-                    str(tokenizer.apply_chat_template(messages, tokenize=False))
-                    for messages in table[begin : begin + 10_000].to_pylist()
-                ]
-                characters += sum(map(len, texts))
-                began = time.perf_counter()
-                encoded = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
-                seconds += time.perf_counter() - began
-                tokens += sum(map(len, encoded))
-            alone.append(seconds)
-            began = time.perf_counter()
-            prepared = prepare_examples(
-                config.data.model_copy(update={"max_skipped": 1.0}),
-                "data",
-                tokenizer,
-                (tokenizer.eos_token_id,),
-                100_000,
-            )
-            ours.append(time.perf_counter() - began)
-            print(f"alone {alone[-1]:.1f} s, ours {ours[-1]:.1f} s", file=sys.stderr, flush=True)
-        found = len(prepared.examples)
-    title = (
-        f"{options.tokenise:,} rows ({found:,} used), {tokens / options.tokenise:.0f} tokens and "
-        f"{characters / options.tokenise:.0f} characters a row; {options.repeats} repeats"
-    )
-    quotients = [a / b for a, b in zip(ours, alone, strict=True)]
-    rows = [
-        ["tokenizers alone", spread(alone).text(1), "1"],
-        ["read, templated and tokenised", spread(ours).text(1), spread(quotients).text(2)],
-    ]
-    print_table(title, ["", "seconds", "÷ tokenizers"], rows)
-    return {"tokens": tokens, "characters": characters, "alone": alone, "ours": ours}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--iterations", type=int, default=4)
     parser.add_argument("--no-read", action="store_true", help="begin with random token ids")
-    parser.add_argument("--tokenise", type=int, default=0, help="rows; 0: not this part")
-    parser.add_argument("--repeats", type=int, default=3, help="of --tokenise")
     parser.add_argument("--json", type=Path, default=RESULTS / "rows.json")
     options = parser.parse_args(argv)
     options.device = "cpu"
-    results: dict[str, Any] = {}
-    if options.rows:
-        results["rows"] = curve(options)
-    if options.tokenise:
-        results["tokenise"] = tokenise(options)
-    write_json(options, results)
+    write_json(options, {"rows": curve(options)})
     return 0
 
 

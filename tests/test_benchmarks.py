@@ -26,7 +26,9 @@ import flops
 import gate
 import memory_driver
 import ours
+import row_files
 import rows
+import tokenise
 import train_step
 from contender import Training
 from memory import peak_bytes
@@ -59,14 +61,14 @@ def run(name, folder, capsys):
 
 
 def test_rows_go_through_all_stages_and_tokenising_is_compared(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(rows, "VOCABULARY", 400)
+    monkeypatch.setattr(row_files, "VOCABULARY", 400)
     sent = []
     rows.measure(SimpleNamespace(send=sent.append), 30, read=True, iterations=1)
     [found] = sent
     assert list(found["stages"]) == ["read", "inputs", "generate", "triples", "score", "train"]
     assert all(stage["anonymous"] > 0 for stage in found["stages"].values())
-    options = ["--rows", "--tokenise", "20", "--repeats", "1"]
-    assert rows.main([*options, "--json", str(tmp_path / "rows.json")]) == 0
+    options = ["--rows", "20", "--repeats", "1"]
+    assert tokenise.main([*options, "--json", str(tmp_path / "tokenise.json")]) == 0
     assert "÷ tokenizers" in capsys.readouterr().out
 
 
