@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -32,13 +33,21 @@ from tpaw.storage.run_directory import RunDirectory
 
 pytestmark = [pytest.mark.process, pytest.mark.cpu]
 
+# Ray without what costs time here: low priority, slow looks and actors that a test does not need.
+QUICK = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",
+}
+
 
 @pytest.fixture(scope="module")
 def cluster():
     """Two nodes with a core each. Their workers find the test's modules, and say nothing."""
-    paths = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (paths | {"RAY_USAGE_STATS_ENABLED": "0"}).items():
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]))
+        for name, value in QUICK.items():
             patch.setenv(name, value)
         node = {"num_cpus": 1, "include_dashboard": False}
         nodes = ray.cluster_utils.Cluster(initialize_head=True, head_node_args=node)
@@ -88,14 +97,30 @@ def with_adapters(tmp_path, model_folder, data_file, heldout_file):
     return make
 
 
+def copied_without(run, folder, *parts):
+    """A copy of a run that lacks some folders, so it has to do that work again."""
+    shutil.copytree(run.root, folder)
+    for part in parts:
+        shutil.rmtree(folder / part)
+
+
+@pytest.fixture
+def unscored(alone, tmp_path):
+    """The folder of a run of one process that is about to score."""
+    copied_without(
+        alone, tmp_path / "r", "logprobs", "iterations/1/checkpoint", "iterations/1/evaluation"
+    )
+    return tmp_path / "r"
+
+
 def before_training(run):
     """Everything that a run publishes before its first training."""
     files, after = contents(run.root), ("iterations/1/checkpoint", "iterations/1/evaluation")
     return {name: text for name, text in files.items() if not name.startswith(after)}
 
 
-class TrainingIsNext(Exception):
-    pass
+class Enough(Exception):
+    """The test has seen enough of the run."""
 
 
 @pytest.fixture
@@ -103,13 +128,46 @@ def untrained(monkeypatch):
     """Run until the first training."""
 
     def train(*args):
-        raise TrainingIsNext
+        raise Enough
 
     def run(settings, folder):
         monkeypatch.setattr(ray_engine.RayEngine, "train", train)
-        with pytest.raises(TrainingIsNext):
+        with pytest.raises(Enough):
             self_play(RunConfig.load(settings), folder)
         return RunDirectory(folder)
+
+    return run
+
+
+@pytest.fixture
+def trained_by_fsdp(tmp_path, monkeypatch):
+    """Go on with a run of one process that is about to train, and train with FSDP2 by Ray.
+
+    Every process writes down what it sees. So many of them are killed once.
+    """
+
+    def do(*args):
+        raise Enough  # the training is over
+
+    def run(settings, alone, killed):
+        folder = tmp_path / "facts"
+        folder.mkdir()
+        if not killed:
+            (folder / "killed").touch()
+
+        @ray.remote(num_cpus=0)
+        def group(*arguments):
+            ray_driver.run_fsdp_group(str(folder), *arguments)
+
+        copied_without(alone, tmp_path / "r", "iterations/1/checkpoint", "iterations/1/evaluation")
+        settings["train"] = settings["train"] | {"parallel": "fsdp2", "save_every": 1}
+        monkeypatch.setattr(ray_engine, "GROUP", group)
+        monkeypatch.setattr(ray_engine.RayEngine, "do", do)
+        with pytest.raises(Enough):
+            self_play(RunConfig.load(settings), tmp_path / "r")
+        assert (folder / "killed").exists()
+        facts = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
+        return RunDirectory(tmp_path / "r"), facts
 
     return run
 
@@ -149,24 +207,12 @@ def test_two_workers_give_the_bytes_of_one_process(cluster, settings, alone, tmp
 
 
 def test_fsdp_shards_the_model_and_goes_on_after_a_process_dies(
-    cluster, settings, alone, tmp_path, monkeypatch
+    cluster, settings, alone, trained_by_fsdp
 ):
-    folder = tmp_path / "facts"
-    folder.mkdir()
-    settings["train"] |= {"parallel": "fsdp2", "save_every": 1}
-
-    @ray.remote(num_cpus=0)
-    def group(*arguments):
-        ray_driver.run_fsdp_group(str(folder), *arguments)
-
-    monkeypatch.setattr(ray_engine, "GROUP", group)
-    self_play(RunConfig.load(settings), tmp_path / "r")
-    assert (folder / "killed").exists()
-    for rank in range(2):
-        facts = json.loads((folder / f"rank-{rank}.json").read_text())
-        assert facts["kinds"] == ["DTensor"]
-        assert {f"__{i}_0.distcp" for i in range(2)} <= set(facts["saved"])
-    run = RunDirectory(tmp_path / "r")
+    run, facts = trained_by_fsdp(settings, alone, killed=1)
+    for seen in facts:
+        assert seen["kinds"] == ["DTensor"]
+        assert {f"__{i}_0.distcp" for i in range(2)} <= set(seen["saved"])
     assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
     weights = load_file(Path(run.checkpoint(1)) / "model.safetensors")
     for name, expected in load_file(Path(alone.checkpoint(1)) / "model.safetensors").items():
@@ -174,9 +220,8 @@ def test_fsdp_shards_the_model_and_goes_on_after_a_process_dies(
         assert torch.allclose(weights[name], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("each_iteration", ["continue", "fresh"])
-def test_players_that_are_adapters(cluster, with_adapters, tmp_path, monkeypatch, each_iteration):
-    settings, alone = with_adapters(each_iteration)
+def test_players_that_are_adapters(cluster, with_adapters, tmp_path, monkeypatch):
+    settings, alone = with_adapters("fresh")
     monkeypatch.setattr(tpaw.pipeline.players, "load_base", None)
     self_play(RunConfig.load(by_two_workers(settings)), tmp_path / "r")
     run = RunDirectory(tmp_path / "r")
@@ -187,24 +232,10 @@ def test_players_that_are_adapters(cluster, with_adapters, tmp_path, monkeypatch
     same_adapters(run, alone)
 
 
-def test_fsdp_shards_a_base_and_its_adapter(cluster, with_adapters, tmp_path, monkeypatch):
+def test_fsdp_shards_a_base_and_its_adapter(cluster, with_adapters, trained_by_fsdp):
     settings, alone = with_adapters("continue")
-    folder = tmp_path / "facts"
-    folder.mkdir()
-    settings = by_two_workers(settings)
-    settings["train"] = settings["train"] | {"parallel": "fsdp2", "save_every": 1}
-
-    @ray.remote(num_cpus=0)
-    def group(*arguments):
-        ray_driver.run_fsdp_group(str(folder), *arguments)
-
-    monkeypatch.setattr(ray_engine, "GROUP", group)
-    self_play(RunConfig.load(settings), tmp_path / "r")
-    assert (folder / "killed").exists()
-    for rank in range(2):
-        facts = json.loads((folder / f"rank-{rank}.json").read_text())
-        assert facts["kinds"] == ["DTensor"]
-    run = RunDirectory(tmp_path / "r")
+    run, facts = trained_by_fsdp(by_two_workers(settings), alone, killed=0)
+    assert [seen["kinds"] for seen in facts] == [["DTensor"]] * 2
     assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
     same_adapters(run, alone)
 
@@ -240,7 +271,7 @@ def test_a_worker_that_dies_costs_nothing(
 
 
 def test_workers_that_hold_a_player_together_score_the_same_bytes(
-    cluster, settings, alone, tmp_path, monkeypatch, capfd, untrained
+    cluster, settings, alone, unscored, monkeypatch, capfd, untrained
 ):
     settings["score"] |= {"sharded": True}
     joined, receive, killed = ray_engine.RayEngine._joined, ShardedArtifact.receive, []
@@ -259,7 +290,7 @@ def test_workers_that_hold_a_player_together_score_the_same_bytes(
 
     monkeypatch.setattr(ray_engine.RayEngine, "_joined", noting)
     monkeypatch.setattr(ShardedArtifact, "receive", killing)
-    run = untrained(settings, tmp_path / "r")
+    run = untrained(settings, unscored)
     assert sizes == {(2, 0)}  # nobody else holds a player meanwhile
     assert killed
     assert before_training(run) == before_training(alone)
@@ -268,7 +299,7 @@ def test_workers_that_hold_a_player_together_score_the_same_bytes(
 
 
 def test_a_process_that_dies_while_all_score_together_costs_one_try(
-    cluster, settings, alone, tmp_path, monkeypatch, capfd, untrained
+    cluster, settings, alone, unscored, monkeypatch, capfd, untrained
 ):
     """The others may fail first, because they lose it."""
     settings["score"] |= {"sharded": True}
@@ -282,7 +313,7 @@ def test_a_process_that_dies_while_all_score_together_costs_one_try(
         return answer
 
     monkeypatch.setattr(ray_engine.RayEngine, "_given", killing)
-    run = untrained(settings, tmp_path / "r")
+    run = untrained(settings, unscored)
     assert killed
     assert before_training(run) == before_training(alone)
 
@@ -347,12 +378,13 @@ def test_a_worker_tells_its_error_as_a_whole(cluster, settings, tmp_path):
     weights["model.norm.weight"][0] = torch.nan
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     settings["model"] = {"path": str(model)}
+    settings["launch"] |= {"workers": 1}  # with two, either may fail first
     with refused("model.norm.weight", "θ_0 answers", "machine", error=NonFiniteError):
         self_play(RunConfig.load(settings), tmp_path / "r")
 
 
 def test_a_stop_reaches_the_processes_that_train(cluster, settings, alone, tmp_path, monkeypatch):
-    settings["train"] |= {"save_every": 100, "epochs": 3}
+    settings["train"] |= {"save_every": 1000, "epochs": 300}
     stop = StopSignal()
     look = ray_engine.RayEngine._look
 

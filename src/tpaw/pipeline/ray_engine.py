@@ -112,6 +112,7 @@ class RayEngine:
         starting = {actor.ready.remote(): actor for actor in self._started()}
         idle: list[Any] = []
         running: dict[Any, tuple[Any, Work]] = {}
+        results: deque[Result] = deque()
         finished = shown = 0
         since = time.monotonic()
         while True:
@@ -119,6 +120,8 @@ class RayEngine:
                 work = waiting.popleft() if waiting else Work(*following)  # type: ignore[misc]
                 actor = idle.pop()
                 running[self._given(actor, task, work)] = actor, work
+            while results:  # what is done with a result may take long; the workers are busy by now
+                yield results.popleft()
             if not running and not waiting:
                 on_done(finished - shown)
                 return
@@ -150,7 +153,7 @@ class RayEngine:
                     raise answer.as_error()
                 result, amount = answer
                 finished += amount
-                yield result
+                results.append(result)
             if running or idle:
                 since = time.monotonic()
             elif time.monotonic() - since > SECONDS_TO_WAIT_FOR_A_WORKER:

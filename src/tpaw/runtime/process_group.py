@@ -68,9 +68,11 @@ class ProcessGroup:
             self._watchdog.wait(GRACE + watchdog.SECONDS_TO_KILL + SECONDS_OF_WATCHDOG)
         self._watchdog.kill()
         self._watchdog.wait()
-        if self._group is not None:  # somebody may have killed the watchdog
+        # Only a watchdog that was killed leaves processes; else the number may be another group's.
+        if self._group is not None and self._watchdog.returncode < 0:
             deadline = time.monotonic() + watchdog.SECONDS_TO_KILL
-            with contextlib.suppress(ProcessLookupError):
+            # macOS answers PermissionError for a group whose processes have all ended.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 while time.monotonic() < deadline:
                     os.killpg(self._group, signal.SIGKILL)
                     time.sleep(0.01)

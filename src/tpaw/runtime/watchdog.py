@@ -29,10 +29,6 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PR_SET_CHILD_SUBREAPER = 36
 
 
-class _AskedToEnd(Exception):
-    """A signal asks for the end."""
-
-
 class Group:
     """A command, and the process group that it leads.
 
@@ -82,6 +78,9 @@ class Group:
 def main() -> int:
     """Run the command until it ends, or until the parent is gone. Return its exit code."""
     parent, grace, *command = sys.argv[1:]
+    asked_to_end: list[int] = []
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: asked_to_end.append(number))
     _adopt_orphans()
     try:
         group = Group(command)
@@ -89,19 +88,16 @@ def main() -> int:
         print(f"{command[0]}: {error.strerror}", flush=True)
         return 127
     try:
-        for number in SIGNALS:
-            signal.signal(number, _raise)
         print(group.id, flush=True)
         while group.is_there() and group.exit_code is None and os.getppid() == int(parent):
             # A fork of the parent may hold the pipe open, so its end alone does not suffice.
-            if select.select([sys.stdin], [], [], SECONDS_BETWEEN_LOOKS)[0]:
+            if select.select([sys.stdin], [], [], SECONDS_BETWEEN_LOOKS)[0] or asked_to_end:
                 break
-    except (_AskedToEnd, OSError):
+    except OSError:  # nobody reads the line
         pass
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    code = group.exit_code
-    group.end(float(grace))
+    finally:
+        code = group.exit_code
+        group.end(float(grace))
     return 0 if code is None else code
 
 
@@ -112,10 +108,6 @@ def _adopt_orphans() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def _raise(number: int, frame: object) -> None:
-    raise _AskedToEnd
 
 
 if __name__ == "__main__":
