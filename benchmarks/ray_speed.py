@@ -69,7 +69,7 @@ def measure(rows: int, repeats: int) -> dict[str, Any]:
             [TokenSequence(example.prompt_ids, example.target_ids) for example in examples] * TIMES,
             Sequences,
         )
-        with connected(config.launch), open_run(Path(name) / "run", config) as run:
+        with connected(config), open_run(Path(name) / "run", config) as run:
             publish_inputs(run.inputs, inputs)
             player = initial_player(config.model, run.initial_player_file, may_record=True)
             for _ in range(repeats):

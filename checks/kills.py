@@ -5,13 +5,15 @@
 The cluster is on this machine: a head without cores and two nodes of one core. For each kind, runs
 are started until so many kills have happened: of a worker's process, of a whole node, of `tpaw run`
 itself. Then each file of responses, log-probs and weights must have the bytes of a run that nobody
-disturbed. Files before the first training must have those of a run without Ray, too.
+disturbed; so must the outcomes of each held-out problem. Files before the first training must have
+those of a run without Ray, too, and the losses of the first training must be its losses.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import random
 import signal
@@ -29,7 +31,7 @@ from rich.table import Table
 from tpaw.storage.run_directory import RunDirectory
 
 CHANGES = (
-    *("data.limit=192", "evaluate.data.limit=32", "iterations=2"),
+    *("data.limit=192", "evaluate.data.limit=300", "iterations=2"),
     *("generate.shard_size=16", "score.shard_size=32"),
     *("train.epochs=2", "train.batch_size=16", "train.save_every=3", "train.learning_rate=1e-4"),
 )
@@ -101,13 +103,20 @@ def start(folder: Path, address: str | None) -> subprocess.Popen[bytes]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """sha256 of the files that hold responses, log-probs and weights."""
+    """sha256 of the files that hold responses, log-probs, weights and held-out outcomes."""
     run = RunDirectory(folder)
-    paths = [*run.root.rglob("*.parquet"), *run.root.rglob("*.safetensors")]
+    kinds = ("*.parquet", "*.safetensors", "evaluation/*.jsonl")
+    paths = [path for kind in kinds for path in run.root.rglob(kind)]
     return {
         str(path.relative_to(run.root)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(paths)
     }
+
+
+def losses(folder: Path) -> list[float]:
+    """Of the steps of the first training."""
+    lines = RunDirectory(folder).training_log(1).read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
 
 
 def disturbed(
@@ -181,6 +190,10 @@ def main() -> int:
             f"{time.monotonic() - began:.0f} s",
             flush=True,
         )
+        pairs = list(zip(losses(root / "calm"), losses(root / "alone"), strict=True))
+        largest = max(abs(a / b - 1) for a, b in pairs)
+        print(f"{len(pairs)} losses of θ_1 differ from one process's by at most {largest:.1e}")
+        failures += largest > 1e-5
         # θ_1 is trained by two processes here, which rounds differently.
         begun = ("inputs/", "iterations/0/", "iterations/1/responses/")
         before_training = [n for n in calm if n.startswith(begun)]

@@ -7,8 +7,11 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
+import time
+from collections import defaultdict
 from pathlib import Path
 
 import generation_server
@@ -29,7 +32,7 @@ from tpaw.pipeline import ray_engine
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.selfplay import self_play
 from tpaw.storage.artifacts import ShardedArtifact, read_manifest
-from tpaw.storage.run_directory import RunDirectory
+from tpaw.storage.run_directory import RunDirectory, open_run
 
 pytestmark = [pytest.mark.process, pytest.mark.cpu]
 
@@ -143,7 +146,7 @@ def untrained(monkeypatch):
 def trained_by_fsdp(tmp_path, monkeypatch):
     """Go on with a run of one process that is about to train, and train with FSDP2 by Ray.
 
-    Every process writes down what it sees. So many of them are killed once.
+    Every process writes down what it sees at each step. So many of them are killed once.
     """
 
     def do(*args):
@@ -166,8 +169,8 @@ def trained_by_fsdp(tmp_path, monkeypatch):
         with pytest.raises(Enough):
             self_play(RunConfig.load(settings), tmp_path / "r")
         assert (folder / "killed").exists()
-        facts = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
-        return RunDirectory(tmp_path / "r"), facts
+        facts = [(folder / f"rank-{rank}.jsonl").read_text().splitlines() for rank in range(2)]
+        return RunDirectory(tmp_path / "r"), [[json.loads(line) for line in f] for f in facts]
 
     return run
 
@@ -195,8 +198,22 @@ def worker_pids():
 def test_two_workers_give_the_bytes_of_one_process(cluster, settings, alone, tmp_path, monkeypatch):
     # The process of the run can load no player: others did the work.
     monkeypatch.setattr(tpaw.pipeline.players, "load_model", None)
+    do, reported = ray_engine.RayEngine.do, defaultdict(list)
+
+    def counting(self, task, shards, on_done):
+        def count(number):
+            reported[type(task).__name__].append(number)
+            on_done(number)
+
+        return do(self, task, shards, count)
+
+    monkeypatch.setattr(ray_engine.RayEngine, "do", counting)
     self_play(RunConfig.load(settings), tmp_path / "r")
     run = RunDirectory(tmp_path / "r")
+    # One bar for all workers: what they report adds up, and never goes back.
+    assert sum(reported["GenerateTask"]) == 24
+    assert sum(reported["ScoreTask"]) == 48
+    assert all(min(numbers) >= 0 for numbers in reported.values())
     assert before_training(run) == before_training(alone)
     assert len(before_training(run)) > 10
     assert read_manifest(run.checkpoint(1))["processes"] == 2
@@ -211,8 +228,11 @@ def test_fsdp_shards_the_model_and_goes_on_after_a_process_dies(
 ):
     run, facts = trained_by_fsdp(settings, alone, killed=1)
     for seen in facts:
-        assert seen["kinds"] == ["DTensor"]
-        assert {f"__{i}_0.distcp" for i in range(2)} <= set(seen["saved"])
+        assert {kind for step in seen for kind in step["kinds"]} == {"DTensor"}
+        assert {f"__{i}_0.distcp" for i in range(2)} <= set(seen[-1]["saved"])
+        # The process that dies is killed at step 2, after step 1 was saved.
+        assert [step["step"] for step in seen].count(1) == 1
+        assert [step["step"] for step in seen].count(2) == 2
     assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
     weights = load_file(Path(run.checkpoint(1)) / "model.safetensors")
     for name, expected in load_file(Path(alone.checkpoint(1)) / "model.safetensors").items():
@@ -235,7 +255,7 @@ def test_players_that_are_adapters(cluster, with_adapters, tmp_path, monkeypatch
 def test_fsdp_shards_a_base_and_its_adapter(cluster, with_adapters, trained_by_fsdp):
     settings, alone = with_adapters("continue")
     run, facts = trained_by_fsdp(by_two_workers(settings), alone, killed=0)
-    assert [seen["kinds"] for seen in facts] == [["DTensor"]] * 2
+    assert [seen[-1]["kinds"] for seen in facts] == [["DTensor"]] * 2
     assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
     same_adapters(run, alone)
 
@@ -383,8 +403,10 @@ def test_a_worker_tells_its_error_as_a_whole(cluster, settings, tmp_path):
         self_play(RunConfig.load(settings), tmp_path / "r")
 
 
-def test_a_stop_reaches_the_processes_that_train(cluster, settings, alone, tmp_path, monkeypatch):
-    settings["train"] |= {"save_every": 1000, "epochs": 300}
+def test_a_stop_reaches_the_processes_that_train_and_one_process_goes_on(
+    cluster, settings, tmp_path, monkeypatch, capfd
+):
+    settings["train"] |= {"save_every": 1000, "epochs": 40}
     stop = StopSignal()
     look = ray_engine.RayEngine._look
 
@@ -397,9 +419,99 @@ def test_a_stop_reaches_the_processes_that_train(cluster, settings, alone, tmp_p
     monkeypatch.setattr(ray_engine.RayEngine, "_look", stopping)
     with pytest.raises(Interrupted):
         self_play(RunConfig.load(settings), tmp_path / "r", stop)
-    saved = RunDirectory(tmp_path / "r").iteration(0).last_saved_step()
+    run = RunDirectory(tmp_path / "r")
+    saved = run.iteration(0).last_saved_step()
     assert saved is not None
     assert read_manifest(saved)["processes"] == 2
+    step = int(saved.name.rpartition("-")[2])
+    assert 0 < step < 120
+
+    settings["launch"] = {}
+    copied_without(run, tmp_path / "alone", "iterations/1/training")
+    self_play(RunConfig.load(settings), tmp_path / "alone")
+    capfd.readouterr()
+    self_play(RunConfig.load(settings), tmp_path / "r")
+    assert "trained by 2 processes up to the saved step" in capfd.readouterr().err
+    found, expected = losses(run), losses(RunDirectory(tmp_path / "alone"))
+    assert len(found) == len(expected) == 120
+    assert found[: step + 3] == pytest.approx(expected[: step + 3], rel=1e-4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_to_the_command_ends_the_servers_that_its_workers_use(
+    cluster, settings, tmp_path, number
+):
+    """The workers are in the middle of a shard, because their servers do not answer."""
+    file, config = tmp_path / "pids", tmp_path / "config.yaml"
+    stub = f"{sys.executable} {generation_server.__file__} --port {{port}} --model {{model}}"
+    server = {"command": f"{stub} --mode hangs --pids {file}"}
+    settings["generate"] |= {"backend": "server", "server": server}
+    settings["launch"] |= {"address": cluster.address}
+    config.write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "tpaw", "run", str(config), "-o", str(tmp_path / "r")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        try:
+            pids = waited_for(lambda: file.exists() and file.read_text().split())
+            process.send_signal(number)
+            assert process.wait(60) == (143 if number == signal.SIGTERM else -number)
+        finally:
+            process.kill()
+    waited_for(lambda: not [pid for pid in pids if Path("/proc", pid).exists()])
+
+
+def waited_for(condition):
+    deadline = time.monotonic() + 90
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return found
+
+
+@pytest.fixture
+def engine(cluster, settings, alone, tmp_path):
+    """Make an engine over a copy of a run."""
+    with contextlib.ExitStack() as stack:
+
+        def make(**launch):
+            config = RunConfig.load(settings, {"launch": launch})
+            copied_without(alone, tmp_path / "copy")
+            run = stack.enter_context(open_run(tmp_path / "copy", config))
+            made = ray_engine.RayEngine(config, run, StopSignal())
+            stack.callback(made.release)
+            return made
+
+        yield make
+
+
+def test_a_worker_that_died_as_often_as_ray_restarts_it_is_replaced(engine, tmp_path):
+    task = ray_driver.DyingTask(str(tmp_path))
+    found = engine(workers=1, max_retries=1).do(task, [1, 2, 3], lambda count: None)
+    assert sorted(found) == [10, 20, 30]  # the worker died three times
+
+
+def test_an_unforeseen_error_of_a_worker_arrives_with_its_traceback(engine):
+    parts = ("shard 7", "on the machine", "ray_driver.py", "ZeroDivisionError: division by zero")
+    with pytest.raises(WorkerError) as caught:
+        list(engine().do(ray_driver.FailingTask(), [7], lambda count: None))
+    assert all(part in str(caught.value) for part in parts)
+
+
+def test_a_worker_that_cannot_start_ends_the_run(engine, monkeypatch):
+    broken = ray.remote(ray_driver.BrokenWorker)
+    monkeypatch.setattr(ray_engine, "SHARD_WORKER", broken)
+    with pytest.raises(WorkerError, match=r"did not start(.|\n)*No module named 'nowhere'"):
+        list(engine().do(ray_driver.FailingTask(), [7], lambda count: None))
+
+
+def test_an_unforeseen_error_of_training_arrives_with_its_traceback(
+    cluster, settings, alone, tmp_path, monkeypatch
+):
+    copied_without(alone, tmp_path / "r", "iterations/1/checkpoint", "iterations/1/evaluation")
+    settings["launch"] |= {"max_retries": 0}
+    group = ray.remote(num_cpus=0)(ray_driver.run_failing_group)
+    monkeypatch.setattr(ray_engine, "GROUP", group)
+    with pytest.raises(WorkerError, match=r"training of θ_1 failed(.|\n)*ZeroDivisionError"):
+        self_play(RunConfig.load(settings), tmp_path / "r")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def is_alive(pid):
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
@@ -137,3 +137,11 @@ def test_a_watchdog_that_is_killed_leaves_nothing_after_stop(tmp_path):
     wait_for(lambda: group.exit_code is not None)
     group.stop()
     wait_for(lambda: not any(map(is_alive, found)))
+
+
+def test_nothing_is_left_if_only_the_child_is_killed_as_ray_does_it(tmp_path):
+    group = ProcessGroup(family(tmp_path), tmp_path / "log", "key")
+    found = pids(tmp_path)
+    group._watchdog.kill()
+    wait_for(lambda: not any(map(is_alive, found)))  # nobody has called `stop`
+    group.stop()

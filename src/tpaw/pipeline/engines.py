@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from itertools import pairwise
 from typing import Any, Protocol
 
 from tpaw.pipeline.job import TrainingJob
@@ -16,13 +15,7 @@ from tpaw.training.triples import Triples
 
 
 class Engine(Protocol):
-    """Does the shards of a stage, and trains.
-
-    Attributes:
-        workers: number of processes that do shards at the same time.
-    """
-
-    workers: int
+    """Does the shards of a stage, and trains."""
 
     def do(
         self, task: ShardTask[Worker, Shard, Result], shards: Iterable[Shard], on_done: OnDone
@@ -64,8 +57,6 @@ class InProcess:
         data: the data of the run.
     """
 
-    workers = 1
-
     def __init__(self, worker: Worker, data: TrainingData) -> None:
         self.worker = worker
         self.data = data
@@ -90,9 +81,7 @@ class InProcess:
             )
 
 
-def parts(items: Sequence[Any], count: int) -> Iterator[tuple[int, Sequence[Any]]]:
-    """Cut a list into parts of nearly equal length, at most `count`, each with its first place."""
-    borders = [len(items) * i // count for i in range(count + 1)]
-    for begin, end in pairwise(borders):
-        if begin < end:
-            yield begin, items[begin:end]
+def parts(items: Sequence[Any], size: int) -> Iterator[tuple[int, Sequence[Any]]]:
+    """Cut a list into parts of `size`, each with its first place."""
+    for first in range(0, len(items), size):
+        yield first, items[first : first + size]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import ray
 import ray.exceptions
 
-from tpaw.config.schema import LaunchConfig, RunConfig
+from tpaw.config.schema import RunConfig
 from tpaw.errors import InputError, first_line, printable
 
 SECONDS_TO_CONNECT = 10.0
@@ -53,20 +53,21 @@ def worker_count(config: RunConfig) -> int:
 
 
 @contextlib.contextmanager
-def connected(launch: LaunchConfig) -> Iterator[None]:
+def connected(config: RunConfig) -> Iterator[None]:
     """Join the Ray cluster, or start one on this machine for the time of the context.
 
     A program that is connected already stays connected to its cluster.
 
     Raises:
-        InputError: there is no cluster at the address.
+        InputError: there is no cluster at the address, or it has no room for the workers.
     """
     if ray.is_initialized():
+        worker_count(config)
         yield
         return
+    launch = config.launch
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to anybody
     try:
-        _try_to_connect(launch.address)
         with _signals_kept():
             ray.init(
                 address=launch.address or "local",
@@ -80,22 +81,35 @@ def connected(launch: LaunchConfig) -> Iterator[None]:
                 "launch.engine: ray: Ray does not start on this machine "
                 f"({printable(first_line(error))}); its logs are in /tmp/ray/session_latest/logs"
             ) from None
-        raise InputError(
-            f"launch.address: {launch.address}: no Ray cluster answers there "
-            f"({printable(first_line(error))}); start one by `ray start --head`, or remove the "
-            "setting to use this machine alone"
-        ) from None
+        raise _nobody(launch.address, error) from None
     try:
+        worker_count(config)
         yield
     finally:
         ray.shutdown()
 
 
-def _try_to_connect(address: str | None) -> None:
-    """Raise an OSError if nobody listens at host:port. Ray itself would try for minutes."""
+def try_to_connect(address: str | None) -> None:
+    """Try whether somebody listens at an address host:port. Ray itself would try for minutes.
+
+    Raises:
+        InputError: nobody does.
+    """
     host, _, port = (address or "").rpartition(":")
-    if host and port.isdecimal():
-        socket.create_connection((host.rpartition("/")[2], int(port)), SECONDS_TO_CONNECT).close()
+    if address is not None and host and port.isdecimal() and not ray.is_initialized():
+        try:
+            place = host.rpartition("/")[2], int(port)
+            socket.create_connection(place, SECONDS_TO_CONNECT).close()
+        except (OSError, OverflowError) as error:
+            raise _nobody(address, error) from None
+
+
+def _nobody(address: str, error: Exception) -> InputError:
+    return InputError(
+        f"launch.address: {address}: no Ray cluster answers there "
+        f"({printable(first_line(error))}); start one by `ray start --head`, or remove the "
+        "setting to use this machine alone"
+    )
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
@@ -32,7 +33,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tpaw.config.schema import RunConfig
-from tpaw.errors import WorkerError, printable
+from tpaw.errors import WorkerError, for_terminal
 from tpaw.models.sharding import Member
 from tpaw.pipeline.job import TrainingJob
 from tpaw.pipeline.ray_cluster import worker_count
@@ -90,6 +91,7 @@ class RayEngine:
         self._here = {"scheduling_strategy": here}
         self._link = LINK.options(**self._here).remote()
         self._actors: list[Any] = []  # each holds a player
+        self._ready: set[Any] = set()  # those whose process has run
         self._group: list[Any] = []  # hold one player together; see `score.sharded`
 
     def do(
@@ -115,49 +117,53 @@ class RayEngine:
         results: deque[Result] = deque()
         finished = shown = 0
         since = time.monotonic()
-        while True:
-            while idle and (waiting or (following := next(todo, None)) is not None):
-                work = waiting.popleft() if waiting else Work(*following)  # type: ignore[misc]
-                actor = idle.pop()
-                running[self._given(actor, task, work)] = actor, work
-            while results:  # what is done with a result may take long; the workers are busy by now
-                yield results.popleft()
-            if not running and not waiting:
-                on_done(finished - shown)
-                return
-            arrived, _ = ray.wait([*running, *starting], timeout=SECONDS_BETWEEN_LOOKS)
-            counts = self._look()
-            partly = sum(counts.get(work.key, 0) for _, work in running.values())
-            on_done(max(0, finished + partly - shown))
-            shown = max(shown, finished + partly)
-            for reference in arrived:
-                if reference in starting:
-                    actor = starting.pop(reference)
-                    if _has_started(reference):
-                        idle.append(actor)
-                    else:
-                        time.sleep(SECONDS_BETWEEN_LOOKS)
-                        starting[actor.ready.remote()] = actor
-                    continue
-                actor, work = running.pop(reference)
-                try:
-                    answer = ray.get(reference)
-                except DEATHS as error:
-                    waiting.append(self._once_more(task.title(work.shard), work, str(error)))
-                    # Ray restarts it. Others of its machine may be dead too, without any work.
-                    starting |= {other.ready.remote(): other for other in (actor, *idle)}
-                    idle.clear()
-                    continue
-                idle.append(actor)
-                if isinstance(answer, Failure):
-                    raise answer.as_error()
-                result, amount = answer
-                finished += amount
-                results.append(result)
-            if running or idle:
-                since = time.monotonic()
-            elif time.monotonic() - since > SECONDS_TO_WAIT_FOR_A_WORKER:
-                note_once(WAITING)
+        try:
+            while True:
+                while idle and (waiting or (following := next(todo, None)) is not None):
+                    work = waiting.popleft() if waiting else Work(*following)  # type: ignore[misc]
+                    actor = idle.pop()
+                    running[self._given(actor, task, work)] = actor, work
+                while results:  # what is done with a result may take long; the workers are busy
+                    yield results.popleft()
+                if not running and not waiting:
+                    on_done(finished - shown)
+                    return
+                arrived, _ = ray.wait([*running, *starting], timeout=SECONDS_BETWEEN_LOOKS)
+                counts = self._look()
+                partly = sum(counts.get(work.key, 0) for _, work in running.values())
+                on_done(max(0, finished + partly - shown))
+                shown = max(shown, finished + partly)
+                for reference in arrived:
+                    if reference in starting:
+                        actor = starting.pop(reference)
+                        if self._has_started(reference, actor):
+                            idle.append(actor)
+                        else:
+                            actor = self._replaced(actor)
+                            starting[actor.ready.remote()] = actor
+                        continue
+                    actor, work = running.pop(reference)
+                    try:
+                        answer = ray.get(reference)
+                    except DEATHS as error:
+                        waiting.append(self._once_more(task.title(work.shard), work, str(error)))
+                        # Ray restarts it. Others of its machine may be dead too, without any work.
+                        starting |= {other.ready.remote(): other for other in (actor, *idle)}
+                        idle.clear()
+                        continue
+                    idle.append(actor)
+                    if isinstance(answer, Failure):
+                        raise answer.as_error()
+                    result, amount = answer
+                    finished += amount
+                    results.append(result)
+                if running or idle:
+                    since = time.monotonic()
+                elif time.monotonic() - since > SECONDS_TO_WAIT_FOR_A_WORKER:
+                    note_once(WAITING)
+        finally:
+            if running:  # an error or a stop: the others end at their next report
+                self._link.stop.remote(signal.SIGTERM)
 
     def train(
         self,
@@ -180,13 +186,18 @@ class RayEngine:
             str(folder),
         )
         shown, has_told, others = 0, False, set(placement_group_table())
+        since = time.monotonic()
         try:
             with progress as advance:
                 while not ray.wait([fit], timeout=SECONDS_BETWEEN_LOOKS)[0]:
                     counts = self._look()
                     self._raise_failure()
-                    if "training" not in counts:  # the group waits for its devices
-                        self.stop.check()
+                    if "training" not in counts or _waits(others):
+                        self.stop.check()  # nobody trains who could save the step
+                        if time.monotonic() - since > SECONDS_TO_WAIT_FOR_A_WORKER:
+                            note_once(WAITING)
+                    else:
+                        since = time.monotonic()
                     advance(max(counts.get("training", 0) - shown, 0))
                     shown = max(shown, counts.get("training", 0))
                     if self.stop.signal_number is not None and not has_told:
@@ -197,7 +208,7 @@ class RayEngine:
                 try:
                     ray.get(fit)
                 except ray.exceptions.RayError as error:
-                    why = printable(str(error)) if failure is None else failure.text
+                    why = for_terminal(str(error)) if failure is None else failure.text
                     raise WorkerError(
                         f"training of θ_{job.t + 1} failed, launch.max_retries is "
                         f"{self.config.launch.max_retries}; saved steps are kept. {why}"
@@ -210,12 +221,13 @@ class RayEngine:
 
     def release(self) -> None:
         """End the actors, which frees their devices."""
-        if self._actors:  # Ray kills an actor, and not the server that it has started
-            closing = [actor.close.remote() for actor in self._actors]
+        closing = [actor.close.remote() for actor in self._actors if actor in self._ready]
+        if closing:  # the server of an actor that is killed would end a little later
             ray.wait(closing, num_returns=len(closing), timeout=SECONDS_TO_CLOSE)
         for actor in [*self._actors, *self._group]:
             ray.kill(actor)
         self._actors, self._group = [], []
+        self._ready.clear()
 
     def _do_together(
         self, task: ShardTask[Worker, Shard, Result], shards: Iterable[Shard], on_done: OnDone
@@ -287,10 +299,39 @@ class RayEngine:
 
     def _started(self) -> list[Any]:
         if not self._actors:
-            gpus = self.config.launch.gpus_per_worker if self._use_gpu else 0
-            options = {"num_gpus": gpus, "num_cpus": 1}
-            self._actors = [SHARD_WORKER.options(**options).remote() for _ in range(self.workers)]
+            self._actors = [self._new_actor() for _ in range(self.workers)]
         return self._actors
+
+    def _new_actor(self) -> Any:
+        gpus = self.config.launch.gpus_per_worker if self._use_gpu else 0
+        retries = self.config.launch.max_retries
+        return SHARD_WORKER.options(num_gpus=gpus, num_cpus=1, max_restarts=retries).remote()
+
+    def _has_started(self, reference: Any, actor: Any) -> bool:
+        """Whether the process of an actor runs; False if it ran before and Ray gave it up.
+
+        Raises:
+            WorkerError: it has never run.
+        """
+        try:
+            ray.get(reference)
+        except ray.exceptions.RayActorError as error:
+            if actor not in self._ready:
+                raise WorkerError(
+                    f"a worker did not start (launch.max_retries: "
+                    f"{self.config.launch.max_retries}); every machine of the cluster needs the "
+                    f"environment of tpaw. {for_terminal(str(error))}"
+                ) from error
+            return False
+        self._ready.add(actor)
+        return True
+
+    def _replaced(self, actor: Any) -> Any:
+        """A new actor in place of one that died as often as it may."""
+        self._ready.discard(actor)
+        place = self._actors.index(actor)
+        self._actors[place] = self._new_actor()
+        return self._actors[place]
 
     def _raise_failure(self) -> Failure | None:
         """Raise an error that trying again would not help; return another one."""
@@ -315,7 +356,7 @@ class RayEngine:
         if work.tries >= limit:
             raise WorkerError(
                 f"{title}: its worker died {work.tries + 1} times (launch.max_retries: {limit}): "
-                f"{printable(why)}; published shards are kept"
+                f"{for_terminal(why)}"
             )
         note(f"{title}: its worker died; another one does it again.")
         return work._replace(tries=work.tries + 1)
@@ -329,15 +370,20 @@ def _free_devices(others: Collection[str]) -> None:
     Args:
         others: placement groups that were there before. They stay.
     """
+    for number in _groups_of_run(others):
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(number))))
+
+
+def _groups_of_run(others: Collection[str]) -> dict[str, Any]:
+    """The placement groups of this run: what Ray says of each, by number."""
     job = ray.get_runtime_context().get_job_id()
-    for number, group in placement_group_table().items():
-        if number not in others and number.endswith(job) and group["state"] != "REMOVED":
-            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(number))))
+    return {
+        number: group
+        for number, group in placement_group_table().items()
+        if number not in others and number.endswith(job) and group["state"] != "REMOVED"
+    }
 
 
-def _has_started(reference: Any) -> bool:
-    try:
-        ray.get(reference)
-    except ray.exceptions.RayActorError:
-        return False
-    return True
+def _waits(others: Collection[str]) -> bool:
+    """Whether a group of this run waits for its devices. Its processes may have died before."""
+    return any(group["state"] != "CREATED" for group in _groups_of_run(others).values())

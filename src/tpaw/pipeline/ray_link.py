@@ -17,7 +17,7 @@ import ray
 import ray.exceptions
 
 from tpaw.config.schema import RunConfig
-from tpaw.errors import InputError, StorageError, TpawError, WorkerError
+from tpaw.errors import InputError, Interrupted, StorageError, TpawError, WorkerError
 from tpaw.storage.failures import storage_failure
 from tpaw.storage.run_directory import RunDirectory
 
@@ -137,9 +137,10 @@ class Link:
         self._failure: Failure | None = None
         self._stop = 0
 
-    def report(self, work: str, count: int) -> None:
-        """Say how much of a piece of work is done, in all."""
+    def report(self, work: str, count: int) -> int:
+        """Say how much of a piece of work is done, in all; return what `stop_number` does."""
         self._counts[work] = count
+        return self._stop
 
     def note(self, text: str) -> None:
         """Keep a line for the user."""
@@ -173,13 +174,18 @@ class Link:
 
 
 class Reporter:
-    """An `OnDone` that tells the link, a few times a second."""
+    """An `OnDone` that tells the link, a few times a second, and hears of a stop.
+
+    Raises:
+        Interrupted: the work is no longer wanted.
+    """
 
     def __init__(self, link: Any, work: str) -> None:
         self.link = link
         self.work = work
         self.done = 0
         self._told = time.monotonic()
+        self._answer: Any = None
 
     def __call__(self, count: int) -> None:
         """Add to the amount of work that is done."""
@@ -187,7 +193,10 @@ class Reporter:
         now = time.monotonic()
         if now - self._told > SECONDS_BETWEEN_REPORTS:
             self._told = now
-            self.link.report.remote(self.work, self.done)
+            # The answer to the report before has arrived by now, so nobody waits for it.
+            if self._answer is not None and (number := ray.get(self._answer)):
+                raise Interrupted(number)
+            self._answer = self.link.report.remote(self.work, self.done)
 
 
 LINK: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Link)

@@ -32,11 +32,12 @@ class ShardWorker:
         self._do: Do[Any, Any] | None = None
         self._member = ALONE
 
+    @ray.method(max_task_retries=-1)  # type: ignore[untyped-decorator]
     def ready(self) -> None:
-        """Answer, once this process runs."""
+        """Answer, once this process runs; Ray may have to restart it first."""
 
     def close(self) -> None:
-        """Free the device: the player, and the server that generates. Ray would kill neither."""
+        """Free the device: the player, and the server that generates."""
         self._close()
         if self._worker is not None:
             self._worker.players.release()
@@ -81,5 +82,5 @@ class ShardWorker:
         self._opened.close()
 
 
-# Ray restarts an actor that died; the engine gives its shard to another one.
-SHARD_WORKER: Any = ray.remote(max_restarts=-1, max_task_retries=0)(ShardWorker)
+# The engine gives the shard of an actor that died to another one.
+SHARD_WORKER: Any = ray.remote(max_task_retries=0)(ShardWorker)

@@ -54,6 +54,10 @@ from tpaw.storage.run_directory import RunDirectory, finish_removals, open_run, 
 from tpaw.team import Player, Team
 from tpaw.training.triples import Triples, preference_pairs
 
+# Of held-out data. Batches, and so the last bits of results, do not depend on the workers.
+PROMPTS_IN_PART = 256
+SEQUENCES_IN_PART = 2048
+
 
 @contextlib.contextmanager
 def opened_stages(
@@ -72,9 +76,10 @@ def opened_stages(
         RunLockedError, ArtifactError: see `open_run`.
     """
     watch = Watch(stop)
-    with isolated(deterministic=config.deterministic), _cluster(config, open_generator):
-        inputs = read_and_check(config, output, watch)
-        with open_run(output, config) as run:
+    with isolated(deterministic=config.deterministic):
+        connection = _cluster(config, open_generator)
+        inputs = read_and_check(config, output, watch)  # in copies of this process, before Ray
+        with connection, open_run(output, config) as run:
             verify_run(run, config.iterations, watch)
             finish_removals(run, config.iterations)
             if inputs is not None and not is_published(run.inputs):
@@ -105,26 +110,29 @@ def _engine(
         engine.release()
 
 
-@contextlib.contextmanager
-def _cluster(config: RunConfig, open_generator: OpenGenerator | None) -> Iterator[None]:
-    """The connection to the cluster. What it cannot do is refused before anything is written."""
+def _cluster(
+    config: RunConfig, open_generator: OpenGenerator | None
+) -> contextlib.AbstractContextManager[None]:
+    """The connection to the cluster, not yet opened.
+
+    Raises:
+        InputError: Ray is missing, or nobody listens at the address.
+    """
     if config.launch.engine == "in_process":
-        yield
-        return
+        return contextlib.nullcontext()
     if open_generator is not None:
         raise InputError(
             "launch.engine: ray: a generator of your own works in this process only; set "
             "launch.engine to in_process"
         )
     try:
-        from tpaw.pipeline.ray_cluster import connected, worker_count
+        from tpaw.pipeline.ray_cluster import connected, try_to_connect
     except ImportError as error:
         raise InputError(
             f"launch.engine: ray needs Ray: pip install 'tpaw[ray]' ({error})"
         ) from None
-    with connected(config.launch):
-        worker_count(config)
-        yield
+    try_to_connect(config.launch.address)
+    return connected(config)
 
 
 class Stages:
@@ -283,7 +291,7 @@ class Stages:
         on_done: OnDone,
     ) -> list[Completion]:
         """One completion for each prompt, in their order."""
-        shards = [Prompts(*part) for part in parts(prompts, self.engine.workers)]
+        shards = [Prompts(*part) for part in parts(prompts, PROMPTS_IN_PART)]
         found = dict(self.engine.do(AnswerTask(player, params, seed), shards, on_done))
         return [completion for first in sorted(found) for completion in found[first]]
 
@@ -291,7 +299,7 @@ class Stages:
         self, player: Player, sequences: Sequence[TokenSequence], on_done: OnDone
     ) -> NDArray[np.float64]:
         """log π of each sequence, in their order."""
-        shards = [Sequences(*part) for part in parts(sequences, self.engine.workers)]
+        shards = [Sequences(*part) for part in parts(sequences, SEQUENCES_IN_PART)]
         found = dict(self.engine.do(LogpsTask(player), shards, on_done))
         return np.concatenate([found[first] for first in sorted(found)])
 

@@ -3,8 +3,11 @@
     python -I watchdog.py PARENT SECONDS COMMAND...
 
 It runs as a script of its own, with the standard library alone. `process_group.py` starts it. A
-process that is killed with SIGKILL cannot end its children, so this process does it: it is in a
-session of its own, which Ctrl-C and a kill of the parent's process group do not reach.
+process that is killed with SIGKILL cannot end its children, so a process of this script does it: it
+is in a session of its own, which Ctrl-C and a kill of the parent's process group do not reach.
+
+The script copies itself. The copy runs the command, and the original waits for the copy and passes
+signals on. Ray kills the children of a worker that it kills, and so the original, but not the copy.
 
 - Standard input is a pipe from the parent. It is closed when the parent ends or asks for the end.
 - Standard output gets one line: the id of the process group, or why the command cannot start.
@@ -78,6 +81,9 @@ class Group:
 def main() -> int:
     """Run the command until it ends, or until the parent is gone. Return its exit code."""
     parent, grace, *command = sys.argv[1:]
+    original = os.getpid()
+    if copy := os.fork():
+        return _waited_for(copy, int(parent))
     asked_to_end: list[int] = []
     for number in SIGNALS:
         signal.signal(number, lambda number, frame: asked_to_end.append(number))
@@ -89,7 +95,7 @@ def main() -> int:
         return 127
     try:
         print(group.id, flush=True)
-        while group.is_there() and group.exit_code is None and os.getppid() == int(parent):
+        while group.is_there() and group.exit_code is None and os.getppid() == original:
             # A fork of the parent may hold the pipe open, so its end alone does not suffice.
             if select.select([sys.stdin], [], [], SECONDS_BETWEEN_LOOKS)[0] or asked_to_end:
                 break
@@ -99,6 +105,24 @@ def main() -> int:
         code = group.exit_code
         group.end(float(grace))
     return 0 if code is None else code
+
+
+def _waited_for(copy: int, parent: int) -> int:
+    """Wait for the copy, pass signals on to it, and end it when the parent is gone.
+
+    Returns:
+        Its exit code.
+    """
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: os.kill(copy, number))
+    while not (ended := os.waitpid(copy, os.WNOHANG))[0]:
+        if os.getppid() != parent:
+            os.kill(copy, signal.SIGTERM)
+        time.sleep(SECONDS_BETWEEN_LOOKS / 2)
+    code = os.waitstatus_to_exitcode(ended[1])
+    if code < 0:  # `process_group.py` ends what a killed watchdog leaves
+        os.kill(os.getpid(), signal.SIGKILL)
+    return code
 
 
 def _adopt_orphans() -> None:
