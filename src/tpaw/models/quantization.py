@@ -10,6 +10,7 @@ from tpaw.errors import InputError, first_line
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 
 def check_quantization(device: torch.device) -> None:
@@ -64,6 +65,28 @@ def quantized_loading(dtype: torch.dtype, device: torch.device) -> dict[str, Any
         bnb_4bit_compute_dtype=dtype,
     )
     return {"quantization_config": config, "device_map": {"": device}}
+
+
+def count_in_4_bits(model: PreTrainedModel) -> int:
+    """Number of the parameters that `quantized_loading` holds in 4 bits.
+
+    transformers quantises the weights of linear layers. It leaves out the output head, and weights
+    that are tied to the embeddings.
+
+    Args:
+        model: the same model, not quantised. Its weights may be on the meta device.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    kept = {id(module.weight) for module in embeddings if module is not None}
+    weights = {
+        id(module.weight): module.weight.numel()
+        for module in model.modules()
+        if type(module) in (torch.nn.Linear, Conv1D) and id(module.weight) not in kept
+    }
+    return sum(weights.values())
 
 
 def use_one_kernel(model: torch.nn.Module) -> None:

@@ -33,6 +33,8 @@ BYTES_OF_WEIGHTS = 4
 BYTES_OF_OPTIMIZER = {"rmsprop": 4, "adagrad": 4, "sgd": 4}
 BYTES_OF_ADAM = 8
 BYTES_OF_SPLIT_STEP = 2 + 2 + 2  # upper and lower halves, and the squared gradient in bf16
+# 4 bits; 1 byte of scale for 64 weights; 4 bytes of scale for 256 of those bytes.
+BYTES_OF_NF4 = 1 / 2 + (1 + 4 / 256) / 64
 
 
 class IterationSpace(NamedTuple):
@@ -133,17 +135,46 @@ def memory_of_training(config: RunConfig, size: ModelSize) -> int:
     """Bytes of memory for weights, gradients and optimizer state while a model trains.
 
     Activations and logits come on top. See the table in `training/split_weights.py`. The base of
-    adapters is in the precision of the run. In 4 bits, with its scales, it takes at most 0.56 bytes
-    a weight; its embeddings are not quantised, and come on top.
+    adapters is in the precision of the run, except for what is quantised to 4 bits.
+
+    Returns:
+        The bytes of each process; with `train.parallel: fsdp2`, of all processes together.
     """
     parameters = size.parameters
     if config.train.weights == "split":
         return 8 * parameters
-    each = 2 if config.precision == "bf16" else 4
-    base = size.frozen * (0.5625 if config.model.quantization is not None else each)
-    copy = 2 if config.precision == "bf16" else 0  # of autocast
+    is_bf16, is_sharded = config.precision == "bf16", _trains_sharded(config)
+    base = (size.frozen - size.in_4_bits) * (2 if is_bf16 else 4) + size.in_4_bits * BYTES_OF_NF4
+    # A copy of autocast. FSDP2 has that of one layer at a time.
+    copy = 2 if is_bf16 and not is_sharded else 0
+    # DDP copies gradients into buffers to send them.
+    sent = 4 if _trains_in_a_group(config) and not is_sharded else 0
     state = BYTES_OF_OPTIMIZER.get(config.train.optimizer, BYTES_OF_ADAM)
-    return int(base) + (BYTES_OF_WEIGHTS + copy + 4 + state) * parameters
+    return math.ceil(base) + (BYTES_OF_WEIGHTS + copy + 4 + sent + state) * parameters
+
+
+def _trains_in_a_group(config: RunConfig) -> bool:
+    """Whether several processes may train together. How many is known once the cluster is."""
+    launch = config.launch
+    return launch.engine == "ray" and (launch.workers, launch.gpus_per_worker) != (1, 1)
+
+
+def _trains_sharded(config: RunConfig) -> bool:
+    return _trains_in_a_group(config) and config.train.parallel == "fsdp2"
+
+
+def _described_memory(config: RunConfig, size: ModelSize) -> str:
+    held = readable_size(memory_of_training(config, size))
+    if _trains_sharded(config):
+        who = f"all processes together hold {held}"
+    elif _trains_in_a_group(config):
+        who = f"each process holds {held}"
+    else:
+        who = f"training holds {held}"
+    return (
+        f"Memory: {who} of weights, gradients and optimizer state. Activations and logits come on "
+        "top."
+    )
 
 
 def plan_space(
@@ -246,8 +277,7 @@ def described_space(
         f"{readable_size(bytes_of_checkpoint(size))}, for {size.parameters:,} parameters in fp32; "
         f"a saved step has {readable_size(saved_step)}.",
         f"With {'; with '.join(others)}. Results of suites are not counted.",
-        f"Memory: training holds {readable_size(memory_of_training(config, size))} of "
-        "weights, gradients and optimizer state. Activations come on top.",
+        _described_memory(config, size),
     ]
 
 
