@@ -60,6 +60,23 @@ def test_gpus_that_the_cluster_lacks_are_counted(settings, monkeypatch, there, l
         ray_cluster.worker_count(config)
 
 
+@pytest.mark.parametrize(
+    ("there", "processes"),
+    [({"CPU": 2.0}, 2), ({"CPU": 4.0, "GPU": 4.0}, 4), ({"CPU": 4.0, "GPU": 1.0}, 1)],
+    ids=["CPU cores", "GPUs", "one GPU"],
+)
+def test_split_weights_train_in_one_process(settings, monkeypatch, there, processes):
+    monkeypatch.setattr(ray_cluster.ray, "cluster_resources", lambda: there)
+    settings["train"] |= {"weights": "split"}
+    config = RunConfig.load(settings | {"precision": "bf16"})
+    config = config.model_copy(update={"device": "auto"})
+    if processes == 1:
+        assert ray_cluster.worker_count(config) == 1
+        return
+    with refused("train.weights: split", processes, "fp32", "launch.workers"):
+        ray_cluster.worker_count(config)
+
+
 def test_all_workers_are_as_many_as_there_are_gpus_for(settings, monkeypatch):
     monkeypatch.setattr(ray_cluster.ray, "cluster_resources", lambda: {"CPU": 3.0, "GPU": 8.0})
     settings["launch"] |= {"gpus_per_worker": 2}
