@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from tpaw.config.plan import IterationPlan, kept_checkpoints
 from tpaw.config.schema import RunConfig
-from tpaw.data.examples import Examples
 from tpaw.models.size import ModelSize
 from tpaw.storage.artifacts import is_published
-from tpaw.storage.failures import readable_size, require_space
+from tpaw.storage.failures import nearest_folder, readable_size, require_space
 from tpaw.storage.run_directory import Iteration, RunDirectory
 
 BYTES_PER_TOKEN = 4 + 4  # an id as int32, and about four characters of text
@@ -119,16 +119,32 @@ def bytes_of_training(config: RunConfig, size: ModelSize, steps: int) -> int:
     return max(checkpoint + min(saves, 1) * saved_step, min(saves, 2) * saved_step)
 
 
-def bytes_of_inputs(examples: Examples, heldout: Examples) -> int:
-    """Bytes of the tokenised examples. The tokenizer is among the other files."""
-    tokens = sum(
-        len(ids.flat)
-        for part in (examples, heldout)
-        for ids in (part.prompt_ids, part.target_ids, part.rejected_ids)
-        if ids is not None
-    )
-    records = (len(examples) + len(heldout)) * BYTES_PER_RECORD
-    return tokens * BYTES_PER_TOKEN + records + 2 * BYTES_PER_SHARD
+def bytes_of_inputs(tokens: int, rows: int) -> int:
+    """Bytes of the tokenised examples. The tokenizer is among the other files.
+
+    Args:
+        tokens: of all examples, held-out ones included; see `Inputs.tokens`.
+        rows: number of all examples.
+    """
+    return tokens * BYTES_PER_TOKEN + rows * BYTES_PER_RECORD + 2 * BYTES_PER_SHARD
+
+
+def bytes_of_temporary_files(config: RunConfig, plans: Sequence[IterationPlan], inputs: int) -> int:
+    """Bytes of the temporary files of a process that trains; see `data/columns.py`.
+
+    These are the inputs and the responses of all opponents of an iteration.
+
+    Args:
+        config: the configuration of the run.
+        plans: the iterations that are not finished.
+        inputs: bytes of the inputs; see `bytes_of_inputs`.
+    """
+    if not plans:
+        return 0
+    if config.method == "sft":
+        return inputs + inputs  # TRL takes the ids again, with labels
+    responses = [bytes_of_responses(config, plan.triples) for plan in plans if plan.opponents]
+    return inputs + max(responses, default=0)
 
 
 def memory_of_training(config: RunConfig, size: ModelSize) -> int:
@@ -277,6 +293,9 @@ def described_space(
         f"{readable_size(bytes_of_checkpoint(size))}, for {size.parameters:,} parameters in fp32; "
         f"a saved step has {readable_size(saved_step)}.",
         f"With {'; with '.join(others)}. Results of suites are not counted.",
+        f"Temporary files{' of each process' if _trains_in_a_group(config) else ''}: up to "
+        f"{readable_size(bytes_of_temporary_files(config, plans, inputs))} of rows, in the folder "
+        "that the environment variable TMPDIR names.",
         _described_memory(config, size),
     ]
 
@@ -289,7 +308,9 @@ def space_for_run(
     heldout: int,
     inputs: int,
 ) -> None:
-    """Check the space for a run, or for what is left of it.
+    """Check the space for a run, or for what is left of it, with the temporary files of a process.
+
+    A group of processes has temporary files for each of them; only those of one are counted.
 
     Args:
         root: the run directory. It need not exist.
@@ -308,11 +329,18 @@ def space_for_run(
         peaks = [s.peak for s in spaces if not is_published(run.checkpoint(s.iteration))]
         return max([*peaks, spaces[-1].after]) - there
 
-    now = needed(config.keep)
-    smaller = [(keep, needed(keep)) for keep in ("team", "last")]
+    left = [plan for plan in plans if not is_published(run.checkpoint(plan.iteration))]
+    temporary, folder = bytes_of_temporary_files(config, left, inputs), Path(tempfile.gettempdir())
+    on_one_disk = folder.stat().st_dev == nearest_folder(root).stat().st_dev
+    beside = temporary if on_one_disk else 0
+    now = needed(config.keep) + beside
+    smaller = [(keep, needed(keep) + beside) for keep in ("team", "last")]
     options = [f"{keep} needs up to {readable_size(n)}" for keep, n in smaller if n < now]
     advice = f"The setting keep lowers this: {', '.join(options)}." if options else ""
     require_space(root, now, "this run", advice)
+    if not on_one_disk:
+        advice = "Or set the environment variable TMPDIR to a folder on a larger disk."
+        require_space(folder, temporary, "this run, for its temporary files,", advice)
 
 
 def space_for_responses(run: RunDirectory, config: RunConfig, count: int) -> None:
