@@ -13,6 +13,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def require_bitsandbytes() -> None:
+    """Refuse 4-bit weights without bitsandbytes. Nothing is imported: bitsandbytes would use a GPU.
+
+    Raises:
+        InputError: bitsandbytes is missing or too old.
+    """
+    from transformers.utils.versions import require_version
+
+    try:
+        require_version("bitsandbytes>=0.50")
+    except ImportError as error:
+        raise _needs_bitsandbytes(error) from None
+
+
 def check_quantization(device: torch.device) -> None:
     """Refuse 4-bit weights where bitsandbytes cannot compute with them, by a small trial.
 
@@ -23,16 +37,13 @@ def check_quantization(device: torch.device) -> None:
         InputError: bitsandbytes is missing, too old, or fails on the device.
     """
     import torch
-    from transformers.utils.versions import require_version
 
     key = "model.quantization: nf4"
+    require_bitsandbytes()
     try:
-        require_version("bitsandbytes>=0.50")
         import bitsandbytes.functional as bnb
     except (ImportError, RuntimeError, OSError) as error:  # its libraries may not load
-        raise InputError(
-            f"{key}: needs bitsandbytes: pip install 'tpaw[qlora]' ({first_line(error)})"
-        ) from None
+        raise _needs_bitsandbytes(error) from None
     weight = torch.ones(64, 64, device=device)
     try:
         packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
@@ -47,6 +58,13 @@ def check_quantization(device: torch.device) -> None:
             f"{key}: bitsandbytes gives wrong numbers on {device.type}; remove the setting, or use "
             "another device"
         )
+
+
+def _needs_bitsandbytes(error: Exception) -> InputError:
+    return InputError(
+        "model.quantization: nf4: needs bitsandbytes: pip install 'tpaw[qlora]' "
+        f"({first_line(error)})"
+    )
 
 
 def quantized_loading(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

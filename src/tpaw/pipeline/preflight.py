@@ -24,7 +24,7 @@ from tpaw.models.checks import (
     read_config,
 )
 from tpaw.models.loading import disable_dropout, pick_device
-from tpaw.models.quantization import check_quantization
+from tpaw.models.quantization import check_quantization, require_bitsandbytes
 from tpaw.models.reduced import reduced_model
 from tpaw.models.size import model_size
 from tpaw.models.tokenizers import load_tokenizer, stop_token_ids
@@ -89,10 +89,17 @@ def _check_space_of_the_rest(config: RunConfig, run: RunDirectory) -> None:
 
 
 def _check_libraries(config: RunConfig) -> None:
-    """Refuse adapters and 4-bit weights where their libraries are missing or cannot work."""
+    """Refuse adapters and 4-bit weights where their libraries are missing or cannot work.
+
+    With Ray the machines share an environment, so what is missing is missing here. Whether
+    bitsandbytes works on their GPUs shows when a worker loads the base, after the run has begun.
+    """
     if config.model.adapter is not None:
         require_peft()
-    if config.model.quantization is not None and config.launch.engine == "in_process":
+    if config.model.quantization is None:
+        return
+    require_bitsandbytes()
+    if config.launch.engine == "in_process":
         check_quantization(pick_device(config.device))
 
 
