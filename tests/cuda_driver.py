@@ -12,8 +12,10 @@ import sys
 import weakref
 from pathlib import Path
 
+import peft
 import pretended_gpu
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from accelerate.state import AcceleratorState
@@ -24,7 +26,7 @@ from pretended_gpu import GPU, calls
 from transformers import TrainingArguments
 
 import tpaw.starter
-from tpaw.config.schema import RunConfig
+from tpaw.config.schema import AdapterConfig, RunConfig
 from tpaw.errors import InputError
 from tpaw.generation.batching import Batching, _in_fp32, choose_batching
 from tpaw.generation.hf import HFGenerator
@@ -34,6 +36,8 @@ from tpaw.logprobs.fused_head import LogitMap, token_logps
 from tpaw.logprobs.packing import PACKED_LAYOUT, PADDED_LAYOUT, packed_batch
 from tpaw.logprobs.prepare import prepare_for_logprobs
 from tpaw.logprobs.response import response_logps
+from tpaw.models.adapters import AdaptedBase
+from tpaw.models.loading import cast_weights
 from tpaw.objectives.tpaw import TeamObjective
 from tpaw.pipeline.players import LoadedPlayers
 from tpaw.pipeline.preflight import read_inputs
@@ -229,6 +233,78 @@ def training(folder):
         start = torch.cat([p.detach().flatten() for p in make_model(seed=1).parameters()])
         cosine = torch.cosine_similarity(moved - start, torch.tensor(known["moved"]), dim=0)
         assert cosine > (0.8 if args.bf16 else 0.999), (name, cosine)
+
+
+def adapters(folder):
+    """A base in bf16 or fp32 on the GPU with adapters in fp32: scoring, steps, and one on another.
+
+    FOLDER holds an adapter, and what a CPU computes in fp32. 4-bit layers are not here: their
+    kernels are bitsandbytes' own, and only CUDA runs them.
+    """
+    folder = Path(folder)
+    known = json.loads((folder / "cpu.json").read_text())
+    # PEFT lets the library safetensors write into the memory of the GPU.
+    peft.utils.save_and_load.safe_load_file = lambda path, device: {
+        name: tensor.to(device) for name, tensor in safetensors.torch.load_file(path).items()
+    }
+    sequences, settings = ragged(12, seed=2), AdapterConfig(rank=4)
+    adapter = str(folder / "adapter")
+    for dtype in (torch.float32, torch.bfloat16):
+        is_bf16 = dtype == torch.bfloat16
+        base = make_model().to(GPU)
+        cast_weights(base, dtype)
+        host = AdaptedBase(base)
+
+        def check(policy, dtype=dtype):
+            kinds = {("lora_" in n, p.dtype) for n, p in policy.named_parameters()}
+            assert kinds == {(True, torch.float32), (False, dtype)}
+            assert all(p.device == GPU for p in policy.parameters())
+
+        player = host.put_on(adapter)
+        check(player)
+        found = score(player, sequences, tokens_per_row=60, use_bf16=is_bf16)
+        error = abs(found - known["scores"]).max()
+        assert error < (0.1 if is_bf16 else 1e-4), error
+
+        policy = host.policy(adapter, settings, seed=0)
+        check(policy)
+        start = {n: p.detach().cpu().clone() for n, p in policy.named_parameters()}
+        args = TrainingArguments(
+            str(folder / "steps"), **known["arguments"] | {"use_cpu": False, "bf16": is_bf16}
+        )
+        trainer = TeamTrainer(
+            model=policy,
+            args=args,
+            train_dataset=team_rows(6, 2),
+            processing_class=None,
+            objective=TeamObjective(**PAPER),
+            tokens_per_row=80,
+        )
+        trainer.train()
+        check(policy)
+        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        assert len(losses) == len(known["losses"]) == 3
+        for ours, theirs in zip(losses, known["losses"], strict=True):
+            assert abs(ours - theirs) < (0.05 if is_bf16 else 1e-4), (losses, known["losses"])
+        moved = {n: p.detach().cpu() - start[n] for n, p in policy.named_parameters()}
+        assert not any(change.any() for n, change in moved.items() if "lora_" not in n)
+        trained = torch.cat([c.flatten() for n, c in moved.items() if "lora_" in n])
+        cosine = torch.cosine_similarity(trained, torch.tensor(known["moved"]), dim=0)
+        assert cosine > (0.8 if is_bf16 else 0.999), cosine
+
+        # Another adapter on top: the ranks of the first come first, and the new B is 0.
+        fresh = AdapterConfig(rank=2, each_iteration="fresh")
+        stacked = host.policy(adapter, fresh, seed=3)
+        check(stacked)
+        first = safetensors.torch.load_file(folder / "adapter" / "adapter_model.safetensors")
+        for name, parameter in stacked.named_parameters():
+            if "lora_" not in name:
+                continue
+            kept, both = first[name.replace(".default", "")], parameter.detach().cpu()
+            is_a = "lora_A" in name
+            old, new = both.split([4, 2], dim=0 if is_a else 1)
+            assert torch.equal(old, kept), name
+            assert bool(new.any()) == is_a, name
 
 
 def generation(folder):

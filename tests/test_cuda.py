@@ -10,12 +10,14 @@ import json
 
 import pytest
 import torch
-from builders import PAPER, SAMPLING, make_model, team_rows
+from builders import PAPER, SAMPLING, make_model, save_adapter, save_model, score, team_rows
 from fork_server import Forked
 from oracles import ragged
 from transformers import TrainingArguments
 
+from tpaw.config.schema import AdapterConfig
 from tpaw.generation.hf import HFGenerator
+from tpaw.models.adapters import AdaptedBase
 from tpaw.objectives.tpaw import TeamObjective
 from tpaw.training.trainer import TeamTrainer
 
@@ -53,23 +55,37 @@ def test_on_a_pretended_gpu(name, tmp_path):
     on_gpu(name, tmp_path)
 
 
-def test_training_takes_the_steps_of_a_cpu(tmp_path):
-    policy = make_model(seed=1)
-    start = torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
+def steps_on_cpu(policy, folder):
+    """Train a policy here; returns how, its losses, and the change of what it trains."""
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    start = torch.cat([p.detach().flatten().clone() for p in trained])
     trainer = TeamTrainer(
         model=policy,
-        args=TrainingArguments(str(tmp_path / "cpu"), **ARGUMENTS),
+        args=TrainingArguments(str(folder / "cpu"), **ARGUMENTS),
         train_dataset=team_rows(6, 2),
         processing_class=None,
         objective=TeamObjective(**PAPER),
         tokens_per_row=80,
     )
     trainer.train()
-    moved = torch.cat([p.detach().flatten() for p in policy.parameters()]) - start
+    moved = torch.cat([p.detach().flatten() for p in trained]) - start
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    known = {"arguments": ARGUMENTS, "losses": losses, "moved": moved.tolist()}
+    return {"arguments": ARGUMENTS, "losses": losses, "moved": moved.tolist()}
+
+
+def test_training_takes_the_steps_of_a_cpu(tmp_path):
+    known = steps_on_cpu(make_model(seed=1), tmp_path)
     (tmp_path / "cpu.json").write_text(json.dumps(known))
     on_gpu("training", tmp_path, tmp_path)
+
+
+def test_adapters_score_and_train_as_on_a_cpu(tmp_path):
+    adapter = str(save_adapter(tmp_path / "adapter", save_model(tmp_path / "base")))
+    host = AdaptedBase(make_model())
+    scores = score(host.put_on(adapter), ragged(12, seed=2))
+    known = steps_on_cpu(host.policy(adapter, AdapterConfig(rank=4), seed=0), tmp_path)
+    (tmp_path / "cpu.json").write_text(json.dumps(known | {"scores": scores.tolist()}))
+    on_gpu("adapters", tmp_path, tmp_path)
 
 
 def test_generation_gives_the_responses_of_a_cpu(tmp_path):

@@ -361,6 +361,20 @@ def test_a_signal_stops_at_a_safe_point_and_says_how_to_go_on(
     assert contents(output) == whole
 
 
+@pytest.mark.process
+def test_a_run_by_default_has_no_cluster_and_no_server(forks, tmp_path):
+    """As the demo, with fewer rows and shorter responses, whether Ray is installed or not."""
+    changes = ["iterations=1", "data.limit=16", "evaluate.data.limit=4", "train.epochs=1"]
+    changes += ["generate.max_new_tokens=8", "train.batch_size=8", "train.learning_rate=1e-4"]
+    arguments = [part for change in changes for part in ("--set", change)]
+    command = ("run", "starter", "-o", tmp_path / "r", *arguments)
+    process = Forked("in_process_driver:watched", *command, out=tmp_path / "out.txt")
+    assert process.wait(timeout=300) == 0, process.out.read_text()
+    seen = json.loads(process.out.read_text().splitlines()[-1])
+    assert seen == {"begun": [], "imported": []}
+    assert (tmp_path / "r" / "iterations" / "1" / "checkpoint").is_dir()
+
+
 @pytest.fixture
 def evil(finished, tmp_path):
     """A run directory from somebody else, whose configuration asks to run its model's code."""

@@ -330,6 +330,35 @@ def test_adapters_that_fsdp2_cannot_shard(name, model, parts):
         RunConfig.load("starter", {"model": model, "train": {"parallel": "fsdp2"}})
 
 
+@by_first(
+    ("name", "changes", "parts"),
+    [
+        (
+            "split",
+            {"precision": "bf16", "train": {"weights": "split", "parallel": "fsdp2"}},
+            ["train.parallel", "fsdp2", "train.weights", "split"],
+        ),
+        (
+            "in process",
+            {"score": {"sharded": True}},
+            ["score.sharded", "true", "launch.engine", "ray"],
+        ),
+        (
+            "adapter",
+            {
+                "score": {"sharded": True},
+                "launch": {"engine": "ray"},
+                "model": {"adapter": {}},
+            },
+            ["score.sharded", "true", "model.adapter", "nf4"],
+        ),
+    ],
+)
+def test_weights_that_cannot_be_sharded(name, changes, parts):
+    with refused(*parts):
+        RunConfig.load("starter", changes)
+
+
 def test_recipe_names():
     assert {"starter", "spin", "tpaw", *PAPER_RECIPES} <= set(recipe_names())
 

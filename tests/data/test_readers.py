@@ -154,6 +154,21 @@ def test_of_a_large_file_no_more_is_read_than_the_limit_needs(tmp_path, name):
         read_records(DataConfig(path=str(path)), "data")
 
 
+def test_a_folder_of_files_is_prepared_whole_whatever_the_limit(tmp_path, monkeypatch):
+    """The description of `data.limit` says so."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "d"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", sums(100))
+    assert read_records(DataConfig(path=str(folder), limit=3), "data") == sums(3)
+    with (folder / "train.jsonl").open("a") as file:
+        file.write("no JSON\n")
+    with pytest.raises(InputError, match="DatasetGenerationError"):
+        read_records(DataConfig(path=str(folder), limit=3), "data")
+
+
 @pytest.mark.parametrize("name", ["a.parquet", "saved"])
 def test_a_source_without_a_column_that_is_known_has_records(tmp_path, name):
     WRITERS[name](tmp_path / name, [{"text": "x"}] * 3)

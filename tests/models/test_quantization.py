@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import save_adapter, save_model, score
+from builders import make_model, save_adapter, save_model, score
 from oracles import expected_logps, ragged_team
 
 from tpaw.config.schema import AdapterConfig, ModelConfig
@@ -13,10 +13,11 @@ from tpaw.logprobs.packing import PACKED_LAYOUT
 from tpaw.logprobs.prepare import prepare_for_logprobs
 from tpaw.models.adapters import AdaptedBase
 from tpaw.models.loading import load_base
-from tpaw.models.quantization import check_quantization, computing_in_fp32
+from tpaw.models.quantization import check_quantization, computing_in_fp32, count_in_4_bits
+from tpaw.pipeline.space import BYTES_OF_NF4
 from tpaw.team import Player
 
-pytest.importorskip("bitsandbytes")
+bitsandbytes = pytest.importorskip("bitsandbytes")
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(path="x", adapter=AdapterConfig(rank=4), quantization="nf4")
@@ -44,6 +45,21 @@ def test_linear_layers_have_4_bits_and_the_rest_the_dtype_of_the_run(folder):
     up = model.model.layers[0].mlp.up_proj
     assert up.compute_dtype == torch.bfloat16
     assert up.weight.numel() * 2 == up.in_features * up.out_features
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+def test_it_is_known_beforehand_what_has_4_bits(tmp_path, kind):
+    model = loaded(save_model(tmp_path / "m", kind), torch.bfloat16)
+    packed = sum(p.numel() for p in model.parameters() if p.dtype == torch.uint8)
+    assert count_in_4_bits(make_model(kind)) == 2 * packed > 0
+
+
+def test_a_layer_in_4_bits_has_the_bytes_that_the_plan_counts():
+    packed, state = bitsandbytes.functional.quantize_4bit(
+        torch.randn(512, 1024), quant_type="nf4", compress_statistics=True
+    )
+    held = sum(x.nbytes for x in (packed, state.absmax, state.state2.absmax))
+    assert held == BYTES_OF_NF4 * 512 * 1024
 
 
 def test_scoring_equals_the_dequantised_model_one_row_at_a_time(folder, tmp_path):

@@ -6,21 +6,35 @@ import contextlib
 import os
 import re
 import shutil
+import tempfile
 from collections import namedtuple
 
 import pytest
-from builders import contents
+from builders import contents, save_model
 from messages import refused, says
 
+import tpaw.pipeline.space
 import tpaw.pipeline.training
 from tpaw.config.plan import plan_run
 from tpaw.config.schema import RunConfig
+from tpaw.data.inputs import load_inputs
 from tpaw.errors import ArtifactError, StorageError
+from tpaw.generation.responses import read_responses
 from tpaw.models.loading import load_model
 from tpaw.models.references import checkpoint_of, find_checkpoint, find_checkpoints
 from tpaw.models.size import ModelSize, model_size
 from tpaw.pipeline.preflight import read_and_check
-from tpaw.pipeline.space import BYTES_OF_OTHER_FILES, memory_of_training, plan_space
+from tpaw.pipeline.space import (
+    BYTES_OF_OTHER_FILES,
+    BYTES_PER_RECORD,
+    BYTES_PER_SHARD,
+    bytes_of_inputs,
+    bytes_of_temporary_files,
+    described_space,
+    memory_of_training,
+    plan_space,
+    space_for_run,
+)
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.watch import Watch
 from tpaw.selfplay import self_play
@@ -197,6 +211,55 @@ def test_what_is_left_of_a_run_must_fit(finished, tmp_path, monkeypatch):
     assert read_and_check(config, run.root, Watch(StopSignal())) is None
 
 
+def test_temporary_files_are_bounded_by_the_columns_of_the_rows(finished):
+    run, config = finished
+    inputs = load_inputs(run.inputs, config)
+    held = sum(
+        column.flat.nbytes
+        for part in (inputs.examples, inputs.heldout)
+        for column in part.columns().values()
+    )
+    for t in (1, 2, 3):  # the responses that θ_4 trains on
+        answers = read_responses(run.responses(t + 1))
+        for column in (answers.example_ids, answers.token_ids, answers.texts):
+            held += column.flat.nbytes
+    size = bytes_of_inputs(read_manifest(run.inputs)["tokens"], 34)
+    plans = plan_run(config, 24)
+    without_records = 34 * BYTES_PER_RECORD + 72 * BYTES_PER_RECORD + 7 * BYTES_PER_SHARD
+    bound = bytes_of_temporary_files(config, plans, size)
+    assert held <= bound <= 2 * held + without_records
+    assert bytes_of_temporary_files(config, [], size) == 0
+    sft = config.model_copy(update={"method": "sft"})
+    assert bytes_of_temporary_files(sft, plans, size) == 2 * size
+
+
+def test_temporary_files_must_fit_on_their_own_disk_or_on_the_runs(finished, tmp_path, monkeypatch):
+    _, config = finished
+    plans = plan_run(config, 24)
+    needs = (tmp_path / "r", config, plans, model_size(config.model), 10, 9_000)
+    temporary = bytes_of_temporary_files(config, plans, 9_000)
+    asked = []
+    with monkeypatch.context() as patch:
+        note = lambda folder, needed, *_: asked.append((str(folder), needed))  # noqa: E731
+        patch.setattr(tpaw.pipeline.space, "require_space", note)
+        for folder in (tmp_path, "/proc"):  # /proc is never on the disk of another folder
+            patch.setattr(tempfile, "tempdir", str(folder))
+            space_for_run(*needs)
+    (_, together), (where, alone), other = asked
+    assert where == str(tmp_path / "r")
+    assert together == alone + temporary
+    assert other == ("/proc", temporary)
+    monkeypatch.setattr(tempfile, "tempdir", "/proc")
+    free = {"/proc": temporary - 1}
+    usage = lambda path: Usage(0, 0, free.get(str(path), 10**9))  # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with refused("/proc", "TMPDIR", error=StorageError, hide=SIZE):
+        space_for_run(*needs)
+
+
+RAY = {"engine": "ray"}
+
+
 @pytest.mark.parametrize(
     ("changes", "bytes_each"),
     [
@@ -205,9 +268,60 @@ def test_what_is_left_of_a_run_must_fit(finished, tmp_path, monkeypatch):
         ({"precision": "fp32"}, 12),
         ({"precision": "bf16", "train": {"weights": "split"}}, 8),
         ({"precision": "fp32", "train": {"optimizer": "adamw_torch"}}, 16),
+        # DDP sends a copy of the gradients. Of sharded weights, no whole bf16 copy exists.
+        ({"precision": "bf16", "launch": RAY}, 14 + 4),
+        ({"precision": "bf16", "launch": RAY | {"workers": 1}}, 14),
+        ({"precision": "bf16", "launch": RAY | {"workers": 1, "gpus_per_worker": 2}}, 14 + 4),
+        ({"precision": "bf16", "launch": RAY, "train": {"parallel": "fsdp2"}}, 12),
+        ({"precision": "bf16", "train": {"parallel": "fsdp2"}}, 14),
     ],
 )
 def test_memory_of_training(settings, changes, bytes_each):
     settings["train"] |= changes.pop("train", {})
     config = RunConfig.load(settings | changes)
     assert memory_of_training(config, ModelSize(1000, 320)) == bytes_each * 1000
+
+
+# Of the tiny model's two layers: q and o are 32×32, k and v 32×16, and three of the MLP 32×64.
+LINEAR = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
+OF_RANK_4 = 2 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))
+EMBEDDINGS, NORMS, BIASES = 320 * 32, 5 * 32, 2 * (32 + 16 + 16)
+REST = {"qwen2": EMBEDDINGS + NORMS + BIASES, "llama": 2 * EMBEDDINGS + NORMS}  # Qwen2's are tied
+
+
+@pytest.mark.parametrize("kind", REST)
+@pytest.mark.parametrize(
+    ("precision", "quantization", "of_linear", "of_rest", "of_adapter"),
+    [
+        ("fp32", None, 4, 4, 12),
+        ("bf16", None, 2, 2, 14),
+        # Scales: one byte for 64 weights, and four for 256 of these bytes.
+        ("bf16", "nf4", 0.5 + 1 / 64 + 4 / (64 * 256), 2, 14),
+        ("fp32", "nf4", 0.5 + 1 / 64 + 4 / (64 * 256), 4, 12),
+    ],
+    ids=["fp32", "bf16", "nf4 and bf16", "nf4 and fp32"],
+)
+def test_memory_of_training_an_adapter(
+    settings, tmp_path, kind, precision, quantization, of_linear, of_rest, of_adapter
+):
+    model = {"path": str(save_model(tmp_path / "m", kind)), "quantization": quantization}
+    settings |= {"model": model | {"adapter": {"rank": 4}}, "precision": precision}
+    config = RunConfig.load(settings)
+    found = memory_of_training(config, model_size(config.model))
+    expected = of_linear * LINEAR + of_rest * REST[kind] + of_adapter * OF_RANK_4
+    assert found == pytest.approx(expected, abs=1)
+
+
+@pytest.mark.parametrize(
+    "launch", [{}, RAY, RAY | {"workers": 1}], ids=["in process", "ray", "one worker"]
+)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_the_plan_says_whose_memory_it_is(settings, launch, parallel):
+    settings["train"] |= {"parallel": parallel}
+    config = RunConfig.load(settings | {"launch": launch})
+    *_, rows, memory = described_space(config, plan_run(config, 24), ModelSize(1000, 320), 10, 0)
+    is_group = launch == RAY
+    assert rows.startswith("Temporary files of each process:" if is_group else "Temporary files:")
+    says(rows, "kB", "TMPDIR")
+    who = "training" if not is_group else "each process" if parallel == "ddp" else "together"
+    says(memory, "Memory", who, f"{16 if is_group and parallel == 'ddp' else 12}.0 kB")

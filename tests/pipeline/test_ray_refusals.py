@@ -6,11 +6,15 @@ import socket
 import sys
 
 import pytest
+import transformers
 from builders import run_settings
 from messages import refused
 
 from tpaw.config.schema import RunConfig
 from tpaw.pipeline import ray_cluster
+from tpaw.pipeline.preflight import read_and_check
+from tpaw.runtime.interrupt import StopSignal
+from tpaw.runtime.watch import Watch
 from tpaw.selfplay import self_play
 
 
@@ -58,6 +62,35 @@ def test_gpus_that_the_cluster_lacks_are_counted(settings, monkeypatch, there, l
     config = RunConfig.load(settings).model_copy(update={"device": "cuda"})
     with refused(*parts):
         ray_cluster.worker_count(config)
+
+
+@pytest.mark.parametrize(
+    ("there", "processes"),
+    [({"CPU": 2.0}, 2), ({"CPU": 4.0, "GPU": 4.0}, 4), ({"CPU": 4.0, "GPU": 1.0}, 1)],
+    ids=["CPU cores", "GPUs", "one GPU"],
+)
+def test_split_weights_train_in_one_process(settings, monkeypatch, there, processes):
+    monkeypatch.setattr(ray_cluster.ray, "cluster_resources", lambda: there)
+    settings["train"] |= {"weights": "split"}
+    config = RunConfig.load(settings | {"precision": "bf16"})
+    config = config.model_copy(update={"device": "auto"})
+    if processes == 1:
+        assert ray_cluster.worker_count(config) == 1
+        return
+    with refused("train.weights: split", processes, "fp32", "launch.workers"):
+        ray_cluster.worker_count(config)
+
+
+def test_without_bitsandbytes_nothing_is_written(settings, tmp_path, monkeypatch):
+    def absent(requirement):
+        if requirement.startswith("bitsandbytes"):
+            raise ImportError(f"no {requirement}")
+
+    monkeypatch.setattr(transformers.utils.versions, "require_version", absent)
+    settings["model"] |= {"adapter": {}, "quantization": "nf4"}
+    with refused("model.quantization", "tpaw[qlora]"):
+        read_and_check(RunConfig.load(settings), tmp_path / "r", Watch(StopSignal()))
+    assert not (tmp_path / "r").exists()
 
 
 def test_all_workers_are_as_many_as_there_are_gpus_for(settings, monkeypatch):

@@ -150,7 +150,7 @@ def plan(
     sizes = (
         model_size(settings.model, settings.iterations),
         len(inputs.heldout),
-        bytes_of_inputs(inputs.examples, inputs.heldout),
+        bytes_of_inputs(inputs.tokens, len(inputs.examples) + len(inputs.heldout)),
     )
     spaces = plan_space(settings, plans, *sizes)
     console = console_of_stdout()

@@ -154,7 +154,10 @@ class DataConfig(Section):
         "reads the plain text.",
     )
     limit: Count | None = Field(
-        None, description="Read only this many records, from the first on. Default: all."
+        None,
+        description="Read only this many records, from the first on. Default: all. Of a Hub "
+        "dataset, or a folder with a copy of one, the library datasets still prepares the whole "
+        "split in its cache, once.",
     )
     max_skipped: float = Field(
         0.01,

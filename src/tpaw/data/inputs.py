@@ -39,6 +39,16 @@ class Inputs(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
 
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of all examples: prompts, targets and rejected responses."""
+        return sum(
+            len(ids.flat)
+            for part in (self.examples, self.heldout)
+            for ids in (part.prompt_ids, part.target_ids, part.rejected_ids)
+            if ids is not None
+        )
+
     def described(self) -> str:
         """One line for display: the number of examples, of skipped records and of duplicates."""
         skipped = {key: dict(reasons) for key, reasons in self.skipped.items() if reasons}
@@ -90,6 +100,7 @@ def publish_inputs(folder: Path, inputs: Inputs) -> None:
         "duplicates": inputs.duplicates(),
         "rows": len(inputs.examples),
         "heldout_rows": len(inputs.heldout),
+        "tokens": inputs.tokens,
         "heldout_prompts_in_training": inputs.heldout_prompts_in_training(),
     }
     with publishing(folder, meta) as temporary:

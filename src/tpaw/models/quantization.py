@@ -10,6 +10,21 @@ from tpaw.errors import InputError, first_line
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
+
+
+def require_bitsandbytes() -> None:
+    """Refuse 4-bit weights without bitsandbytes. Nothing is imported: bitsandbytes would use a GPU.
+
+    Raises:
+        InputError: bitsandbytes is missing or too old.
+    """
+    from transformers.utils.versions import require_version
+
+    try:
+        require_version("bitsandbytes>=0.50")
+    except ImportError as error:
+        raise _needs_bitsandbytes(error) from None
 
 
 def check_quantization(device: torch.device) -> None:
@@ -22,16 +37,13 @@ def check_quantization(device: torch.device) -> None:
         InputError: bitsandbytes is missing, too old, or fails on the device.
     """
     import torch
-    from transformers.utils.versions import require_version
 
     key = "model.quantization: nf4"
+    require_bitsandbytes()
     try:
-        require_version("bitsandbytes>=0.50")
         import bitsandbytes.functional as bnb
     except (ImportError, RuntimeError, OSError) as error:  # its libraries may not load
-        raise InputError(
-            f"{key}: needs bitsandbytes: pip install 'tpaw[qlora]' ({first_line(error)})"
-        ) from None
+        raise _needs_bitsandbytes(error) from None
     weight = torch.ones(64, 64, device=device)
     try:
         packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
@@ -46,6 +58,13 @@ def check_quantization(device: torch.device) -> None:
             f"{key}: bitsandbytes gives wrong numbers on {device.type}; remove the setting, or use "
             "another device"
         )
+
+
+def _needs_bitsandbytes(error: Exception) -> InputError:
+    return InputError(
+        "model.quantization: nf4: needs bitsandbytes: pip install 'tpaw[qlora]' "
+        f"({first_line(error)})"
+    )
 
 
 def quantized_loading(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -64,6 +83,28 @@ def quantized_loading(dtype: torch.dtype, device: torch.device) -> dict[str, Any
         bnb_4bit_compute_dtype=dtype,
     )
     return {"quantization_config": config, "device_map": {"": device}}
+
+
+def count_in_4_bits(model: PreTrainedModel) -> int:
+    """Number of the parameters that `quantized_loading` holds in 4 bits.
+
+    transformers quantises the weights of linear layers. It leaves out the output head, and weights
+    that are tied to the embeddings.
+
+    Args:
+        model: the same model, not quantised. Its weights may be on the meta device.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    kept = {id(module.weight) for module in embeddings if module is not None}
+    weights = {
+        id(module.weight): module.weight.numel()
+        for module in model.modules()
+        if type(module) in (torch.nn.Linear, Conv1D) and id(module.weight) not in kept
+    }
+    return sum(weights.values())
 
 
 def use_one_kernel(model: torch.nn.Module) -> None:

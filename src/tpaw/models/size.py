@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tpaw.config.schema import ModelConfig
 from tpaw.models.adapters import with_new_adapter
 from tpaw.models.checks import BUILD_ERRORS, cannot_build, read_config
+from tpaw.models.quantization import count_in_4_bits
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -20,11 +21,13 @@ class ModelSize(NamedTuple):
         parameters: number of parameters that are trained and saved. Tied weights count once.
         vocabulary: number of tokens.
         frozen: number of parameters of the base of adapters. They are in memory only.
+        in_4_bits: number of the frozen parameters that `model.quantization` holds in 4 bits.
     """
 
     parameters: int
     vocabulary: int
     frozen: int = 0
+    in_4_bits: int = 0
 
 
 def model_size(model: ModelConfig, iterations: int = 1) -> ModelSize:
@@ -50,8 +53,10 @@ def model_size(model: ModelConfig, iterations: int = 1) -> ModelSize:
         raise cannot_build(model, error) from None
     if model.adapter is None:
         return size_of(built)
+    in_4_bits = 0 if model.quantization is None else count_in_4_bits(built)
     stacked = iterations if model.adapter.each_iteration == "fresh" else 1
-    return size_of(with_new_adapter(built, model.adapter, model.adapter.rank * stacked))
+    adapted = with_new_adapter(built, model.adapter, model.adapter.rank * stacked)
+    return size_of(adapted)._replace(in_4_bits=in_4_bits)
 
 
 def size_of(model: PreTrainedModel | PeftModel) -> ModelSize:

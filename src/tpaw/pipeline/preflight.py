@@ -24,7 +24,7 @@ from tpaw.models.checks import (
     read_config,
 )
 from tpaw.models.loading import disable_dropout, pick_device
-from tpaw.models.quantization import check_quantization
+from tpaw.models.quantization import check_quantization, require_bitsandbytes
 from tpaw.models.reduced import reduced_model
 from tpaw.models.size import model_size
 from tpaw.models.tokenizers import load_tokenizer, stop_token_ids
@@ -60,7 +60,8 @@ def read_and_check(config: RunConfig, output: str | Path, watch: Watch) -> Input
         inputs = read_inputs(config, on_done)
     plans = plan_run(config, len(inputs.examples))  # it refuses an iteration without effect
     try_architecture(config)
-    size_of_inputs = bytes_of_inputs(inputs.examples, inputs.heldout)
+    rows = len(inputs.examples) + len(inputs.heldout)
+    size_of_inputs = bytes_of_inputs(inputs.tokens, rows)
     size = model_size(config.model, config.iterations)
     space_for_run(run.root, config, plans, size, len(inputs.heldout), size_of_inputs)
     return inputs
@@ -78,18 +79,27 @@ def _check_space_of_the_rest(config: RunConfig, run: RunDirectory) -> None:
         newest = str(run.checkpoint(published[-1]))
         model = model.model_copy(update={"path": newest, "revision": None})
     inputs = read_manifest(run.inputs)
-    plans = plan_run(config, inputs["rows"])
+    rows, heldout = inputs["rows"], inputs["heldout_rows"]
+    # A run that began before they were counted does not name its tokens.
+    size_of_inputs = bytes_of_inputs(inputs.get("tokens", 0), rows + heldout)
+    plans = plan_run(config, rows)
     with contextlib.suppress(InputError):  # a stage that needs the model says what is wrong
-        space_for_run(
-            run.root, config, plans, model_size(model, config.iterations), inputs["heldout_rows"], 0
-        )
+        size = model_size(model, config.iterations)
+        space_for_run(run.root, config, plans, size, heldout, size_of_inputs)
 
 
 def _check_libraries(config: RunConfig) -> None:
-    """Refuse adapters and 4-bit weights where their libraries are missing or cannot work."""
+    """Refuse adapters and 4-bit weights where their libraries are missing or cannot work.
+
+    With Ray the machines share an environment, so what is missing is missing here. Whether
+    bitsandbytes works on their GPUs shows when a worker loads the base, after the run has begun.
+    """
     if config.model.adapter is not None:
         require_peft()
-    if config.model.quantization is not None and config.launch.engine == "in_process":
+    if config.model.quantization is None:
+        return
+    require_bitsandbytes()
+    if config.launch.engine == "in_process":
         check_quantization(pick_device(config.device))
 
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from tpaw.config.plan import IterationPlan, kept_checkpoints
 from tpaw.config.schema import RunConfig
-from tpaw.data.examples import Examples
 from tpaw.models.size import ModelSize
 from tpaw.storage.artifacts import is_published
-from tpaw.storage.failures import readable_size, require_space
+from tpaw.storage.failures import nearest_folder, readable_size, require_space
 from tpaw.storage.run_directory import Iteration, RunDirectory
 
 BYTES_PER_TOKEN = 4 + 4  # an id as int32, and about four characters of text
@@ -33,6 +33,8 @@ BYTES_OF_WEIGHTS = 4
 BYTES_OF_OPTIMIZER = {"rmsprop": 4, "adagrad": 4, "sgd": 4}
 BYTES_OF_ADAM = 8
 BYTES_OF_SPLIT_STEP = 2 + 2 + 2  # upper and lower halves, and the squared gradient in bf16
+# 4 bits; 1 byte of scale for 64 weights; 4 bytes of scale for 256 of those bytes.
+BYTES_OF_NF4 = 1 / 2 + (1 + 4 / 256) / 64
 
 
 class IterationSpace(NamedTuple):
@@ -117,33 +119,78 @@ def bytes_of_training(config: RunConfig, size: ModelSize, steps: int) -> int:
     return max(checkpoint + min(saves, 1) * saved_step, min(saves, 2) * saved_step)
 
 
-def bytes_of_inputs(examples: Examples, heldout: Examples) -> int:
-    """Bytes of the tokenised examples. The tokenizer is among the other files."""
-    tokens = sum(
-        len(ids.flat)
-        for part in (examples, heldout)
-        for ids in (part.prompt_ids, part.target_ids, part.rejected_ids)
-        if ids is not None
-    )
-    records = (len(examples) + len(heldout)) * BYTES_PER_RECORD
-    return tokens * BYTES_PER_TOKEN + records + 2 * BYTES_PER_SHARD
+def bytes_of_inputs(tokens: int, rows: int) -> int:
+    """Bytes of the tokenised examples. The tokenizer is among the other files.
+
+    Args:
+        tokens: of all examples, held-out ones included; see `Inputs.tokens`.
+        rows: number of all examples.
+    """
+    return tokens * BYTES_PER_TOKEN + rows * BYTES_PER_RECORD + 2 * BYTES_PER_SHARD
+
+
+def bytes_of_temporary_files(config: RunConfig, plans: Sequence[IterationPlan], inputs: int) -> int:
+    """Bytes of the temporary files of a process that trains; see `data/columns.py`.
+
+    These are the inputs and the responses of all opponents of an iteration.
+
+    Args:
+        config: the configuration of the run.
+        plans: the iterations that are not finished.
+        inputs: bytes of the inputs; see `bytes_of_inputs`.
+    """
+    if not plans:
+        return 0
+    if config.method == "sft":
+        return inputs + inputs  # TRL takes the ids again, with labels
+    responses = [bytes_of_responses(config, plan.triples) for plan in plans if plan.opponents]
+    return inputs + max(responses, default=0)
 
 
 def memory_of_training(config: RunConfig, size: ModelSize) -> int:
     """Bytes of memory for weights, gradients and optimizer state while a model trains.
 
     Activations and logits come on top. See the table in `training/split_weights.py`. The base of
-    adapters is in the precision of the run. In 4 bits, with its scales, it takes at most 0.56 bytes
-    a weight; its embeddings are not quantised, and come on top.
+    adapters is in the precision of the run, except for what is quantised to 4 bits.
+
+    Returns:
+        The bytes of each process; with `train.parallel: fsdp2`, of all processes together.
     """
     parameters = size.parameters
     if config.train.weights == "split":
         return 8 * parameters
-    each = 2 if config.precision == "bf16" else 4
-    base = size.frozen * (0.5625 if config.model.quantization is not None else each)
-    copy = 2 if config.precision == "bf16" else 0  # of autocast
+    is_bf16, is_sharded = config.precision == "bf16", _trains_sharded(config)
+    base = (size.frozen - size.in_4_bits) * (2 if is_bf16 else 4) + size.in_4_bits * BYTES_OF_NF4
+    # A copy of autocast. FSDP2 has that of one layer at a time.
+    copy = 2 if is_bf16 and not is_sharded else 0
+    # DDP copies gradients into buffers to send them.
+    sent = 4 if _trains_in_a_group(config) and not is_sharded else 0
     state = BYTES_OF_OPTIMIZER.get(config.train.optimizer, BYTES_OF_ADAM)
-    return int(base) + (BYTES_OF_WEIGHTS + copy + 4 + state) * parameters
+    return math.ceil(base) + (BYTES_OF_WEIGHTS + copy + 4 + sent + state) * parameters
+
+
+def _trains_in_a_group(config: RunConfig) -> bool:
+    """Whether several processes may train together. How many is known once the cluster is."""
+    launch = config.launch
+    return launch.engine == "ray" and (launch.workers, launch.gpus_per_worker) != (1, 1)
+
+
+def _trains_sharded(config: RunConfig) -> bool:
+    return _trains_in_a_group(config) and config.train.parallel == "fsdp2"
+
+
+def _described_memory(config: RunConfig, size: ModelSize) -> str:
+    held = readable_size(memory_of_training(config, size))
+    if _trains_sharded(config):
+        who = f"all processes together hold {held}"
+    elif _trains_in_a_group(config):
+        who = f"each process holds {held}"
+    else:
+        who = f"training holds {held}"
+    return (
+        f"Memory: {who} of weights, gradients and optimizer state. Activations and logits come on "
+        "top."
+    )
 
 
 def plan_space(
@@ -246,8 +293,10 @@ def described_space(
         f"{readable_size(bytes_of_checkpoint(size))}, for {size.parameters:,} parameters in fp32; "
         f"a saved step has {readable_size(saved_step)}.",
         f"With {'; with '.join(others)}. Results of suites are not counted.",
-        f"Memory: training holds {readable_size(memory_of_training(config, size))} of "
-        "weights, gradients and optimizer state. Activations come on top.",
+        f"Temporary files{' of each process' if _trains_in_a_group(config) else ''}: up to "
+        f"{readable_size(bytes_of_temporary_files(config, plans, inputs))} of rows, in the folder "
+        "that the environment variable TMPDIR names.",
+        _described_memory(config, size),
     ]
 
 
@@ -259,7 +308,9 @@ def space_for_run(
     heldout: int,
     inputs: int,
 ) -> None:
-    """Check the space for a run, or for what is left of it.
+    """Check the space for a run, or for what is left of it, with the temporary files of a process.
+
+    A group of processes has temporary files for each of them; only those of one are counted.
 
     Args:
         root: the run directory. It need not exist.
@@ -278,11 +329,18 @@ def space_for_run(
         peaks = [s.peak for s in spaces if not is_published(run.checkpoint(s.iteration))]
         return max([*peaks, spaces[-1].after]) - there
 
-    now = needed(config.keep)
-    smaller = [(keep, needed(keep)) for keep in ("team", "last")]
+    left = [plan for plan in plans if not is_published(run.checkpoint(plan.iteration))]
+    temporary, folder = bytes_of_temporary_files(config, left, inputs), Path(tempfile.gettempdir())
+    on_one_disk = folder.stat().st_dev == nearest_folder(root).stat().st_dev
+    beside = temporary if on_one_disk else 0
+    now = needed(config.keep) + beside
+    smaller = [(keep, needed(keep) + beside) for keep in ("team", "last")]
     options = [f"{keep} needs up to {readable_size(n)}" for keep, n in smaller if n < now]
     advice = f"The setting keep lowers this: {', '.join(options)}." if options else ""
     require_space(root, now, "this run", advice)
+    if not on_one_disk:
+        advice = "Or set the environment variable TMPDIR to a folder on a larger disk."
+        require_space(folder, temporary, "this run, for its temporary files,", advice)
 
 
 def space_for_responses(run: RunDirectory, config: RunConfig, count: int) -> None:
