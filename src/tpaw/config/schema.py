@@ -377,7 +377,8 @@ class ServerConfig(Section):
     in_flight: Count = Field(
         256,
         json_schema_extra=CHANGEABLE,
-        description="Largest number of requests that wait for a reply at a time, for each server.",
+        description="Largest number of requests that wait for a reply at a time, for each server. "
+        "With launch.engine ray every worker may send as many, also to the same endpoint.",
     )
     logprobs: bool = Field(
         True,
