@@ -6,9 +6,10 @@ Shape suffixes: B triples, K players.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 References = Literal["none", "newest", "team"]
@@ -20,10 +21,12 @@ class ObjectiveNeeds(NamedTuple):
     Attributes:
         references: "none", no player is scored; "newest", exactly one player; "team", one or more.
         initial_responses: whether it reads the policy's log-prob of θ_0's response too.
+        correct_responses: whether D_O has the responses alone whose answer is right.
     """
 
     references: References = "team"
     initial_responses: bool = False
+    correct_responses: bool = False
 
 
 class PairLogps(NamedTuple):
@@ -73,6 +76,34 @@ class Objective(Protocol):
     def __call__(self, logps: PairLogps) -> ObjectiveOutput:
         """Losses and metrics of B pairs."""
         ...
+
+
+class NamedObjective(BaseModel):
+    """An objective whose fields are the section `objective` of a configuration.
+
+    A file beside this one has one such class, `Settings`, with a field `name`: the file's own name,
+    or the dotted name of a module outside of the package. pydantic checks the fields.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    needs: ClassVar[ObjectiveNeeds]
+
+    def __call__(self, logps: PairLogps) -> ObjectiveOutput:
+        """See `Objective`."""
+        raise NotImplementedError
+
+
+def reward_metrics(target_reward_B: Tensor, generated_reward_B: Tensor) -> dict[str, Tensor]:
+    """The rewards of target and generated response, and their margin, by TRL's names."""
+    target_B, generated_B = target_reward_B.detach(), generated_reward_B.detach()
+    margin_B = target_B - generated_B
+    return {
+        "rewards/target": target_B,
+        "rewards/generated": generated_B,
+        "rewards/margins": margin_B,
+        "rewards/accuracies": (margin_B > 0).to(margin_B.dtype),
+    }
 
 
 class FakeObjective:
