@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tpaw.config.plan import players_of
 from tpaw.config.schema import RunConfig
 from tpaw.pipeline.baselines import baseline
 from tpaw.runtime.interrupt import StopSignal
@@ -17,15 +18,12 @@ if TYPE_CHECKING:
 
 def algorithm_1(config: RunConfig, stages: Stages) -> Player:
     """Run Algorithm 1 and return θ_T. A stage whose output is published returns at once."""
-    examples = stages.load_examples()  # D_SFT
     history = [stages.initial_player()]  # θ_0, the SFT model
     stages.evaluate(history[-1])
     for t in range(config.iterations):
+        examples = stages.load_examples(t)  # D_SFT
         stages.generate(history[-1], examples, t)  # D_t
-        team = Team(
-            opponents=config.team.opponents.select(history),
-            main_players=config.team.main_players.select(history),
-        )
+        team = Team(*players_of(config, history))
         triples = stages.build_triples(examples, team.opponents)  # D_O
         stages.score(triples, team.main_players, t)  # each log-prob only once in the run
         history.append(stages.train(history[-1], triples, team, t))  # θ_{t+1}

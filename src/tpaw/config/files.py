@@ -1,7 +1,7 @@
 """Read and write configurations as YAML: files, recipes, `extends` and `--set`.
 
-This module does not know the settings. It treats a configuration as a nested mapping or as any
-pydantic model.
+This module does not know the settings, except for those that choose what a section holds. It
+treats a configuration as a nested mapping or as any pydantic model.
 """
 
 from __future__ import annotations
@@ -152,12 +152,23 @@ def _read_source(source: str, ancestors: tuple[str, ...], read: list[str]) -> di
     return _merge(merged, tree)
 
 
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
+        if both and not _is_other_choice(path + key, merged[key], value):
+            merged[key] = _merge(merged[key], value, f"{path}{key}.")
+        else:
+            merged[key] = value
     return merged
+
+
+def _is_other_choice(path: str, base: Mapping[str, Any], over: Mapping[str, Any]) -> bool:
+    """Whether a section has another method or rule than before, and so none of its settings."""
+    if path == "objective":
+        before = base.get("name", "tpaw")
+        return bool(over.get("name", before) != before)
+    return path in ("team.opponents", "team.main_players") and over.keys().isdisjoint(base)
 
 
 def _parse_override(override: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from tpaw.config.chosen import Chosen
 from tpaw.errors import InputError, brief, printable
 
 # A file with more problems is no attempt at a configuration.
@@ -39,7 +40,7 @@ def validate_as(kind: type[Kind], tree: Mapping[str, Any], prefix: str = "") -> 
         return kind.model_validate(dict(tree))
     except ValidationError as error:
         problems = error.errors()
-        lines = list(_explain_all(problems[:MAX_PROBLEMS], kind))
+        lines = list(_explain_all(problems[:MAX_PROBLEMS], kind, tree))
         if len(problems) > MAX_PROBLEMS:
             lines.append(f"and {len(problems) - MAX_PROBLEMS} more problems")
         raise InputError("\n".join(prefix + line for line in lines)) from None
@@ -61,20 +62,22 @@ def explain_unknown(key: str, names: Iterable[str], known: Sequence[str]) -> Non
             raise InputError(f"{key}: {brief(name)}: unknown name{nearest(name, known)}")
 
 
-def _explain_all(problems: Sequence[Any], kind: type[BaseModel]) -> Iterator[str]:
+def _explain_all(
+    problems: Sequence[Any], kind: type[BaseModel], tree: Mapping[str, Any]
+) -> Iterator[str]:
     by_key: dict[str, list[Any]] = {}
     for problem in problems:
-        key = _explain(problem, kind).partition(":")[0].partition("[")[0]
+        key = _explain(problem, kind, tree).partition(":")[0].partition("[")[0]
         by_key.setdefault(key, []).append(problem)
     for alternatives in by_key.values():
         # A setting that takes one value or a list fails once for each form. The error about the
         # form that the user did not choose would only confuse.
         telling = [p for p in alternatives if not p["type"].endswith("_type")]
-        yield from dict.fromkeys(_explain(p, kind) for p in telling or alternatives[:1])
+        yield from dict.fromkeys(_explain(p, kind, tree) for p in telling or alternatives[:1])
 
 
-def _explain(problem: Any, kind: type[BaseModel]) -> str:
-    model: type[BaseModel] = kind
+def _explain(problem: Any, kind: type[BaseModel], tree: Mapping[str, Any]) -> str:
+    model, content = kind, tree
     keys: list[str] = []
     # pydantic's location also names the branches of a union. The user knows only keys and
     # positions in a list.
@@ -82,7 +85,8 @@ def _explain(problem: Any, kind: type[BaseModel]) -> str:
         field = _field_by_key(model, part) if model is not None else None
         if field is not None:
             keys.append(str(part))
-            model = section_of(field)
+            content = content.get(part) if isinstance(content, Mapping) else None
+            model = section_of(field, content)
         elif isinstance(part, int):
             keys[-1] += f"[{part}]"
         elif problem["type"] == "extra_forbidden":
@@ -132,7 +136,15 @@ def _field_by_key(model: type[BaseModel] | None, key: Any) -> FieldInfo | None:
     return next((field for name, field in fields if key == (field.alias or name)), None)
 
 
-def section_of(field: FieldInfo) -> Any:
-    """The pydantic model that a field holds, or None if the field is a plain setting."""
+def section_of(field: FieldInfo, content: Any = None) -> Any:
+    """The pydantic model that a field holds, or None if the field is a plain setting.
+
+    Args:
+        field: of a configuration.
+        content: what was given for it, which may choose the model.
+    """
+    for mark in field.metadata:
+        if isinstance(mark, Chosen) and (kind := mark.kind_of(content)) is not None:
+            return kind
     candidates = (field.annotation, *getattr(field.annotation, "__args__", ()))
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)

@@ -5,11 +5,14 @@ It needs the configuration and the number of examples only, no model and no torc
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from tpaw.config.schema import RunConfig, at_iteration
 from tpaw.errors import InputError
+from tpaw.team import PlayerOrIndex, Rule
 
 
 class IterationPlan(NamedTuple):
@@ -19,13 +22,15 @@ class IterationPlan(NamedTuple):
         iteration: i, the iteration that trains θ_i.
         starts_from: index of the checkpoint that the policy starts from.
         opponents: indices of the opponents, newest first. Empty for sft and dpo.
-        main_players: indices of the main players, newest first. Empty for sft. For dpo it holds
-            the reference model.
+        main_players: indices of the main players, newest first. Empty for sft, and for an
+            objective without references. For dpo it holds the reference model.
         triples: number of triples in D_O. For sft it is the number of examples, for dpo the
             number of preference pairs.
         optimizer_steps: optimizer steps over all epochs.
+        is_at_most: whether triples and steps are upper bounds, because the responses decide which
+            triples are kept.
         learning_rate: peak learning rate.
-        lambda_: λ of the objective.
+        lambda_: λ of the objective; None if it has none.
         epochs: passes over the triples.
         to_generate: responses to sample.
         to_score: upper bound of the (player, sequence) pairs to score. Equal sequences are
@@ -38,8 +43,9 @@ class IterationPlan(NamedTuple):
     main_players: tuple[int, ...]
     triples: int
     optimizer_steps: int
+    is_at_most: bool
     learning_rate: float
-    lambda_: float
+    lambda_: float | None
     epochs: int
     to_generate: int
     to_score: int
@@ -59,17 +65,32 @@ def plan_run(config: RunConfig, examples: int) -> list[IterationPlan]:
         InputError: an iteration has a single optimizer step and a warmup, so its learning rate
             would be 0 and θ would not change.
     """
+    if config.data.chunks > examples:
+        raise InputError(
+            f"data.chunks: {config.data.chunks}: there are {examples} examples; it must be at most "
+            "as many"
+        )
     plans = []
-    scored: set[tuple[int, int]] = set()
+    # By player, author and part of the examples.
+    scored: set[tuple[int, int, int]] = set()
     for t in range(config.iterations):
-        opponents, main_players = players_of(config, t)
+        opponents, main_players = players_of(config, range(t + 1))
+        used = chunk_size(config, examples, t)
+        responses = used * config.generate.samples
         if config.method == "self_play":
-            triples, responses, authors = len(opponents) * examples, examples, (-1, *opponents)
+            triples, authors = len(opponents) * responses, (-1, *opponents)
         else:
-            triples, responses, authors = examples, 0, (-1, -2)
+            triples, responses, authors = used, 0, (-1, -2)
         # Identifies sequences by their author: -1 for the targets of the data, -2 for its rejected
         # responses, t for the responses of θ_t.
-        needed = {(j, author) for j in main_players for author in authors}
+        part = t % config.data.chunks
+        needed = {(j, author, part) for j in main_players for author in authors}
+        missing = needed - scored
+        scored |= needed
+        targets = sum(author < 0 for _, author, _ in missing)
+        steps = optimizer_steps(config, triples, t)
+        check_steps(config, triples, t)
+        lambda_ = getattr(config.objective, "lambda_", None)
         plans.append(
             IterationPlan(
                 iteration=t + 1,
@@ -77,22 +98,48 @@ def plan_run(config: RunConfig, examples: int) -> list[IterationPlan]:
                 opponents=opponents,
                 main_players=main_players,
                 triples=triples,
-                optimizer_steps=optimizer_steps(config, triples, t),
+                optimizer_steps=steps,
+                is_at_most=config.method == "self_play"
+                and config.objective.needs.correct_responses,
                 learning_rate=at_iteration(config.train.learning_rate, t),
-                lambda_=at_iteration(config.objective.lambda_, t),
+                lambda_=None if lambda_ is None else at_iteration(lambda_, t),
                 epochs=at_iteration(config.train.epochs, t),
                 to_generate=responses,
-                to_score=len(needed - scored) * examples,
+                to_score=targets * used + (len(missing) - targets) * used * config.generate.samples,
             )
         )
-        scored |= needed
-        if plans[-1].optimizer_steps == 1 and config.train.warmup > 0:
-            raise InputError(
-                f"train.warmup: {config.train.warmup}: iteration {t + 1} has a single step "
-                f"({triples} triples), and the warmup gives this step a learning rate of 0; set "
-                "train.warmup to 0, lower train.batch_size, or use more records or epochs"
-            )
     return plans
+
+
+def check_steps(config: RunConfig, triples: int, t: int) -> None:
+    """Refuse an iteration that would change nothing.
+
+    Args:
+        config: the configuration of the run.
+        triples: number of triples in one epoch.
+        t: the iteration that trains θ_{t+1}; counts from 0.
+
+    Raises:
+        InputError: it has a single optimizer step and a warmup.
+    """
+    if optimizer_steps(config, triples, t) == 1 and config.train.warmup > 0:
+        raise InputError(
+            f"train.warmup: {config.train.warmup}: iteration {t + 1} has a single step "
+            f"({triples} triples), and the warmup gives this step a learning rate of 0; set "
+            "train.warmup to 0, lower train.batch_size, or use more records or epochs"
+        )
+
+
+def chunk_size(config: RunConfig, examples: int, t: int) -> int:
+    """Number of examples that an iteration uses; see `data.chunks`.
+
+    Args:
+        config: the configuration of the run.
+        examples: number of all examples.
+        t: the iteration that trains θ_{t+1}; counts from 0.
+    """
+    size, larger = divmod(examples, config.data.chunks)
+    return size + (t % config.data.chunks < larger)
 
 
 def optimizer_steps(config: RunConfig, triples: int, t: int) -> int:
@@ -108,28 +155,33 @@ def optimizer_steps(config: RunConfig, triples: int, t: int) -> int:
     return at_iteration(config.train.epochs, t) * math.ceil(triples / config.train.batch_size)
 
 
-def players_of(config: RunConfig, t: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def players_of(
+    config: RunConfig, history: Sequence[PlayerOrIndex]
+) -> tuple[tuple[PlayerOrIndex, ...], tuple[PlayerOrIndex, ...]]:
     """The opponents and the main players of an iteration.
 
     Args:
         config: the configuration of the run.
-        t: the iteration that trains θ_{t+1}; counts from 0. It may be beyond the last iteration.
+        history: all checkpoints so far, oldest first: those of the iteration that trains θ_{t+1}
+            are θ_0 to θ_t. t may be beyond the last iteration.
 
     Returns:
-        Two tuples of indices, newest first. sft has no players. dpo has its reference model as the
-        only main player.
+        Two tuples, newest first. sft has no players. dpo has its reference model as the only main
+        player. An objective without references has no main players.
     """
     if config.method == "self_play":
-        history = range(t + 1)
-        return config.team.opponents.select(history), config.team.main_players.select(history)
-    return (), (t,) if config.method == "dpo" else ()
+        has_none = config.objective.needs.references == "none"
+        main_players = () if has_none else config.team.main_players.select(history)
+        return config.team.opponents.select(history), main_players
+    return (), (history[-1],) if config.method == "dpo" else ()
 
 
 def kept_checkpoints(config: RunConfig, t: int, *, is_trained: bool) -> set[int]:
     """The checkpoints that keep their weights, by the setting `keep`.
 
     An opponent plays with its stored responses, so the run reads the weights of main players and of
-    the newest checkpoint only. A checkpoint is scored as a main player in several iterations.
+    the newest checkpoint only. A checkpoint is scored as a main player in several iterations, which
+    need not follow each other.
 
     Args:
         config: the configuration of the run.
@@ -144,9 +196,22 @@ def kept_checkpoints(config: RunConfig, t: int, *, is_trained: bool) -> set[int]
     newest = t + 1 if is_trained else t
     if config.keep == "all":
         return set(range(newest + 1))
+    kept = {newest}
+    if config.method == "self_play" and config.objective.needs.references != "none":
+        uses = _last_uses(config.team.main_players, config.iterations)
+        kept |= {j for j, last in enumerate(uses[: newest + 1]) if last > t}
     if config.keep == "team":
         # Also at the end of the run: the team that one more iteration would have.
-        opponents, main_players = players_of(config, newest)
-        return {newest, *opponents, *main_players}
-    upcoming = players_of(config, t + 1)[1] if t + 1 < config.iterations else ()
-    return {newest, *(j for j in upcoming if j <= newest)}
+        opponents, main_players = players_of(config, range(newest + 1))
+        kept |= {*opponents, *main_players}
+    return kept
+
+
+@functools.lru_cache
+def _last_uses(rule: Rule, iterations: int) -> tuple[int, ...]:
+    """Of each checkpoint, the last iteration (from 0) that a rule selects it in; -1 if none."""
+    uses = [-1] * iterations
+    for t in range(iterations):
+        for j in rule.select(range(t + 1)):
+            uses[j] = t
+    return tuple(uses)

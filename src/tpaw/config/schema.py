@@ -10,16 +10,27 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    field_validator,
+    model_validator,
+)
 from pydantic.config import JsonDict
 
+from tpaw.config.chosen import Chosen, refusal
 from tpaw.config.files import load_tree
-from tpaw.config.messages import validate_as
+from tpaw.config.messages import nearest, validate_as
+from tpaw.config.methods import method_names, settings_of
 from tpaw.errors import brief, printable, public_url
-from tpaw.team import Newest
+from tpaw.objectives.base import NamedObjective, ObjectiveNeeds
+from tpaw.team import RULES, Newest, Rule, rule_keys
 
 Scalar = TypeVar("Scalar")
 
@@ -38,6 +49,7 @@ PerIteration = Annotated[Scalar | tuple[Scalar, ...], BeforeValidator(_as_tuple)
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Rounds = Annotated[int, Field(ge=1, le=1_000)]
 LARGEST = 1e6
+LOWEST_TEMPERATURE = 1e-5
 LOWEST_SERVER_TEMPERATURE = 0.01
 Positive = Annotated[float, Field(gt=0, le=LARGEST)]
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_strings)]
@@ -47,6 +59,8 @@ Strings = Annotated[tuple[str, ...], BeforeValidator(_as_strings)]
 _OF_SELF_PLAY: Mapping[str, tuple[str, ...]] = {
     "team": ("opponents", "main_players"),
     "objective": ("lambda_", "eta", "gamma", "min_player_weight", "target_weight", "player_weight"),
+    "data": ("chunks",),
+    "generate": ("samples",),
     "train": ("group_by_prompt", "weights"),
 }
 
@@ -166,6 +180,13 @@ class DataConfig(Section):
         description="Largest share of records that TPAW may skip because they are unusable, for "
         "example longer than max_length. If more records are unusable, the run is refused.",
     )
+    chunks: Rounds = Field(
+        1,
+        description="Divide the examples into this many parts of one shuffle; iteration i uses "
+        "part i alone, and after the last part the first again (IRFT). So an iteration is as many "
+        "times smaller. It needs team.opponents {last: 1}. 1: every iteration uses all examples. "
+        "It has no effect on held-out records.",
+    )
 
 
 class AdapterConfig(Section):
@@ -274,26 +295,54 @@ class ModelConfig(Section):
     )
 
 
-class TeamConfig(Section):
-    """Which checkpoints play. No effect on method sft or dpo, which refuse other values."""
+def _rule_of(content: Mapping[str, Any]) -> type[Rule]:
+    rules = rule_keys()
+    given = [key for key in content if key in rules]
+    if len(given) > 1:
+        text = f"{brief(dict(content))}: several rules; give one of {', '.join(rules)}"
+        raise refusal("", content, text)
+    if content and not given:
+        hint = nearest(str(next(iter(content))), list(rules))
+        raise refusal("", content, f"{brief(dict(content))}: unknown rule{hint}")
+    return rules[given[0]] if given else Newest
 
-    opponents: Newest = Field(
+
+AnyRule = Annotated[SerializeAsAny[Rule], Chosen(_rule_of, lambda: RULES)]
+
+
+class TeamConfig(Section):
+    """Which checkpoints play. No effect on method sft or dpo, which refuse other values.
+
+    A rule is one of `last: n`, `all: true`, `first_and_last: true`, `spaced: n` and
+    `sampled: {count: n, seed: s}`. Each selects the newest checkpoint.
+    """
+
+    opponents: AnyRule = Field(
         Newest(last=3),
         description="Opponents: the checkpoints whose responses the policy learns to reject. "
         "D_O has one triple for each prompt and opponent, so more opponents mean more optimizer "
-        "steps.",
+        "steps. One rule: last: n, all: true, first_and_last: true, spaced: n, or "
+        "sampled: {count: n, seed: s}.",
     )
-    main_players: Newest = Field(
+    main_players: AnyRule = Field(
         Newest(last=3),
         description="Main players: the reference models of the objective. Each one scores every "
-        "sequence once.",
+        "sequence once. One rule, as for opponents. An objective with one reference takes "
+        "{last: 1} alone, and an objective without references takes no such setting.",
     )
 
 
-class ObjectiveConfig(Section):
+class ObjectiveConfig(NamedObjective):
     """Parameters of equations 2 to 8. Method sft uses none of them; method dpo uses lambda only."""
 
     model_config = ConfigDict(populate_by_name=True)
+
+    name: Literal["tpaw"] = Field(
+        "tpaw",
+        description="The method: a file in tpaw/objectives, such as space, or the dotted name of a "
+        "module of your own (docs/how-to/add-a-method.md). It decides which other settings this "
+        "section has. tpaw: the paper's.",
+    )
 
     lambda_: PerIteration[Positive] = Field(
         0.1,
@@ -334,6 +383,20 @@ class ObjectiveConfig(Section):
         description="Player weight β_j. softmax: equation 7. uniform: 1 divided by the number of "
         "main players (the paper's ablation w/o MPW).",
     )
+
+    needs: ClassVar = ObjectiveNeeds(references="team")
+
+
+def _objective_of(content: Mapping[str, Any]) -> type[NamedObjective]:
+    name = content.get("name", "tpaw")
+    return ObjectiveConfig if name == "tpaw" else settings_of(name)
+
+
+def _objectives() -> list[type[NamedObjective]]:
+    return [_objective_of({"name": name}) for name in method_names()]
+
+
+AnyObjective = Annotated[SerializeAsAny[NamedObjective], Chosen(_objective_of, _objectives)]
 
 
 # What a template of the section `generate.server` may contain in braces.
@@ -480,10 +543,18 @@ class GenerateConfig(Section):
     server: ServerConfig = ServerConfig()
     temperature: float = Field(
         1.0,
-        ge=1e-5,  # a logit divided by less could overflow
+        ge=0,
         le=1000,
-        description="Sampling temperature, at least 1e-5, or 0.01 with the backend server. Values "
-        "below 1 favour likely tokens. It has no effect on exact match, which decodes greedily.",
+        description="Sampling temperature. 0: greedy, always the likeliest token. Otherwise at "
+        "least 1e-5, or 0.01 with the backend server. Values below 1 favour likely tokens. It has "
+        "no effect on exact match, which decodes greedily.",
+    )
+    samples: int = Field(
+        1,
+        ge=1,
+        le=1000,
+        description="Responses to each prompt. D_O has a triple for each of them, so an iteration "
+        "has as many times more steps. More than one needs a temperature above 0.",
     )
     top_p: float = Field(
         1.0,
@@ -519,6 +590,25 @@ class GenerateConfig(Section):
         "its place in its shard. When a run is resumed, another size applies to iterations whose "
         "generation has not begun.",
     )
+
+    @field_validator("temperature")
+    @classmethod
+    def _can_divide(cls, temperature: float) -> float:
+        if 0 < temperature < LOWEST_TEMPERATURE:
+            raise ValueError(
+                f"{temperature}: must be 0, which is greedy, or at least {LOWEST_TEMPERATURE}, "
+                "because a logit divided by less could overflow"
+            )
+        return temperature
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> GenerateConfig:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(
+                f"samples: {self.samples}: with temperature 0 all responses to a prompt are equal; "
+                "set samples to 1, or raise the temperature"
+            )
+        return self
 
 
 class ScoreConfig(Section):
@@ -749,7 +839,7 @@ class RunConfig(Section):
         "data.max_skipped).",
     )
     team: TeamConfig = TeamConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: AnyObjective = ObjectiveConfig()
     generate: GenerateConfig = GenerateConfig()
     score: ScoreConfig = ScoreConfig()
     train: TrainConfig = TrainConfig()
@@ -838,11 +928,63 @@ class RunConfig(Section):
                 f"generate.max_new_tokens: {self.generate.max_new_tokens}: leaves no room for a "
                 f"prompt; it must be less than max_length {self.max_length}"
             )
-        players = min(self.team.main_players.last, self.iterations)
-        if self.objective.min_player_weight * players > 1:
+        players = len(self.team.main_players.select(range(self.iterations)))
+        tpaw = self.objective if isinstance(self.objective, ObjectiveConfig) else None
+        if tpaw and tpaw.min_player_weight * players > 1:
             raise ValueError(
-                f"objective.min_player_weight: {self.objective.min_player_weight}: with {players} "
+                f"objective.min_player_weight: {tpaw.min_player_weight}: with {players} "
                 f"main players every weight could be below it; it must be at most 1/{players}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _objective_fits(self) -> RunConfig:
+        name, needs, team = self.objective.name, self.objective.needs, self.team
+        if not isinstance(needs, ObjectiveNeeds):
+            raise ValueError(f"objective.name: {name}: its needs is not an ObjectiveNeeds")
+        if self.method != "self_play":
+            if name != "tpaw":
+                raise ValueError(
+                    f"objective.name: {brief(name)}: method {self.method} does not use this "
+                    "setting; remove it"
+                )
+            return self
+        shown = brief(team.main_players.model_dump())
+        if needs.references == "none" and team.main_players != TeamConfig().main_players:
+            raise ValueError(
+                f"team.main_players: {shown}: objective.name {name} reads no reference, so no "
+                "checkpoint is a main player; remove this setting"
+            )
+        if needs.references == "newest" and team.main_players.select(range(2)) != (1,):
+            raise ValueError(
+                f"team.main_players: {shown}: objective.name {name} has one reference, the newest "
+                "checkpoint; set team.main_players to {last: 1}"
+            )
+        if needs.one_response and self.generate.samples > 1:
+            raise ValueError(
+                f"generate.samples: {self.generate.samples}: objective.name {name} takes one "
+                "response to a prompt; set it to 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _chunks_fit(self) -> RunConfig:
+        chunks, needs = self.data.chunks, self.objective.needs
+        if self.evaluate.data is not None and self.evaluate.data.chunks > 1:
+            raise ValueError(
+                f"evaluate.data.chunks: {self.evaluate.data.chunks}: every held-out record is "
+                "evaluated each time; remove this setting"
+            )
+        if chunks > 1 and self.team.opponents.select(range(2)) != (1,):
+            raise ValueError(
+                f"data.chunks: {chunks}: team.opponents is "
+                f"{brief(self.team.opponents.model_dump())}, but only the newest checkpoint "
+                "answered the prompts of an iteration's part; set team.opponents to {last: 1}"
+            )
+        if chunks > 1 and needs.initial_responses:
+            raise ValueError(
+                f"data.chunks: {chunks}: objective.name {self.objective.name} reads θ_0's response "
+                "to every prompt, and θ_0 answers the first part alone; set data.chunks to 1"
             )
         return self
 
@@ -885,10 +1027,11 @@ class RunConfig(Section):
                 f"generate.server.command: {brief(command)}: with model.adapter it must contain "
                 "{adapter}, or the server would serve the base (docs/how-to/vllm.md)"
             )
-        if self.generate.temperature < LOWEST_SERVER_TEMPERATURE:
+        if 0 < self.generate.temperature < LOWEST_SERVER_TEMPERATURE:
             raise ValueError(
                 f"generate.temperature: {self.generate.temperature}: with the backend server it "
-                f"must be at least {LOWEST_SERVER_TEMPERATURE}, because vLLM would raise it to that"
+                f"must be 0, which is greedy, or at least {LOWEST_SERVER_TEMPERATURE}, because "
+                "vLLM would raise it to that"
             )
         return self
 
@@ -898,11 +1041,10 @@ class RunConfig(Section):
         Returns:
             Key path to value. A tuple holds one value for each iteration.
         """
-        return {
-            "train.learning_rate": self.train.learning_rate,
-            "train.epochs": self.train.epochs,
-            "objective.lambda": self.objective.lambda_,
-        }
+        found = {"train.learning_rate": self.train.learning_rate, "train.epochs": self.train.epochs}
+        if isinstance(self.objective, ObjectiveConfig):
+            found["objective.lambda"] = self.objective.lambda_
+        return found
 
     @classmethod
     def load(cls, *sources: str | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:

@@ -67,6 +67,11 @@ class Column(Sequence[Value], Generic[Value]):
         """Offsets and flat values of an Arrow array."""
         raise NotImplementedError
 
+    def part(self, begin: int, end: int) -> Self:
+        """The rows from `begin` to `end`, over the same memory."""
+        offsets = self.offsets[begin : end + 1]
+        return type(self)(offsets - offsets[0], self.flat[offsets[0] : offsets[-1]])
+
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Length of each value, int64, of shape (rows,)."""

@@ -57,6 +57,28 @@ class Response(NamedTuple):
     server_logp: float | None = None
 
 
+class Repeated(Sequence[Example]):
+    """The examples, then the same again, `times` times. A slice gives a list."""
+
+    def __init__(self, examples: Sequence[Example], times: int) -> None:
+        self.examples = examples
+        self.times = times
+
+    def __len__(self) -> int:
+        return self.times * len(self.examples)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        return self.examples[index % len(self.examples)]
+
+
 class PromptShard(NamedTuple):
     """The prompts of one shard: work for one process.
 
@@ -217,6 +239,22 @@ class Responses(Sequence[Response]):
         columns: list[Any] = [writer.finish() for writer in writers]
         columns.append(_unless_all_nan(np.array(server_logps)))
         return cls(*columns)
+
+    def in_parts_of(self, count: int) -> list[Responses]:
+        """The same responses in parts: the first one to each of `count` prompts, the second, …"""
+        if len(self) <= count:
+            return [self]
+        logps = self.server_logps
+        return [
+            Responses(
+                self.example_ids.part(i, i + count),
+                self.token_ids.part(i, i + count),
+                self.texts.part(i, i + count),
+                self.finish_reasons.part(i, i + count),
+                None if logps is None else logps[i : i + count],
+            )
+            for i in range(0, len(self), count)
+        ]
 
     def __len__(self) -> int:
         return len(self.example_ids)

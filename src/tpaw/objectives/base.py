@@ -6,11 +6,12 @@ Shape suffixes: B triples, K players.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
-import torch
-from pydantic import BaseModel, ConfigDict
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:  # configurations import this file, and must not wait for torch
+    from torch import Tensor
 
 References = Literal["none", "newest", "team"]
 
@@ -22,11 +23,13 @@ class ObjectiveNeeds(NamedTuple):
         references: "none", no player is scored; "newest", exactly one player; "team", one or more.
         initial_responses: whether it reads the policy's log-prob of θ_0's response too.
         correct_responses: whether D_O has the responses alone whose answer is right.
+        one_response: whether each prompt must have one response of each opponent, not several.
     """
 
     references: References = "team"
     initial_responses: bool = False
     correct_responses: bool = False
+    one_response: bool = False
 
 
 class PairLogps(NamedTuple):
@@ -81,11 +84,16 @@ class Objective(Protocol):
 class NamedObjective(BaseModel):
     """An objective whose fields are the section `objective` of a configuration.
 
-    A file beside this one has one such class, `Settings`, with a field `name`: the file's own name,
-    or the dotted name of a module outside of the package. pydantic checks the fields.
+    A file beside this one, or a module outside of the package, has one such class, `Settings`.
+    pydantic checks the fields.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    name: str = Field(
+        description="The method: a file in tpaw/objectives, such as space, or the dotted name of "
+        "a module of your own."
+    )
 
     needs: ClassVar[ObjectiveNeeds]
 
@@ -117,8 +125,8 @@ class FakeObjective:
         return ObjectiveOutput(
             loss_B=-logps.policy_target_B,
             metrics={
-                "fake/players": torch.full_like(
-                    logps.policy_target_B.detach(), logps.player_target_BK.shape[1]
+                "fake/players": logps.policy_target_B.detach().new_full(
+                    logps.policy_target_B.shape, logps.player_target_BK.shape[1]
                 )
             },
         )

@@ -16,7 +16,8 @@ class TrainingJob:
         steps: number of optimizer steps.
         policy: θ_t.
         opponents: their responses are rejected. Empty for SFT and DPO.
-        players: the reference models. Empty for SFT.
+        players: the reference models. Empty for SFT, and for an objective without references.
+        kept: for an objective that trains on right responses alone: how many are, and of how many.
     """
 
     t: int
@@ -24,3 +25,4 @@ class TrainingJob:
     policy: Player
     opponents: tuple[Player, ...] = ()
     players: tuple[Player, ...] = ()
+    kept: tuple[int, int] | None = None

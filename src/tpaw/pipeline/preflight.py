@@ -154,6 +154,11 @@ def read_inputs(config: RunConfig, on_done: OnDone = ignore) -> Inputs:
     train, heldout = prepare("data"), prepare("evaluate.data")
     used = max(train.examples.largest_id, heldout.examples.largest_id)
     check_vocabulary(config.model, model_config, used)
+    if config.objective.needs.correct_responses and not has_answers(train.examples):
+        raise InputError(
+            f"objective.name: {config.objective.name}: it trains on the responses that are right, "
+            "but some target of data has no `#### number`"
+        )
     if config.evaluate.exact_match and not heldout.examples:
         raise InputError("evaluate.exact_match: it needs held-out rows; set evaluate.data")
     if config.evaluate.exact_match and not has_answers(heldout.examples):

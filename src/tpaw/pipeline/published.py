@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tpaw.data.examples import Example
-from tpaw.generation.responses import read_responses
+from tpaw.evaluation.exact_match import is_correct
+from tpaw.generation.responses import Response, Responses, read_responses
+from tpaw.objectives.base import ObjectiveNeeds
 from tpaw.scoring.store import LogprobStore
 from tpaw.storage.run_directory import RunDirectory
 from tpaw.team import Player
@@ -23,16 +25,35 @@ class Published:
         self.run = run
         self._stores: dict[str, LogprobStore] = {}
 
-    def triples(self, examples: Sequence[Example], opponents: Sequence[Player]) -> Triples:
-        """D_O: every example with the response of every opponent.
+    def triples(
+        self,
+        examples: Sequence[Example],
+        opponents: Sequence[Player],
+        needs: ObjectiveNeeds | None = None,
+    ) -> Triples:
+        """D_O: every example with the responses of every opponent.
+
+        Args:
+            examples: those that the iteration uses.
+            opponents: newest first.
+            needs: of the objective. Default: all responses, without those of θ_0.
 
         Raises:
             ArtifactError: responses on disk belong to other examples.
         """
-        indices = [opponent.index for opponent in opponents]
+        needs = needs or ObjectiveNeeds()
+        count = len(examples)
         return Triples(
-            examples, [(i, read_responses(self.run.iteration(i).responses)) for i in indices]
+            examples,
+            [(o.index, part) for o in opponents for part in self._responses(o.index, count)],
+            self._responses(0, count) if needs.initial_responses else (),
+            _is_right if needs.correct_responses else None,
         )
+
+    def _responses(self, t: int, count: int) -> list[Responses]:
+        """The responses of θ_t, one for each of `count` examples in each part."""
+        responses = read_responses(self.run.iteration(t).responses)
+        return responses.in_parts_of(count)
 
     def store(self, player: Player) -> LogprobStore:
         """The log-probs under a player. It is read once."""
@@ -40,3 +61,7 @@ class Published:
             folder = self.run.logprobs(player.fingerprint)
             self._stores[player.fingerprint] = LogprobStore(folder)
         return self._stores[player.fingerprint]
+
+
+def _is_right(example: Example, response: Response) -> bool:
+    return is_correct(response.text, example.target_text)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tpaw.config.plan import IterationPlan, kept_checkpoints
+from tpaw.config.plan import IterationPlan, kept_checkpoints, players_of
 from tpaw.config.schema import RunConfig
 from tpaw.models.size import ModelSize
 from tpaw.storage.artifacts import is_published
@@ -76,7 +76,8 @@ def bytes_of_responses(config: RunConfig, count: int, copies: int = 1) -> int:
 def bytes_of_scores(config: RunConfig, count: int) -> int:
     """Bytes of so many log-probs, of all players of an iteration."""
     # Each player's last shard may be smaller.
-    shards = math.ceil(count / config.score.shard_size) + config.team.main_players.last
+    players = len(players_of(config, range(config.iterations))[1])
+    shards = math.ceil(count / config.score.shard_size) + players
     return count * BYTES_PER_SCORE + shards * BYTES_PER_SHARD
 
 

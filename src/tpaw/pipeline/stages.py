@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tpaw.config.plan import kept_checkpoints, optimizer_steps
+from tpaw.config.plan import check_steps, kept_checkpoints, optimizer_steps
 from tpaw.config.schema import RunConfig
 from tpaw.data.examples import Example
 from tpaw.data.inputs import Inputs, load_inputs, publish_inputs
@@ -23,7 +25,7 @@ from tpaw.errors import InputError
 from tpaw.evaluation.benchmarks.run import missing_suites
 from tpaw.evaluation.heldout import HeldoutEvaluation
 from tpaw.generation.generator import Completion, OpenGenerator, SamplingParams
-from tpaw.generation.responses import generate_responses, read_responses
+from tpaw.generation.responses import Repeated, generate_responses, read_responses
 from tpaw.models.initial import initial_player
 from tpaw.pipeline.engines import Engine, InProcess, parts
 from tpaw.pipeline.job import TrainingJob
@@ -48,6 +50,7 @@ from tpaw.runtime.progress import OnDone, note, progress
 from tpaw.runtime.watch import Watch
 from tpaw.scoring.drift import server_drift
 from tpaw.scoring.score import fill_store
+from tpaw.scoring.sequences import DistinctSequences
 from tpaw.storage.artifacts import is_published, read_manifest, remove_artifacts, write_sealed
 from tpaw.storage.removal import remove_weights
 from tpaw.storage.run_directory import RunDirectory, finish_removals, open_run, verify_run
@@ -139,6 +142,7 @@ class Stages:
     """Everything that Algorithm 1 and the baselines ask for, over one run directory."""
 
     def __init__(self, data: TrainingData, engine: Engine, watch: Watch) -> None:
+        self.data = data
         self.config: RunConfig = data.config
         self.run: RunDirectory = data.published.run
         self.inputs: Inputs = data.inputs
@@ -149,9 +153,9 @@ class Stages:
             self.config.generate, self.config.max_length, self.inputs.stop_ids
         )
 
-    def load_examples(self) -> Sequence[Example]:
-        """D_SFT."""
-        return self.inputs.examples
+    def load_examples(self, t: int = 0) -> Sequence[Example]:
+        """D_SFT, or the part of it that an iteration uses; see `data.chunks`."""
+        return self.data.examples(t)
 
     def initial_player(self) -> Player:
         """θ_0, the SFT model."""
@@ -160,7 +164,7 @@ class Stages:
         return initial_player(self.config.model, record, may_record=may_record)
 
     def generate(self, player: Player, examples: Sequence[Example], t: int) -> None:
-        """D_t: the newest checkpoint answers every prompt once.
+        """D_t: the newest checkpoint answers every prompt, `generate.samples` times.
 
         Raises:
             Interrupted: a stop was asked for; finished shards are published.
@@ -168,13 +172,14 @@ class Stages:
         folder = self.run.iteration(t).responses
         if is_published(folder):
             return
-        space_for_responses(self.run, self.config, len(examples))
+        asked = Repeated(examples, self.config.generate.samples)
+        space_for_responses(self.run, self.config, len(asked))
         task = GenerateTask(player, folder, self.params)
-        with self._progress(t, f"generate with θ_{t}", len(examples), "prompts") as on_done:
+        with self._progress(t, f"generate with θ_{t}", len(asked), "prompts") as on_done:
             generate_responses(
                 folder,
                 player,
-                examples,
+                asked,
                 partial(self.engine.do, task, on_done=on_done),
                 self.params,
                 shard_size=self.config.generate.shard_size,
@@ -183,12 +188,12 @@ class Stages:
             )
 
     def build_triples(self, examples: Sequence[Example], opponents: Sequence[Player]) -> Triples:
-        """D_O: every example with the response of every opponent.
+        """D_O: every example with the responses of every opponent, or those that are right.
 
         Raises:
             ArtifactError: responses on disk belong to other examples.
         """
-        return self.published.triples(examples, opponents)
+        return self.published.triples(examples, opponents, self.config.objective.needs)
 
     def score(self, triples: Triples, players: Sequence[Player], t: int) -> None:
         """log π_j of every target and generated response that the store lacks.
@@ -198,7 +203,7 @@ class Stages:
         Raises:
             Interrupted: a stop was asked for; finished shards are published.
         """
-        wanted = triples.sequences()
+        wanted = triples.sequences() if players else DistinctSequences.of([])
         for player in players:
             store = self.published.store(player)
             missing = int((~store.contains(wanted.keys)).sum())
@@ -219,19 +224,26 @@ class Stages:
         self._remove_weights(t, is_trained=False)
 
     def train(self, policy: Player, triples: Triples, team: Team, t: int) -> Player:
-        """θ_{t+1}, from θ_t by minimising the objective over D_O."""
+        """θ_{t+1}, from θ_t by minimising the objective over D_O.
+
+        Raises:
+            InputError: the objective trains on right responses alone, and there are too few.
+        """
         steps = optimizer_steps(self.config, len(triples), t)
         job = TrainingJob(t, steps, policy, team.opponents, team.main_players)
+        if self.config.objective.needs.correct_responses:
+            job = replace(job, kept=(len(triples), triples.responses_in_play))
+            self._check_kept(triples, t)
         return self._train(job, triples)
 
     def train_by_sft(self, policy: Player, t: int) -> Player:
         """θ_{t+1}, from θ_t by SFT on the targets."""
-        steps = optimizer_steps(self.config, len(self.load_examples()), t)
+        steps = optimizer_steps(self.config, len(self.inputs.examples), t)
         return self._train(TrainingJob(t, steps, policy))
 
     def train_by_dpo(self, policy: Player, t: int) -> Player:
         """θ_{t+1}, from θ_t by DPO on the preference data, with θ_t as the reference."""
-        pairs = preference_pairs(self.load_examples())
+        pairs = preference_pairs(self.inputs.examples)
         self.score(pairs, [policy], t)
         steps = optimizer_steps(self.config, len(pairs), t)
         return self._train(TrainingJob(t, steps, policy, players=(policy,)), pairs)
@@ -263,6 +275,24 @@ class Stages:
     def report(self) -> None:
         """summary.json, from what is published."""
         write_summary(self.run, self.config)
+
+    def _check_kept(self, triples: Triples, t: int) -> None:
+        """Say how many responses are right, before training begins; refuse too few."""
+        iteration = self.run.iteration(t)
+        if is_published(iteration.checkpoint):
+            return
+        note(
+            f"iteration {iteration.number}: {len(triples):,} of {triples.responses_in_play:,} "
+            "responses are right"
+        )
+        if not len(triples):
+            raise InputError(
+                f"objective.name: {self.config.objective.name}: iteration {iteration.number}: none "
+                f"of the {triples.responses_in_play:,} responses has its target's `#### number`, "
+                "so there is nothing to train on; start from a better model, raise "
+                "generate.samples, or train on all responses"
+            )
+        check_steps(self.config, len(triples), t)
 
     def _train(self, job: TrainingJob, triples: Triples | None = None) -> Player:
         """θ_{t+1}. Its saved steps are removed once it is published."""
@@ -312,8 +342,9 @@ class Stages:
         if not is_published(iteration.responses):  # a baseline
             return
         responses = read_responses(iteration.responses)
-        prompts = self.inputs.examples.prompt_ids
-        drift = server_drift(prompts, responses, self.published.store(newest))
+        prompts = self.data.examples(t).prompt_ids
+        asked = list(chain.from_iterable(repeat(prompts, self.config.generate.samples)))
+        drift = server_drift(asked, responses, self.published.store(newest))
         if drift is not None:
             note(drift.described())
             write_sealed(iteration.server_drift, drift._asdict())

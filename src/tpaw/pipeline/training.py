@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from transformers import Trainer, TrainingArguments
 
+from tpaw.config.plan import chunk_size
 from tpaw.config.schema import RunConfig
+from tpaw.data.examples import Examples
 from tpaw.data.inputs import Inputs
 from tpaw.models.fingerprint import adapter_fingerprint, fingerprint
 from tpaw.models.size import size_of
@@ -56,6 +59,21 @@ class TrainingData:
         self.inputs = inputs
         self.published = published
 
+    def examples(self, t: int) -> Examples:
+        """D_SFT, or the part of it that an iteration uses; see `data.chunks`.
+
+        Args:
+            t: the iteration that trains θ_{t+1}; counts from 0.
+        """
+        config, examples = self.config, self.inputs.examples
+        if config.data.chunks == 1:
+            return examples
+        order = np.random.default_rng((config.seed, config.data.chunks)).permutation(len(examples))
+        part = t % config.data.chunks
+        begin = sum(chunk_size(config, len(examples), c) for c in range(part))
+        members = order[begin : begin + chunk_size(config, len(examples), part)]
+        return Examples.of(examples[int(i)] for i in np.sort(members))
+
     def trainer_of(self, job: TrainingJob, triples: Triples | None = None) -> BuildTrainer:
         """Return what makes the trainer of the run's method.
 
@@ -63,17 +81,19 @@ class TrainingData:
             job: what is trained.
             triples: D_O, if the caller has it already.
         """
-        config, examples = self.config, self.inputs.examples
+        config = self.config
         if config.method == "sft":
             return lambda policy, arguments: sft_trainer(
-                policy, arguments, examples, self.inputs.tokenizer
+                policy, arguments, self.inputs.examples, self.inputs.tokenizer
             )
         if config.method == "dpo":
             objective: Objective = dpo_objective(config.objective, job.t)
-            read: Callable[[], Triples] = lambda: preference_pairs(examples)  # noqa: E731
+            read: Callable[[], Triples] = lambda: preference_pairs(self.inputs.examples)  # noqa: E731
         else:
             objective = team_objective(config.objective, job.t)
-            read = lambda: self.published.triples(examples, job.opponents)  # noqa: E731
+            read = lambda: self.published.triples(  # noqa: E731
+                self.examples(job.t), job.opponents, objective.needs
+            )
         # The policy need not be a player: then there is nothing to compare its first step with.
         start_column = job.players.index(job.policy) if job.policy in job.players else None
 
@@ -113,6 +133,8 @@ def train_and_publish(
     if as_main_process_sees(is_published(iteration.checkpoint)):
         return  # a process of the group died after that
     meta: dict[str, object] = {"index": iteration.number}
+    if job.kept is not None:
+        meta |= dict(zip(("triples", "responses"), job.kept, strict=True))
     # Without adapters, what is trained is a whole model, even if θ_0 was an adapter.
     base = job.policy.base if config.model.adapter is not None else None
     policy = players.for_training(job.policy, job.t)

@@ -91,7 +91,10 @@ def _iteration(run: RunDirectory, i: int, notes: list[str]) -> dict[str, Any]:
         entry["checkpoint"] = run.checkpoint(i).relative_to(run.root).as_posix()
         if (by := removed_by(run.checkpoint(i))) is not None:
             entry["weights_removed_by"] = by
-        seconds["train"] = read_manifest(run.checkpoint(i))["seconds"]
+        manifest = read_manifest(run.checkpoint(i))
+        seconds["train"] = manifest["seconds"]
+        if "triples" in manifest:  # of an objective that trains on right responses alone
+            entry["right"] = {"triples": manifest["triples"], "responses": manifest["responses"]}
         try:
             entry["training"] = _late_means(run.read_training_log(i))
         except ArtifactError as error:  # nothing but these metrics needs the log

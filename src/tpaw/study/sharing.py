@@ -83,7 +83,8 @@ def prepare_shared(folder: Path, stop: StopSignal) -> None:
         stages.evaluate(start)
         if config.method == "self_play":
             stages.generate(start, examples, 0)
-            stages.score(stages.build_triples(examples, [start]), [start], 0)
+            # All responses: those that an objective keeps differ between the runs that share.
+            stages.score(stages.published.triples(examples, [start]), [start], 0)
     (folder / "prepared").touch()
 
 

@@ -16,7 +16,7 @@ from tpaw.config.schema import ObjectiveConfig, RunConfig, at_iteration
 from tpaw.data.inputs import Inputs
 from tpaw.errors import ArtifactError, DivergenceError, InputError
 from tpaw.models.adapters import complete_adapter
-from tpaw.objectives.base import Objective
+from tpaw.objectives.base import NamedObjective, Objective
 from tpaw.objectives.tpaw import TeamObjective
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.processes import (
@@ -44,19 +44,22 @@ if TYPE_CHECKING:
 BuildTrainer = Callable[["PreTrainedModel | PeftModel", TrainingArguments], Trainer]
 
 
-def team_objective(config: ObjectiveConfig, t: int) -> TeamObjective:
+def team_objective(config: NamedObjective, t: int) -> Objective:
     """The objective of the iteration that trains θ_{t+1}."""
+    if not isinstance(config, ObjectiveConfig):
+        return config
     return TeamObjective(
-        lambda_=at_iteration(config.lambda_, t), **config.model_dump(exclude={"lambda_"})
+        lambda_=at_iteration(config.lambda_, t), **config.model_dump(exclude={"name", "lambda_"})
     )
 
 
-def dpo_objective(config: ObjectiveConfig, t: int) -> TeamObjective:
+def dpo_objective(config: NamedObjective, t: int) -> TeamObjective:
     """DPO's loss, −log σ(β(Δ − Γ)): one reference, no weights, and λ is β.
 
     With K = 1 and both weights switched off, equation 8 is DPO's loss. A test compares it with
     TRL's.
     """
+    assert isinstance(config, ObjectiveConfig)  # method dpo refuses others
     return TeamObjective(
         lambda_=at_iteration(config.lambda_, t),
         eta=1.0,

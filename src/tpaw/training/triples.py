@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, overload
 
 import numpy as np
@@ -16,6 +16,7 @@ from tpaw.errors import ArtifactError
 from tpaw.generation.responses import Response, Responses
 from tpaw.scoring.sequences import DistinctSequences, sequence_keys
 from tpaw.scoring.store import LogprobStore
+from tpaw.training.batching import INITIAL_COLUMN
 
 # The opponent of a preference pair, whose rejected answer comes from the data.
 FROM_THE_DATA = -1
@@ -40,33 +41,50 @@ class Triples(Sequence[Triple]):
 
     Args:
         examples: the examples.
-        responses_of: each opponent with its responses, one for each example.
+        responses_of: each opponent with its responses, one for each example. An opponent with k
+            responses to a prompt comes k times.
+        initial: the responses of θ_0, one for each example, k times too; empty if they are not
+            needed. The first triple of a prompt and opponent has the first one, and so on.
+        keeps: whether a triple with this example and response is in D_O. Default: all are.
 
     Attributes:
+        responses_in_play: number of responses, those that are not kept included.
         target_keys, generated_keys: keys in a `LogprobStore`, of shape (triples,).
         is_truncated: bool, of shape (triples,): the response was cut at the length limit.
     """
 
     def __init__(
-        self, examples: Sequence[Example], responses_of: Iterable[tuple[int, Sequence[Response]]]
+        self,
+        examples: Sequence[Example],
+        responses_of: Iterable[tuple[int, Sequence[Response]]],
+        initial: Iterable[Sequence[Response]] = (),
+        keeps: Callable[[Example, Response], bool] | None = None,
     ) -> None:
         self.examples = Examples.of(examples)
         opponents = [(opponent, Responses.of(responses)) for opponent, responses in responses_of]
         self.opponents = [opponent for opponent, _ in opponents]
         self.responses = [responses for _, responses in opponents]
-        for opponent, responses in zip(self.opponents, self.responses, strict=True):
+        self.initial = [Responses.of(responses) for responses in initial]
+        for opponent, responses in (*opponents, *((0, responses) for responses in self.initial)):
             _check_pairs(self.examples, responses, opponent)
+        self.responses_in_play = len(self.examples) * len(self.responses)
+        # Of each triple, its place among all pairs of an opponent and an example.
+        self._places = np.arange(self.responses_in_play)
+        if keeps is not None:
+            pairs = (pair for r in self.responses for pair in zip(self.examples, r, strict=True))
+            self._places = np.flatnonzero([keeps(*pair) for pair in pairs])
         targets = sequence_keys(
             map(TokenSequence, self.examples.prompt_ids, self.examples.target_ids)
         )
-        self.target_keys = np.tile(targets, len(self.responses))
+        self.target_keys = np.tile(targets, len(self.responses))[self._places]
         generated = [
             sequence_keys(map(TokenSequence, self.examples.prompt_ids, responses.token_ids))
             for responses in self.responses
         ]
-        self.generated_keys = np.concatenate([key_array(b""), *generated])
+        self.generated_keys = np.concatenate([key_array(b""), *generated])[self._places]
         reasons = (reason for responses in self.responses for reason in responses.finish_reasons)
-        self.is_truncated = np.array([reason == "length" for reason in reasons], dtype=bool)
+        is_truncated = np.array([reason == "length" for reason in reasons], dtype=bool)
+        self.is_truncated = is_truncated[self._places]
 
     def __len__(self) -> int:
         return len(self.target_keys)
@@ -82,7 +100,7 @@ class Triples(Sequence[Triple]):
             index += len(self)
         if not 0 <= index < len(self):
             raise IndexError(f"triple {index} of {len(self)}")
-        opponent, row = divmod(int(index), len(self.examples))
+        opponent, row = self._place(index)
         return Triple(
             self.examples[row],
             self.responses[opponent][row],
@@ -91,17 +109,28 @@ class Triples(Sequence[Triple]):
 
     def token_ids(self, index: int) -> tuple[TokenIds, TokenIds, TokenIds]:
         """The ids of prompt, target and generated response of a triple."""
-        opponent, row = divmod(index, len(self.examples))
+        opponent, row = self._place(index)
         generated = self.responses[opponent].token_ids[row]
         return self.examples.prompt_ids[row], self.examples.target_ids[row], generated
+
+    def initial_ids(self, index: int) -> TokenIds | None:
+        """The ids of θ_0's response to the prompt of a triple; None if it is not needed."""
+        if not self.initial:
+            return None
+        opponent, row = self._place(index)
+        return self.initial[opponent % len(self.initial)].token_ids[row]
+
+    def _place(self, index: int) -> tuple[int, int]:
+        opponent, row = divmod(int(self._places[index]), len(self.examples))
+        return opponent, row
 
     def sequences(self) -> DistinctSequences:
         """What must be scored: of each triple the target, then the generated response."""
         times = len(self.responses)
-        prompts = np.tile(self.examples.prompt_numbers, times)
-        targets = np.tile(self.examples.target_ids.lengths, times)
+        prompts = np.tile(self.examples.prompt_numbers, times)[self._places]
+        targets = np.tile(self.examples.target_ids.lengths, times)[self._places]
         lengths = [responses.token_ids.lengths for responses in self.responses]
-        generated = np.concatenate([np.empty(0, dtype=np.int64), *lengths])
+        generated = np.concatenate([np.empty(0, dtype=np.int64), *lengths])[self._places]
         return DistinctSequences(
             np.stack([self.target_keys, self.generated_keys], axis=1).ravel(),
             np.repeat(prompts, 2),
@@ -168,19 +197,21 @@ class TripleDataset(torch.utils.data.Dataset[dict[str, Any]]):
     @classmethod
     def of(cls, triples: Triples, stores: Sequence[LogprobStore]) -> TripleDataset:
         """Triples with their log-probs under each player, all of which are in the stores."""
+        none = np.empty((len(triples), 0))  # an objective may need no player
         return cls(
             triples,
-            np.stack([store.logps(triples.target_keys) for store in stores], axis=1),
-            np.stack([store.logps(triples.generated_keys) for store in stores], axis=1),
+            np.column_stack([none, *(store.logps(triples.target_keys) for store in stores)]),
+            np.column_stack([none, *(store.logps(triples.generated_keys) for store in stores)]),
         )
 
     def __len__(self) -> int:
         return len(self.triples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Three int32 arrays of token ids, two float64 arrays (K,), and a bool."""
+        """Three or four int32 arrays of token ids, two float64 arrays (K,), and a bool."""
         prompt, target, generated = self.triples.token_ids(index)
-        return {
+        initial = self.triples.initial_ids(index)
+        return ({} if initial is None else {INITIAL_COLUMN: initial}) | {
             "prompt_ids": prompt,
             "target_ids": target,
             "generated_ids": generated,
