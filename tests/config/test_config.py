@@ -145,7 +145,7 @@ def test_a_variant_alone_says_what_it_lacks():
         ("data.columns={prompt: a, messages: c}", ["data.columns", "target"]),
         ("data.columns={prompt: a, target: b, messages: c}", ["data.columns", "messages"]),
         ("data.columns={}", ["data.columns", "prompt", "target", "messages"]),
-        ("generate.temperature=0", ["generate.temperature", 0]),
+        ("generate.temperature=-1", ["generate.temperature", -1, 0]),
         ("model=null", ["model", "None"]),
         ("objective.min_player_weight=0.4", ["objective.min_player_weight", 0.4, 3]),
         ("iterations=99999999", ["iterations", 99999999, 1000]),
@@ -156,7 +156,7 @@ def test_a_variant_alone_says_what_it_lacks():
         ("objective.lambda=1e308", ["objective.lambda", 1e308, 1000000]),
         ("objective.eta=1e308", ["objective.eta", 1e308, 1000000]),
         ("objective.gamma=1e308", ["objective.gamma", 1e308, 1000000]),
-        ("generate.temperature=1e-40", ["generate.temperature", 1e-40, "0.00001"]),
+        ("generate.temperature=1e-40", ["generate.temperature", 1e-40, 0, 1e-05]),
         ("generate.temperature=1e40", ["generate.temperature", 1e40, 1000]),
         ("generate.top_k=99999999999", ["generate.top_k", 99999999999, 1000000000]),
         ("generate.max_new_tokens=99999999999", ["generate.max_new_tokens", 1000000000]),
@@ -260,13 +260,14 @@ def test_what_is_shown_loads_as_the_same_configuration(tmp_path, name, comments)
 def test_every_setting_has_a_text():
     def walk(schema, root, path):
         for key, field in schema.get("properties", {}).items():
-            target = field
-            for option in [field, *field.get("anyOf", [])]:
-                if "$ref" in option:
-                    target = root["$defs"][option["$ref"].rpartition("/")[2]]
-            if "properties" in target:
-                yield from walk(target, root, f"{path}{key}.")
-            elif "description" not in field:
+            options = [
+                root["$defs"][option["$ref"].rpartition("/")[2]] if "$ref" in option else option
+                for option in [field, *field.get("anyOf", [])]
+            ]
+            sections = [option for option in options if "properties" in option]
+            for section in sections:
+                yield from walk(section, root, f"{path}{key}.")
+            if not sections and "description" not in field:
                 yield path + key
 
     schema = RunConfig.model_json_schema(by_alias=True)

@@ -12,7 +12,7 @@ import torch
 from builders import make_model, make_tokenizer
 
 import tpaw.objectives
-from tpaw.objectives.base import NamedObjective, Objective, PairLogps
+from tpaw.objectives.base import NamedObjective, Objective, ObjectiveNeeds, PairLogps
 
 
 def settings(name, **fields):
@@ -28,7 +28,7 @@ def sigmoid(z):
 
 
 # Of one pair in plain floats, from the formula of the paper or of the authors' code:
-# s, g, p are the policy's log-probs of target, response and θ_0's response; s_t, s_0 those of others.
+# s, g, p are the policy's log-probs of target, response and θ_0's response; s_t, s_0 a player's.
 SCALAR = {
     "space": lambda x: (
         -math.log(1 / (1 + x.mu * math.exp(-x.delta)))
@@ -213,7 +213,7 @@ def test_alpha_spin_begins_where_its_reference_is_not_the_policy():
 
 def test_tspin_needs_no_reference_and_moves_three_log_probs_that_balance():
     objective = settings("tspin")
-    assert objective.needs == ("none", True, False)
+    assert objective.needs == ObjectiveNeeds("none", initial_responses=True)
     s, g, p = (torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in (-3, -2, -5))
     nobody = torch.empty(1, 0, dtype=torch.float64)
     one = torch.ones(1, dtype=torch.int64)

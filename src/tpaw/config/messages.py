@@ -77,7 +77,8 @@ def _explain_all(
 
 
 def _explain(problem: Any, kind: type[BaseModel], tree: Mapping[str, Any]) -> str:
-    model, content = kind, tree
+    model: Any = kind
+    content: Any = tree
     keys: list[str] = []
     # pydantic's location also names the branches of a union. The user knows only keys and
     # positions in a list.

@@ -839,7 +839,9 @@ class RunConfig(Section):
         "data.max_skipped).",
     )
     team: TeamConfig = TeamConfig()
-    objective: AnyObjective = ObjectiveConfig()
+    objective: AnyObjective = Field(
+        ObjectiveConfig(), description="The method: its name, and the settings of its loss."
+    )
     generate: GenerateConfig = GenerateConfig()
     score: ScoreConfig = ScoreConfig()
     train: TrainConfig = TrainConfig()
