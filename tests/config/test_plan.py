@@ -71,6 +71,45 @@ def test_settings_of_each_iteration():
     assert [p.lambda_ for p in plans] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize(
+    ("rule", "drawn"),
+    [
+        ("{all: true}", [(0,), (1, 0), (2, 1, 0), (3, 2, 1, 0), (4, 3, 2, 1, 0)]),
+        ("{first_and_last: true}", [(0,), (1, 0), (2, 0), (3, 0), (4, 0)]),
+        ("{spaced: 3}", [(0,), (1, 0), (2, 1, 0), (3, 1, 0), (4, 2, 0)]),
+        ("{sampled: {count: 1}}", [(0,), (1,), (2,), (3,), (4,)]),
+    ],
+)
+def test_rules_are_drawn(rule, drawn):
+    options = {"iterations": 5, "train.learning_rate": 1e-4, "train.epochs": 1}
+    plans = plan(**options, **{"team.opponents": "{last: 1}", "team.main_players": rule})
+    assert [p.main_players for p in plans] == drawn
+    # Each of them scores the newest response; a player that is new scores the targets too.
+    assert [p.to_score for p in plans] == [
+        (len(players) + (i + 1 - len({j for d in drawn[:i] for j in d} & {*range(i + 1)}) > 0)) * N
+        for i, players in enumerate(drawn)
+    ]
+    plans = plan(**options, **{"team.opponents": rule})
+    assert [p.opponents for p in plans] == drawn
+    assert [p.triples for p in plans] == [len(players) * N for players in drawn]
+
+
+@pytest.mark.parametrize("keep", ["last", "team"])
+def test_a_rule_that_reaches_back_keeps_what_it_comes_back_to(keep):
+    options = {"iterations": 7, "train.learning_rate": 1e-4, "train.epochs": 1, "keep": keep}
+    options |= {"team.opponents": "{last: 1}", "team.main_players": "{spaced: 3}"}
+    settings = [f"{key}={value}" for key, value in options.items()]
+    config = RunConfig.load("starter", overrides=settings)
+    # θ_1 plays beside θ_2 and θ_3, θ_2 beside θ_4 and θ_5, θ_3 beside θ_6; between its first and
+    # its last game none may go.
+    assert [p.main_players for p in plan_run(config, N)] == [
+        *((0,), (1, 0), (2, 1, 0), (3, 1, 0), (4, 2, 0), (5, 2, 0), (6, 3, 0)),
+    ]
+    assert kept_checkpoints(config, 2, is_trained=True) == {0, 1, 2, 3}
+    assert kept_checkpoints(config, 3, is_trained=True) == {0, 2, 3, 4}
+    assert kept_checkpoints(config, 5, is_trained=True) == {0, 3, 6}
+
+
 def test_an_iteration_that_would_change_nothing_is_refused():
     settings = {"train.epochs": "1", "train.batch_size": "256"}
     with refused("iteration 1"):

@@ -11,6 +11,7 @@ from builders import contents, run_settings, sums, write_jsonl
 from fork_server import Forked
 
 from tpaw.config.files import to_yaml
+from tpaw.config.schema import RunConfig
 from tpaw.storage.run_directory import RunDirectory
 
 # Points of one run directory, one after the other; counts begin anew with each process.
@@ -103,6 +104,23 @@ def test_a_baseline_killed_in_every_stage(tmp_path, settings, method, points):
         logs = [tmp_path / r / f"iterations/{i}/training.jsonl" for r in ("whole", "killed")]
         whole, killed = ([json.loads(line) for line in log.open()] for log in logs)
         assert whole == killed
+
+
+@pytest.mark.parametrize("recipe", ["tspin", "alpha_spin"])
+def test_a_method_killed_in_every_stage(tmp_path, settings, recipe):
+    changes = {"iterations": 2, "evaluate": {}, "keep": "last"}
+    config = RunConfig.load(settings | changes, recipe, overrides=["train.epochs=1"])
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config, comments=False))
+    assert run(tmp_path / "whole", path) == []
+    score = [] if recipe == "tspin" else ["score:2"]
+    points = ["generate:10", *score, "train:3", "saved:1", "generate:5", *score, "train:4"]
+    outcomes = run(tmp_path / "killed", path, *points)
+    assert outcomes == ["killed"] * len(points)
+    files = contents(tmp_path / "whole")
+    assert "iterations/2/checkpoint/model.safetensors" in files
+    assert any(name.startswith("logprobs/") for name in files) == (recipe != "tspin")
+    assert contents(tmp_path / "killed") == files
 
 
 def test_a_run_with_adapters_killed_in_every_stage(tmp_path, settings):

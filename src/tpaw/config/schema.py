@@ -601,15 +601,6 @@ class GenerateConfig(Section):
             )
         return temperature
 
-    @model_validator(mode="after")
-    def _samples_differ(self) -> GenerateConfig:
-        if self.samples > 1 and self.temperature == 0:
-            raise ValueError(
-                f"samples: {self.samples}: with temperature 0 all responses to a prompt are equal; "
-                "set samples to 1, or raise the temperature"
-            )
-        return self
-
 
 class ScoreConfig(Section):
     """How to compute the log-probs of the main players. It changes results by rounding at most."""
@@ -962,6 +953,11 @@ class RunConfig(Section):
                 f"team.main_players: {shown}: objective.name {name} has one reference, the newest "
                 "checkpoint; set team.main_players to {last: 1}"
             )
+        if self.generate.samples > 1 and self.generate.temperature == 0:
+            raise ValueError(
+                f"generate.samples: {self.generate.samples}: with generate.temperature 0 all "
+                "responses to a prompt are equal; set it to 1, or raise the temperature"
+            )
         if needs.one_response and self.generate.samples > 1:
             raise ValueError(
                 f"generate.samples: {self.generate.samples}: objective.name {name} takes one "
@@ -972,6 +968,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _chunks_fit(self) -> RunConfig:
         chunks, needs = self.data.chunks, self.objective.needs
+        if self.method != "self_play":
+            chunks = 1  # `_nothing_is_ignored` refuses more
         if self.evaluate.data is not None and self.evaluate.data.chunks > 1:
             raise ValueError(
                 f"evaluate.data.chunks: {self.evaluate.data.chunks}: every held-out record is "
