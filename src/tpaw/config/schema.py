@@ -554,7 +554,8 @@ class GenerateConfig(Section):
         ge=1,
         le=1000,
         description="Responses to each prompt. D_O has a triple for each of them, so an iteration "
-        "has as many times more steps. More than one needs a temperature above 0.",
+        "has as many times more steps. More than one needs a temperature above 0. Evaluation and "
+        "`tpaw answer` generate one.",
     )
     top_p: float = Field(
         1.0,

@@ -36,7 +36,7 @@ class Settings(NamedObjective):
     loss: Literal["logistic", "brier", "hinge", "kliep", "lsif"] = Field(
         "logistic",
         description="Loss of the density ratio. With beta ≥ 1, hinge trains a target only after "
-        "it lost (1 + beta) ÷ alpha nats or more.",
+        "it lost more than (beta − 1) ÷ alpha nats.",
     )
     alpha: Annotated[float, Field(gt=0, le=1e6)] = Field(
         0.01, description="α > 0: scale of a log-ratio."
