@@ -403,3 +403,15 @@ def test_losses_stay_finite_far_from_the_reference():
             continue  # exponentials of a log-ratio have no bound
         logps = batch(4, 1, spread=1e4)
         assert settings(name, **fields)(logps).loss_B.isfinite().all(), name
+
+
+def test_gsils_hinge_trains_a_target_after_it_lost_beta_minus_one_over_alpha():
+    objective = settings("gsil", loss="hinge", alpha=0.01, beta=2.0)
+    for lost, slope in ((0.0, 0.0), (99.0, 0.0), (101.0, -0.01)):
+        target_B = torch.tensor([-lost], dtype=torch.float64, requires_grad=True)
+        zero_B = torch.zeros(1, dtype=torch.float64)
+        tokens_B = torch.ones(1, dtype=torch.int64)
+        zero_BK = zero_B[:, None]
+        pairs = PairLogps(target_B, zero_B, zero_BK, zero_BK, tokens_B, tokens_B)
+        objective(pairs).loss_B.sum().backward()
+        assert target_B.grad.item() == pytest.approx(slope)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import re
 import sys
@@ -13,6 +14,7 @@ import pytest
 import yaml
 from builders import make_tokenizer, stopped_at_step, sums, write_jsonl
 from messages import refused, says
+from rich.console import Console
 
 import tpaw.pipeline.stages
 import tpaw.pipeline.training
@@ -25,6 +27,7 @@ from tpaw.data.token_ids import read_table
 from tpaw.generation.generator import FakeGenerator
 from tpaw.generation.responses import read_responses
 from tpaw.report.summary import summarise
+from tpaw.report.tables import plan_table
 from tpaw.selfplay import self_play
 from tpaw.storage.artifacts import read_manifest
 from tpaw.storage.run_directory import RunDirectory
@@ -170,7 +173,11 @@ def right_for_even_numbers():
 def test_self_training_keeps_the_right_responses_and_counts_them(short, tmp_path, monkeypatch):
     short["generate"]["max_new_tokens"] = 20
     config = RunConfig.load(short, "self_training", overrides=["train.batch_size=2"])
-    assert all(plan.is_at_most and plan.triples == N for plan in plan_run(config, N))
+    plans = plan_run(config, N)
+    assert all(plan.is_at_most and plan.triples == N for plan in plans)
+    console = Console(width=140, file=io.StringIO())
+    console.print(plan_table(plans))
+    assert console.file.getvalue().count(f"≤ {N}") == 2 * len(plans)  # triples; two epochs of N / 2
     evens = sum(int(re.search(r"\d+", row["question"])[0]) % 2 == 0 for row in sums(N))
     assert 2 < evens < N
     notes = []

@@ -15,15 +15,18 @@ class Chosen:
     Args:
         kind_of: the class of a section, from its content. It may raise a `refusal`.
         kinds: all classes that are known beforehand, for the JSON schema.
+        other: the JSON schema of any other; None if there is none.
     """
 
     def __init__(
         self,
         kind_of: Callable[[Mapping[str, Any]], type[BaseModel]],
         kinds: Callable[[], Iterable[type[BaseModel]]],
+        other: Mapping[str, Any] | None = None,
     ) -> None:
         self._kind_of = kind_of
         self._kinds = kinds
+        self._others = [dict(other)] if other is not None else []
 
     def kind_of(self, content: Any) -> type[BaseModel] | None:
         """The class of a section; None if its content does not choose one."""
@@ -40,7 +43,8 @@ class Chosen:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        return {"anyOf": [handler(kind.__pydantic_core_schema__) for kind in self._kinds()]}
+        known = [handler(kind.__pydantic_core_schema__) for kind in self._kinds()]
+        return {"anyOf": known + self._others}
 
     def _validated(self, content: Any) -> Any:
         if isinstance(content, Mapping):

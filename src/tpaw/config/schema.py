@@ -396,7 +396,16 @@ def _objectives() -> list[type[NamedObjective]]:
     return [_objective_of({"name": name}) for name in method_names()]
 
 
-AnyObjective = Annotated[SerializeAsAny[NamedObjective], Chosen(_objective_of, _objectives)]
+# A method of somebody else has a dotted name.
+_OTHER_OBJECTIVE: Mapping[str, Any] = {
+    "type": "object",
+    "required": ["name"],
+    "properties": {"name": {"type": "string", "pattern": r"\.", "description": "A module."}},
+}
+
+AnyObjective = Annotated[
+    SerializeAsAny[NamedObjective], Chosen(_objective_of, _objectives, _OTHER_OBJECTIVE)
+]
 
 
 # What a template of the section `generate.server` may contain in braces.

@@ -133,7 +133,8 @@ def bytes_of_inputs(tokens: int, rows: int) -> int:
 def bytes_of_temporary_files(config: RunConfig, plans: Sequence[IterationPlan], inputs: int) -> int:
     """Bytes of the temporary files of a process that trains; see `data/columns.py`.
 
-    These are the inputs and the responses of all opponents of an iteration.
+    These are the inputs and the responses of all opponents of an iteration, and those of θ_0 where
+    the objective reads them.
 
     Args:
         config: the configuration of the run.
@@ -144,7 +145,12 @@ def bytes_of_temporary_files(config: RunConfig, plans: Sequence[IterationPlan], 
         return 0
     if config.method == "sft":
         return inputs + inputs  # TRL takes the ids again, with labels
-    responses = [bytes_of_responses(config, plan.triples) for plan in plans if plan.opponents]
+    initial = config.objective.needs.initial_responses
+    responses = [
+        bytes_of_responses(config, plan.triples + initial * plan.to_generate)
+        for plan in plans
+        if plan.opponents
+    ]
     return inputs + max(responses, default=0)
 
 

@@ -343,7 +343,7 @@ class Stages:
             return
         responses = read_responses(iteration.responses)
         prompts = self.data.examples(t).prompt_ids
-        asked = list(chain.from_iterable(repeat(prompts, self.config.generate.samples)))
+        asked = chain.from_iterable(repeat(prompts, self.config.generate.samples))
         drift = server_drift(asked, responses, self.published.store(newest))
         if drift is not None:
             note(drift.described())

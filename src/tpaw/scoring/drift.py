@@ -6,7 +6,7 @@ log-probs alone, so a difference does not bias them. It tells whether θ_t has a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -50,7 +50,7 @@ class Drift(NamedTuple):
 
 
 def server_drift(
-    prompts: Sequence[TokenIds], responses: Responses, store: LogprobStore
+    prompts: Iterable[TokenIds], responses: Responses, store: LogprobStore
 ) -> Drift | None:
     """Compare the log-probs of a server with those of the store.
 
