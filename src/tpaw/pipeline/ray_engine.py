@@ -208,7 +208,9 @@ class RayEngine:
                 try:
                     ray.get(fit)
                 except ray.exceptions.RayError as error:
-                    why = for_terminal(str(error)) if failure is None else failure.text
+                    why = for_terminal(str(error)).strip()
+                    if failure is not None:  # what Ray says of it is only an end of it
+                        why = f"{why.splitlines()[-1]}\n{failure.text}"
                     raise WorkerError(
                         f"training of θ_{job.t + 1} failed, launch.max_retries is "
                         f"{self.config.launch.max_retries}; saved steps are kept. {why}"
