@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 import ray.train
 import ray.train.torch
 
