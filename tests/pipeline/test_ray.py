@@ -22,13 +22,18 @@ import ray_driver
 import torch
 from builders import contents, run_settings, save_adapter, save_model
 from messages import refused
+from ray.util.placement_group import (
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from safetensors.torch import load_file, save_file
 
 import tpaw.pipeline.players
 import tpaw.storage.artifacts
 from tpaw.config.schema import RunConfig
 from tpaw.errors import InputError, Interrupted, NonFiniteError, WorkerError
-from tpaw.pipeline import ray_engine
+from tpaw.pipeline import ray_engine, ray_placement
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.selfplay import self_play
 from tpaw.storage.artifacts import ShardedArtifact, read_manifest
@@ -497,6 +502,20 @@ def test_a_worker_that_cannot_start_ends_the_run(engine, monkeypatch):
     monkeypatch.setattr(ray_engine, "SHARD_WORKER", broken)
     with pytest.raises(WorkerError, match=r"did not start(.|\n)*No module named 'nowhere'"):
         list(engine().do(ray_driver.FailingTask(), [7], lambda count: None))
+
+
+def test_devices_that_a_group_was_given_too_late_are_free_for_the_next_group(cluster):
+    others = set(placement_group_table())
+    given_up = placement_group([{"CPU": 1}] * 2)
+    ray.get(given_up.ready(), timeout=60)
+    ray_placement.free_what_is_left(others)  # nobody else waits
+    assert placement_group_table(given_up)["state"] == "CREATED"
+    wanted = placement_group([{"CPU": 1}] * 2)
+    assert not wanted.wait(1)
+    ray_placement.free_what_is_left(others)
+    ray.get(wanted.ready(), timeout=60)
+    assert placement_group_table(given_up)["state"] == "REMOVED"
+    remove_placement_group(wanted)
 
 
 def test_an_unforeseen_error_of_training_arrives_with_its_traceback(
