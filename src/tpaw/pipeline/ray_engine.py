@@ -17,19 +17,14 @@ import shutil
 import signal
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.exceptions
-from ray import PlacementGroupID
-from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group_table,
-    remove_placement_group,
-)
+from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tpaw.config.schema import RunConfig
@@ -39,6 +34,7 @@ from tpaw.pipeline.job import TrainingJob
 from tpaw.pipeline.ray_cluster import worker_count
 from tpaw.pipeline.ray_group import GROUP
 from tpaw.pipeline.ray_link import LINK, SECONDS_BETWEEN_LOOKS, Failure, Place, Work
+from tpaw.pipeline.ray_placement import free_devices, free_what_is_left, waits
 from tpaw.pipeline.ray_workers import SHARD_WORKER
 from tpaw.pipeline.worker import LogpsTask, ScoreTask, Worker
 from tpaw.runtime.interrupt import StopSignal
@@ -49,6 +45,7 @@ from tpaw.storage.run_directory import RunDirectory
 from tpaw.training.triples import Triples
 
 SECONDS_TO_WAIT_FOR_A_WORKER = 60.0
+SECONDS_TO_WAIT_FOR_DEVICES = 15.0
 SECONDS_TO_CLOSE = 30.0
 WAITING = "Waiting for a worker: the cluster has no free device for one."
 # Errors after which the same work may succeed elsewhere: a process, a machine or a result is lost.
@@ -192,8 +189,10 @@ class RayEngine:
                 while not ray.wait([fit], timeout=SECONDS_BETWEEN_LOOKS)[0]:
                     counts = self._look()
                     self._raise_failure()
-                    if "training" not in counts or _waits(others):
+                    if "training" not in counts or waits(others):
                         self.stop.check()  # nobody trains who could save the step
+                        if time.monotonic() - since > SECONDS_TO_WAIT_FOR_DEVICES:
+                            free_what_is_left(others)
                         if time.monotonic() - since > SECONDS_TO_WAIT_FOR_A_WORKER:
                             note_once(WAITING)
                     else:
@@ -208,7 +207,9 @@ class RayEngine:
                 try:
                     ray.get(fit)
                 except ray.exceptions.RayError as error:
-                    why = for_terminal(str(error)) if failure is None else failure.text
+                    why = for_terminal(str(error)).strip()
+                    if failure is not None:  # what Ray says of it is only an end of it
+                        why = f"{why.splitlines()[-1]}\n{failure.text}"
                     raise WorkerError(
                         f"training of θ_{job.t + 1} failed, launch.max_retries is "
                         f"{self.config.launch.max_retries}; saved steps are kept. {why}"
@@ -216,7 +217,7 @@ class RayEngine:
                 advance(max(job.steps - shown, 0))
         finally:
             ray.cancel(fit, force=True)
-            _free_devices(others)
+            free_devices(others)
             shutil.rmtree(folder, ignore_errors=True)
 
     def release(self) -> None:
@@ -360,30 +361,3 @@ class RayEngine:
             )
         note(f"{title}: its worker died; another one does it again.")
         return work._replace(tries=work.tries + 1)
-
-
-def _free_devices(others: Collection[str]) -> None:
-    """Give back the devices that a group of this run has reserved, and end its processes.
-
-    Ray Train does so itself, but later, or not at all if it was interrupted.
-
-    Args:
-        others: placement groups that were there before. They stay.
-    """
-    for number in _groups_of_run(others):
-        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(number))))
-
-
-def _groups_of_run(others: Collection[str]) -> dict[str, Any]:
-    """The placement groups of this run: what Ray says of each, by number."""
-    job = ray.get_runtime_context().get_job_id()
-    return {
-        number: group
-        for number, group in placement_group_table().items()
-        if number not in others and number.endswith(job) and group["state"] != "REMOVED"
-    }
-
-
-def _waits(others: Collection[str]) -> bool:
-    """Whether a group of this run waits for its devices. Its processes may have died before."""
-    return any(group["state"] != "CREATED" for group in _groups_of_run(others).values())

@@ -80,19 +80,34 @@ def _train_in_group(settings: dict[str, Any]) -> None:
 def run_group(
     settings: dict[str, Any], workers: int, use_gpu: bool, retries: int, folder: str
 ) -> None:
-    """Run the group. It is a task, so that the controller stays free to look and to stop."""
-    from ray.train import FailureConfig, ScalingConfig
+    """Run the group. It is a task, so that the controller stays free to look and to stop.
+
+    Ray Train starts the processes again when one of them died, and gives up when one of its own
+    helpers died with a machine. Then it is started again here.
+
+    Raises:
+        WorkerGroupError: the processes failed too often.
+        ControllerError, RayActorError: Ray Train itself failed too often.
+    """
+    from ray.train import ControllerError, FailureConfig, ScalingConfig
     from ray.train import RunConfig as TrainRunConfig
     from ray.train.torch import TorchTrainer
 
-    TorchTrainer(
-        _train_in_group,
-        train_loop_config=settings,
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
-        run_config=TrainRunConfig(
-            storage_path=folder, failure_config=FailureConfig(max_failures=retries)
-        ),
-    ).fit()
+    for retries_left in reversed(range(retries + 1)):
+        trainer = TorchTrainer(
+            _train_in_group,
+            train_loop_config=settings,
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+            run_config=TrainRunConfig(
+                storage_path=folder, failure_config=FailureConfig(max_failures=retries)
+            ),
+        )
+        try:
+            trainer.fit()
+            return
+        except (ControllerError, ray.exceptions.RayActorError):
+            if not retries_left:
+                raise
 
 
 GROUP: Any = ray.remote(num_cpus=0)(run_group)

@@ -87,6 +87,7 @@ def opened_stages(
             finish_removals(run, config.iterations)
             if inputs is not None and not is_published(run.inputs):
                 publish_inputs(run.inputs, inputs)
+            del inputs  # its temporary files
             kept = load_inputs(run.inputs, config)
             note(kept.described())
             data = TrainingData(config, kept, Published(run))
