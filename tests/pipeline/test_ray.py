@@ -66,6 +66,20 @@ def cluster():
         nodes.shutdown()
 
 
+@pytest.fixture(autouse=True)
+def deadline():
+    """A test that waits for ever fails, and the others go on."""
+
+    def fail(number, frame):
+        pytest.fail("five minutes have passed")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(300)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
 def settings_of(model_folder, data_file, heldout_file):
     settings = run_settings(model_folder, data_file, heldout_file) | {"iterations": 1}
     settings["generate"] |= {"shard_size": 4}

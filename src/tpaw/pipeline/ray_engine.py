@@ -47,6 +47,7 @@ from tpaw.training.triples import Triples
 SECONDS_TO_WAIT_FOR_A_WORKER = 60.0
 SECONDS_TO_WAIT_FOR_DEVICES = 15.0
 SECONDS_TO_CLOSE = 30.0
+SECONDS_TO_INTERRUPT = 5.0
 WAITING = "Waiting for a worker: the cluster has no free device for one."
 # Errors after which the same work may succeed elsewhere: a process, a machine or a result is lost.
 DEATHS = (
@@ -183,7 +184,7 @@ class RayEngine:
             str(folder),
         )
         shown, has_told, others = 0, False, set(placement_group_table())
-        since = time.monotonic()
+        since, has_ended = time.monotonic(), False
         try:
             with progress as advance:
                 while not ray.wait([fit], timeout=SECONDS_BETWEEN_LOOKS)[0]:
@@ -215,9 +216,10 @@ class RayEngine:
                         f"{self.config.launch.max_retries}; saved steps are kept. {why}"
                     ) from error
                 advance(max(job.steps - shown, 0))
+                has_ended = True
         finally:
             ray.cancel(fit, force=True)
-            free_devices(others)
+            free_devices(others, 0.0 if has_ended else SECONDS_TO_INTERRUPT)
             shutil.rmtree(folder, ignore_errors=True)
 
     def release(self) -> None:
