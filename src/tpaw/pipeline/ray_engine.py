@@ -209,7 +209,7 @@ class RayEngine:
                     ray.get(fit)
                 except ray.exceptions.RayError as error:
                     why = for_terminal(str(error)).strip()
-                    if failure is not None:  # what Ray says of it is only an end of it
+                    if failure is not None:  # the last line of Ray's text names its own error
                         why = f"{why.splitlines()[-1]}\n{failure.text}"
                     raise WorkerError(
                         f"training of θ_{job.t + 1} failed, launch.max_retries is "
@@ -225,7 +225,7 @@ class RayEngine:
     def release(self) -> None:
         """End the actors, which frees their devices."""
         closing = [actor.close.remote() for actor in self._actors if actor in self._ready]
-        if closing:  # the server of an actor that is killed would end a little later
+        if closing:  # their servers have ended then, and the memory of devices is free
             ray.wait(closing, num_returns=len(closing), timeout=SECONDS_TO_CLOSE)
         for actor in [*self._actors, *self._group]:
             ray.kill(actor)
