@@ -34,6 +34,7 @@ import tpaw.storage.artifacts
 from tpaw.config.schema import RunConfig
 from tpaw.errors import InputError, Interrupted, NonFiniteError, WorkerError
 from tpaw.pipeline import ray_engine, ray_placement
+from tpaw.pipeline.worker import AnswerTask, LogpsTask
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.selfplay import self_play
 from tpaw.storage.artifacts import ShardedArtifact, read_manifest
@@ -64,6 +65,20 @@ def cluster():
         yield nodes
         ray.shutdown()
         nodes.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def deadline():
+    """A test that waits for ever fails, and the others go on."""
+
+    def fail(number, frame):
+        pytest.fail("five minutes have passed")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(300)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def settings_of(model_folder, data_file, heldout_file):
@@ -203,13 +218,15 @@ def worker_pids():
 def test_two_workers_give_the_bytes_of_one_process(cluster, settings, alone, tmp_path, monkeypatch):
     # The process of the run can load no player: others did the work.
     monkeypatch.setattr(tpaw.pipeline.players, "load_model", None)
-    do, reported = ray_engine.RayEngine.do, defaultdict(list)
+    do, reported, parts = ray_engine.RayEngine.do, defaultdict(list), []
 
     def counting(self, task, shards, on_done):
         def count(number):
             reported[type(task).__name__].append(number)
             on_done(number)
 
+        if isinstance(task, AnswerTask | LogpsTask):  # of held-out data
+            parts.append(len(shards))
         return do(self, task, shards, count)
 
     monkeypatch.setattr(ray_engine.RayEngine, "do", counting)
@@ -219,6 +236,9 @@ def test_two_workers_give_the_bytes_of_one_process(cluster, settings, alone, tmp
     assert sum(reported["GenerateTask"]) == 24
     assert sum(reported["ScoreTask"]) == 48
     assert all(min(numbers) >= 0 for numbers in reported.values())
+    # Two workers do not cut held-out data into other parts than one process.
+    assert parts
+    assert set(parts) == {1}
     assert before_training(run) == before_training(alone)
     assert len(before_training(run)) > 10
     assert read_manifest(run.checkpoint(1))["processes"] == 2
@@ -454,7 +474,10 @@ def test_a_signal_to_the_command_ends_the_servers_that_its_workers_use(
         try:
             pids = waited_for(lambda: file.exists() and file.read_text().split())
             process.send_signal(number)
+            began = time.monotonic()
             assert process.wait(60) == (143 if number == signal.SIGTERM else -number)
+            # The workers heard of the stop; nobody waited for a server that does not answer.
+            assert time.monotonic() - began < ray_engine.SECONDS_TO_CLOSE - 5
         finally:
             process.kill()
     waited_for(lambda: not [pid for pid in pids if Path("/proc", pid).exists()])

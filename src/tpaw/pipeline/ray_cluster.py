@@ -81,7 +81,7 @@ def connected(config: RunConfig) -> Iterator[None]:
                 "launch.engine: ray: Ray does not start on this machine "
                 f"({printable(first_line(error))}); its logs are in /tmp/ray/session_latest/logs"
             ) from None
-        raise _nobody(launch.address, error) from None
+        raise _no_cluster(launch.address, error) from None
     try:
         worker_count(config)
         yield
@@ -101,10 +101,10 @@ def try_to_connect(address: str | None) -> None:
             place = host.rpartition("/")[2], int(port)
             socket.create_connection(place, SECONDS_TO_CONNECT).close()
         except (OSError, OverflowError) as error:
-            raise _nobody(address, error) from None
+            raise _no_cluster(address, error) from None
 
 
-def _nobody(address: str, error: Exception) -> InputError:
+def _no_cluster(address: str, error: Exception) -> InputError:
     return InputError(
         f"launch.address: {address}: no Ray cluster answers there "
         f"({printable(first_line(error))}); start one by `ray start --head`, or remove the "

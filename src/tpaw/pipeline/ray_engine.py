@@ -47,6 +47,7 @@ from tpaw.training.triples import Triples
 SECONDS_TO_WAIT_FOR_A_WORKER = 60.0
 SECONDS_TO_WAIT_FOR_DEVICES = 15.0
 SECONDS_TO_CLOSE = 30.0
+SECONDS_TO_INTERRUPT = 5.0
 WAITING = "Waiting for a worker: the cluster has no free device for one."
 # Errors after which the same work may succeed elsewhere: a process, a machine or a result is lost.
 DEATHS = (
@@ -183,7 +184,7 @@ class RayEngine:
             str(folder),
         )
         shown, has_told, others = 0, False, set(placement_group_table())
-        since = time.monotonic()
+        since, has_ended = time.monotonic(), False
         try:
             with progress as advance:
                 while not ray.wait([fit], timeout=SECONDS_BETWEEN_LOOKS)[0]:
@@ -208,22 +209,23 @@ class RayEngine:
                     ray.get(fit)
                 except ray.exceptions.RayError as error:
                     why = for_terminal(str(error)).strip()
-                    if failure is not None:  # what Ray says of it is only an end of it
+                    if failure is not None:  # the last line of Ray's text names its own error
                         why = f"{why.splitlines()[-1]}\n{failure.text}"
                     raise WorkerError(
                         f"training of θ_{job.t + 1} failed, launch.max_retries is "
                         f"{self.config.launch.max_retries}; saved steps are kept. {why}"
                     ) from error
                 advance(max(job.steps - shown, 0))
+                has_ended = True
         finally:
             ray.cancel(fit, force=True)
-            free_devices(others)
+            free_devices(others, 0.0 if has_ended else SECONDS_TO_INTERRUPT)
             shutil.rmtree(folder, ignore_errors=True)
 
     def release(self) -> None:
         """End the actors, which frees their devices."""
         closing = [actor.close.remote() for actor in self._actors if actor in self._ready]
-        if closing:  # the server of an actor that is killed would end a little later
+        if closing:  # their servers have ended then, and the memory of devices is free
             ray.wait(closing, num_returns=len(closing), timeout=SECONDS_TO_CLOSE)
         for actor in [*self._actors, *self._group]:
             ray.kill(actor)

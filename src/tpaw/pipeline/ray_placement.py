@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection
 from typing import Any
 
@@ -14,16 +15,23 @@ from ray.util.placement_group import (
 )
 
 
-def free_devices(others: Collection[str]) -> None:
+def free_devices(others: Collection[str], seconds: float = 0.0) -> None:
     """Give back the devices that a group of this run has reserved, and end its processes.
 
     Ray Train does so itself, but later, or not at all if it was interrupted.
 
     Args:
         others: placement groups that were there before. They stay.
+        seconds: how long to go on. Ray Train, when it is interrupted, may begin another group
+            before it ends.
     """
-    for number in _groups_of_run(others):
-        _remove(number)
+    deadline = time.monotonic() + seconds
+    while True:
+        for number in _groups_of_run(others):
+            _remove(number)
+        if time.monotonic() >= deadline:
+            return
+        time.sleep(0.2)
 
 
 def free_what_is_left(others: Collection[str]) -> None:

@@ -57,7 +57,8 @@ from tpaw.storage.run_directory import RunDirectory, finish_removals, open_run, 
 from tpaw.team import Player, Team
 from tpaw.training.triples import Triples, preference_pairs
 
-# Of held-out data. Batches, and so the last bits of results, do not depend on the workers.
+# Sizes of the parts that held-out data is cut into. They are fixed, so that batches, and with them
+# the last bits of results, do not depend on the number of workers.
 PROMPTS_IN_PART = 256
 SEQUENCES_IN_PART = 2048
 
