@@ -279,6 +279,55 @@ def test_every_setting_reaches_the_generator(settings, tmp_path, monkeypatch):
     assert all("<|end|>" not in response.text for response in responses)
 
 
+def test_held_out_prompts_are_answered_at_other_temperatures_too(
+    settings, finished, tmp_path, monkeypatch
+):
+    """The answers are right at temperature 0.5 alone, and none is stored for another one."""
+    heldout = read_examples(finished[0].inputs / "heldout.parquet")
+    right = {tuple(e.prompt_ids.tolist()): e.target_ids for e in heldout}
+    calls = []
+
+    class RightAtOneTemperature(FakeGenerator):
+        def __init__(self, model, tokens_per_batch):
+            super().__init__(lambda prompt, seed: [10, 11, 4])
+
+        def generate(self, prompts, sampling, seed, on_done, first=0):
+            calls.append((sampling, seed))
+            found = super().generate(prompts, sampling, seed, on_done)
+            if sampling.temperature != 0.5:
+                return found
+            targets = [right[tuple(prompt.tolist())] for prompt in prompts]
+            return [c._replace(token_ids=ids) for c, ids in zip(found, targets, strict=True)]
+
+    monkeypatch.setattr(tpaw.generation.hf, "HFGenerator", RightAtOneTemperature)
+    settings["generate"] |= {"top_p": 0.8, "top_k": 9}
+    settings["evaluate"] |= {"temperatures": [1.0, 0.5], "max_new_tokens": 6}
+    settings |= {"iterations": 1, "seed": 7}
+    self_play(RunConfig.load(settings), tmp_path / "r")
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    for i, entry in enumerate(summary["players"]):
+        found = entry["evaluation"]
+        assert found["exact_match"]["correct"] == 0
+        sampled = found["sampled_exact_match"]
+        assert [(t, e["correct"], e["items"]) for t, e in sampled.items()] == [
+            ("1", 0, 10),
+            ("0.5", 10, 10),
+        ]
+        # Against θ_0 at the same temperature.
+        assert sampled["0.5"]["versus_start"]["p_value"] == 1
+        folder = RunDirectory(tmp_path / "r").evaluation(i)
+        items = read_lines(folder / "exact_match_at_0.5.jsonl")
+        assert [item["id"] for item in items] == [e.id for e in heldout]
+        assert all(item["correct"] for item in items)
+    at = {
+        t: [(s, seed) for s, seed in calls if s.temperature == t and s.top_k == 9] for t in (1, 0.5)
+    }
+    assert [(s.top_p, s.max_new_tokens, seed) for s, seed in at[0.5]] == [(0.8, 6, 9)] * 2
+    # The same random numbers; none that a training prompt or θ_0's first answers have.
+    assert [seed for s, seed in at[1] if s.max_new_tokens == 6] == [9, 9]
+    assert 9 not in {seed for s, seed in calls if s.max_new_tokens == 12}
+
+
 @pytest.mark.parametrize("wanted", [True, False])
 def test_kernels_that_vary_are_refused_where_that_is_asked(settings, tmp_path, monkeypatch, wanted):
     seen, original = set(), TeamTrainer.compute_loss

@@ -153,6 +153,7 @@ BAD_INPUT = {
     "schedule by metric": ("train.schedule", "'reduce_lr_on_plateau'"),
     "training argument of another type": ("train.training_arguments",),
     "no held-out rows to match": ("evaluate.exact_match",),
+    "no held-out rows to sample for": ("evaluate.temperatures",),
     "output is a file": ("--output", "{tmp}/column.jsonl"),
     "output is foreign": ("--output", "{tmp}"),
     "unknown optimizer": ("train.optimizer", "'rmsporp'", "rmsprop"),
@@ -160,6 +161,7 @@ BAD_INPUT = {
     "unknown training argument": ("train.training_arguments", "'weight_dekay'", "weight_decay"),
     "owned training argument": ("train.training_arguments.seed", "seed"),
     "exact match without answers": ("evaluate.exact_match",),
+    "sampled exact match without answers": ("evaluate.temperatures",),
     "foreign tokenizer": ("model.path", "{tmp}/foreign", "100"),
 }
 # Where another library says why.
@@ -246,8 +248,11 @@ def test_bad_input_ends_with_2_before_any_model_is_loaded(
             settings["train"]["training_arguments"] = {"hub_strategy": "sometimes"}
         case "no held-out rows to match":
             settings["evaluate"] = {"exact_match": True}
-        case "exact match without answers":
-            settings["evaluate"]["exact_match"] = True
+        case "no held-out rows to sample for":
+            settings["evaluate"] = {"temperatures": [0.5]}
+        case "exact match without answers" | "sampled exact match without answers":
+            sampled = name.startswith("sampled")
+            settings["evaluate"] |= {"temperatures": [1]} if sampled else {"exact_match": True}
             rows = [{"question": "q", "answer": "no idea"}]
             settings["evaluate"]["data"]["path"] = str(write_jsonl(tmp_path / "free.jsonl", rows))
         case "foreign tokenizer":

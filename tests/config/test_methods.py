@@ -121,6 +121,14 @@ ONE = "team.main_players={last: 1}"
             ["generate.samples", 2, "generate.temperature"],
         ),
         (["generate.temperature=-0.5"], ["generate.temperature", -0.5, 0]),
+        (["evaluate.temperatures=[0.5, 0]"], ["evaluate.temperatures", 0, "above 0"]),
+        (["evaluate.temperatures=[0.5, 0.5]"], ["evaluate.temperatures", 0.5, "once"]),
+        (["evaluate.temperatures=[1e-9]"], ["evaluate.temperatures", 1e-09, 1e-05]),
+        (["evaluate.temperatures=[-1]"], ["evaluate.temperatures", -1, 0]),
+        (
+            ["evaluate.temperatures=[1]", "evaluate.exact_match=false"],
+            ["evaluate.temperatures", "exact_match"],
+        ),
         (["team.opponents={all: false}"], ["team.opponents.all", "False", "True"]),
         (["team.opponents={}"], ["team.opponents.last"]),
         (["team.opponents={spaced: 0}"], ["team.opponents.spaced", 0, 1]),
@@ -147,6 +155,8 @@ def test_a_server_decodes_greedily_too_but_not_nearly():
     assert config.generate.temperature == 0
     with refused("generate.temperature", 0.005, 0, 0.01):
         RunConfig.load("starter", server, overrides=["generate.temperature=0.005"])
+    with refused("evaluate.temperatures", 0.005, 0, 0.01):
+        RunConfig.load("starter", server, overrides=["evaluate.temperatures=[0.7, 0.005]"])
 
 
 def test_a_module_that_fails_or_says_something_else(outside):

@@ -333,6 +333,37 @@ def test_one_setting_that_varies_is_the_axis(write, tmp_path):
     assert "objective.eta" in drawn[0].read_text()
 
 
+def test_conditions_of_different_lengths_show_their_first_and_last_checkpoint(analysed, tmp_path):
+    analysis = analysed({"two": [0.5, 0.6], "one": [0.7, 0.8]})
+    longer = analysis["conditions"]["two"]["by_iteration"]
+    longer.insert(1, longer[0])
+    study = complete(analysis)
+    text = study_report(study, draw_figures(study, tmp_path))
+    assert "| condition | seeds | θ_0 | last θ |" in text
+    [row] = [line for line in text.splitlines() if line.startswith("| one | 2 | 0.500 ±")]
+    assert row.count("|") == 5
+    assert "0.750 ±" in row
+    drawn = "".join(ElementTree.parse(tmp_path / "accuracy-by-iteration.svg").getroot().itertext())
+    assert "share of the iterations" in drawn
+    [line] = [line for line in text.splitlines() if line.startswith("| two | 0 |")]
+    assert line.count("|") == 6  # every iteration of every run has a column
+
+
+def test_sampled_accuracies_are_measures_with_a_figure(analysed, tmp_path):
+    analysis = analysed({"one": [0.7, 0.8]})
+    name = "accuracy at T = 0.5"
+    for entry, mean in zip(analysis["conditions"]["one"]["by_iteration"], (0.4, 0.6), strict=True):
+        entry[name] = entry["accuracy"] | {"mean": mean}
+    analysis["measures"] += [name]
+    study = complete(analysis)
+    assert f"**{name}: mean over seeds" in study_report(study, [])
+    drawn = draw_figures(study, tmp_path)
+    assert drawn[-1].stem == "accuracy-by-temperature"
+    text = "".join(ElementTree.parse(drawn[-1]).getroot().itertext())
+    assert "the SFT model" in text
+    assert "temperature (0: greedy)" in text
+
+
 def test_a_number_for_every_iteration_is_named_and_drawn_by_its_first(write, tmp_path):
     rates = [[1e-4, 5e-5], [1e-2, 5e-3]]
     _, conditions = read_study(write(vary={"train.learning_rate": rates}, set={"iterations": 2}))

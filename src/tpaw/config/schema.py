@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -53,6 +54,18 @@ LOWEST_TEMPERATURE = 1e-5
 LOWEST_SERVER_TEMPERATURE = 0.01
 Positive = Annotated[float, Field(gt=0, le=LARGEST)]
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_strings)]
+
+
+def _can_divide(temperature: float) -> float:
+    if 0 < temperature < LOWEST_TEMPERATURE:
+        raise ValueError(
+            f"{temperature}: must be 0, which is greedy, or at least {LOWEST_TEMPERATURE}, "
+            "because a logit divided by less could overflow"
+        )
+    return temperature
+
+
+Temperature = Annotated[float, Field(ge=0, le=1000), AfterValidator(_can_divide)]
 
 # Settings that the methods sft and dpo do not use. A value other than the default is refused,
 # because a setting without effect would mislead the user.
@@ -550,10 +563,8 @@ class GenerateConfig(Section):
         "model in this process with either.",
     )
     server: ServerConfig = ServerConfig()
-    temperature: float = Field(
+    temperature: Temperature = Field(
         1.0,
-        ge=0,
-        le=1000,
         description="Sampling temperature. 0: greedy, always the likeliest token. Otherwise at "
         "least 1e-5, or 0.01 with the backend server. Values below 1 favour likely tokens. It has "
         "no effect on exact match, which decodes greedily.",
@@ -600,16 +611,6 @@ class GenerateConfig(Section):
         "its place in its shard. When a run is resumed, another size applies to iterations whose "
         "generation has not begun.",
     )
-
-    @field_validator("temperature")
-    @classmethod
-    def _can_divide(cls, temperature: float) -> float:
-        if 0 < temperature < LOWEST_TEMPERATURE:
-            raise ValueError(
-                f"{temperature}: must be 0, which is greedy, or at least {LOWEST_TEMPERATURE}, "
-                "because a logit divided by less could overflow"
-            )
-        return temperature
 
 
 class ScoreConfig(Section):
@@ -799,6 +800,11 @@ class EvaluateConfig(Section):
         description="Longest greedy response in tokens. Default: generate.max_new_tokens. It has "
         "no effect without exact_match.",
     )
+    temperatures: Annotated[tuple[Temperature, ...], BeforeValidator(_as_tuple)] = Field(
+        (),
+        description="Also answer each held-out prompt once at each of these temperatures, with "
+        "generate.top_p and top_k, and check these answers too. They need exact_match.",
+    )
     suites: Strings = Field(
         (),
         json_schema_extra=CHANGEABLE,
@@ -868,6 +874,21 @@ class RunConfig(Section):
         description="Use only kernels that give the same result every time. On one CPU process, a "
         "run that was killed and resumed then produces the same bytes as an uninterrupted run.",
     )
+
+    @model_validator(mode="after")
+    def _temperatures_are_checked(self) -> RunConfig:
+        found = self.evaluate.temperatures
+        if 0 in found or len(set(found)) < len(found):
+            raise ValueError(
+                f"evaluate.temperatures: {brief(list(found))}: each must be above 0 and occur "
+                "once; the greedy answers are always checked"
+            )
+        if found and self.evaluate.exact_match is False:
+            raise ValueError(
+                f"evaluate.temperatures: {brief(list(found))}: nothing would be checked, because "
+                "exact_match is false; remove one of the two settings"
+            )
+        return self
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> RunConfig:
@@ -1037,12 +1058,15 @@ class RunConfig(Section):
                 f"generate.server.command: {brief(command)}: with model.adapter it must contain "
                 "{adapter}, or the server would serve the base (docs/how-to/vllm.md)"
             )
-        if 0 < self.generate.temperature < LOWEST_SERVER_TEMPERATURE:
-            raise ValueError(
-                f"generate.temperature: {self.generate.temperature}: with the backend server it "
-                f"must be 0, which is greedy, or at least {LOWEST_SERVER_TEMPERATURE}, because "
-                "vLLM would raise it to that"
-            )
+        temperatures = [("generate.temperature", self.generate.temperature)]
+        temperatures += [("evaluate.temperatures", value) for value in self.evaluate.temperatures]
+        for setting, temperature in temperatures:
+            if 0 < temperature < LOWEST_SERVER_TEMPERATURE:
+                raise ValueError(
+                    f"{setting}: {temperature}: with the backend server it must be 0, which is "
+                    f"greedy, or at least {LOWEST_SERVER_TEMPERATURE}, because vLLM would raise it "
+                    "to that"
+                )
         return self
 
     def per_iteration(self) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Held-out evaluation of one checkpoint: exact match of greedy responses, and log-probs.
+"""Held-out evaluation of one checkpoint: exact match of its responses, and log-probs.
 
-Exact match needs targets with a checkable answer. The log-probs need only targets. y is the
-held-out target. y_0 is the response of θ_0 to the same prompt; it is sampled once and then fixed.
-The log-prob measures are in nats and do not contain λ:
+The responses are greedy; the setting `evaluate.temperatures` adds sampled ones. Exact match needs
+targets with a checkable answer. The log-probs need only targets. y is the held-out target. y_0 is
+the response of θ_0 to the same prompt; it is sampled once and then fixed. The log-prob measures are
+in nats and do not contain λ:
 
 - gap: log π_θ(y) − log π_θ(y_0). It says how much more likely the target is than θ_0's response.
 - margin: the gap of θ minus the gap of θ_0. This is the margin of equation [6] against θ_0,
@@ -35,6 +36,8 @@ from tpaw.team import Player
 # Added to the run's seed. With the same seed, these responses would use the same random numbers as
 # the responses to the training prompts.
 SEED_OF_INITIAL_RESPONSES = 1
+# All temperatures use the same random numbers, so a comparison of two temperatures is a paired one.
+SEED_OF_SAMPLED_RESPONSES = 2
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,9 @@ class HeldoutEvaluation:
             exact_match = self.config.evaluate.exact_match
             if has_answers(self.heldout) if exact_match is None else exact_match:
                 results["exact_match"] = self._exact_match(player, folder, initial_folder)
+                sampled = self._sampled_exact_match(player, folder, initial_folder)
+                if sampled:
+                    results["sampled_exact_match"] = sampled
             results["logps"] = self._logps(player, folder, initial_folder)
             results["seconds"] = round(time.monotonic() - started, 3)
             write_json(folder / "results.json", meta | results)
@@ -95,9 +101,28 @@ class HeldoutEvaluation:
     def _exact_match(self, player: Player, folder: Path, initial_folder: Path) -> dict[str, Any]:
         greedy = self.params.greedy(self.config.evaluate.max_new_tokens)
         completions = self._generate(player, greedy, 0, "accuracy")
+        return self._checked(completions, folder, initial_folder, "exact_match.jsonl")
+
+    def _sampled_exact_match(
+        self, player: Player, folder: Path, initial_folder: Path
+    ) -> dict[str, dict[str, Any]]:
+        """The results of one response to each prompt, by temperature."""
+        limit = self.params.greedy(self.config.evaluate.max_new_tokens)
+        seed = self.config.seed + SEED_OF_SAMPLED_RESPONSES
+        results = {}
+        for temperature in self.config.evaluate.temperatures:
+            params = limit._replace(temperature=temperature)
+            completions = self._generate(player, params, seed, f"accuracy at T = {temperature:g}")
+            file = f"exact_match_at_{temperature:g}.jsonl"
+            results[f"{temperature:g}"] = self._checked(completions, folder, initial_folder, file)
+        return results
+
+    def _checked(
+        self, completions: Sequence[Completion], folder: Path, initial_folder: Path, file: str
+    ) -> dict[str, Any]:
         items = exact_match_items(self.heldout, completions, self.decode)
-        write_items(folder / "exact_match.jsonl", items)
-        return exact_match_results(items, read_items(initial_folder / "exact_match.jsonl"))
+        write_items(folder / file, items)
+        return exact_match_results(items, read_items(initial_folder / file))
 
     def _logps(self, player: Player, folder: Path, initial_folder: Path) -> dict[str, float]:
         initial = read_table(initial_folder / "initial_answers.parquet")["token_ids"]
@@ -134,7 +159,7 @@ def exact_match_items(
 
     Args:
         examples: held-out examples whose targets have answers.
-        completions: one greedy completion for each example.
+        completions: one completion for each example.
         decode: token ids to text.
 
     Returns:

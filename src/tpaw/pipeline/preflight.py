@@ -159,10 +159,11 @@ def read_inputs(config: RunConfig, on_done: OnDone = ignore) -> Inputs:
             f"objective.name: {config.objective.name}: it trains on the responses that are right, "
             "but some target of data has no `#### number`"
         )
-    if config.evaluate.exact_match and not heldout.examples:
-        raise InputError("evaluate.exact_match: it needs held-out rows; set evaluate.data")
-    if config.evaluate.exact_match and not has_answers(heldout.examples):
-        raise InputError("evaluate.exact_match: some held-out target has no `#### answer`")
+    for setting in ("exact_match", "temperatures"):
+        if getattr(config.evaluate, setting) and not heldout.examples:
+            raise InputError(f"evaluate.{setting}: it needs held-out rows; set evaluate.data")
+        if getattr(config.evaluate, setting) and not has_answers(heldout.examples):
+            raise InputError(f"evaluate.{setting}: some held-out target has no `#### answer`")
     skipped = {"data": train.skipped, "evaluate.data": heldout.skipped}
     return Inputs(train.examples, heldout.examples, skipped, tokenizer, stop_ids)
 

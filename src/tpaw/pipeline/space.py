@@ -83,7 +83,8 @@ def bytes_of_scores(config: RunConfig, count: int) -> int:
 
 def bytes_of_evaluation(config: RunConfig, heldout: int) -> int:
     """Bytes of the held-out results of θ_0, which holds its responses too; others need less."""
-    return bytes_of_responses(config, heldout, copies=3) if heldout else 0
+    copies = 3 + len(config.evaluate.temperatures)
+    return bytes_of_responses(config, heldout, copies=copies) if heldout else 0
 
 
 def bytes_of_checkpoint(size: ModelSize) -> int:

@@ -24,10 +24,14 @@ _LABELS = {
     "reward_margin": "margin P(x, y) − P(x, y_gen)",
     "identical": "share of answers equal to the target",
 }
+SAMPLED_ACCURACY = "accuracy at T = "
+"""Begins the name of a measure; the temperature follows."""
 
 
 def label_of(measure: str) -> str:
     """Return the label of a measure for figures and tables. A suite has its own name."""
+    if measure.startswith(SAMPLED_ACCURACY):
+        return measure
     return _LABELS.get(measure, f"{measure}, %")
 
 
@@ -72,20 +76,51 @@ def _figures(study: Study) -> Iterator[tuple[str, Figure]]:
             yield "gap-by-iteration", _by_iteration(study, gaps)
         if any(run["curve"] for run in _runs(study)):
             yield "target-reward-by-step", _curves(study)
+    if any(measure.startswith(SAMPLED_ACCURACY) for measure in measures):
+        yield "accuracy-by-temperature", _by_temperature(study)
 
 
 def _by_iteration(study: Study, measures: Sequence[str]) -> Figure:
-    """Draw measures by iteration: the paper's figures 2c, 2d and 3, and the gap."""
+    """Draw measures by iteration: the paper's figures 2c, 2d and 3, and the gap.
+
+    If the conditions have different numbers of iterations, the x axis is the share of them.
+    """
+    is_share = not has_one_length(study)
     figure = _figure(len(measures))
     for axes, measure in zip(figure.axes, measures, strict=True):
         for i, (name, condition) in enumerate(study["conditions"].items()):
+            entries = condition["by_iteration"]
+            last = max(len(entries) - 1, 1) if is_share else 1
             points = [
-                (t, found) for t, entry in enumerate(condition["by_iteration"])
+                (t / last, found) for t, entry in enumerate(entries)
                 if (found := entry.get(measure))
             ]  # fmt: skip
-            _line(axes, i, name, [t for t, _ in points], [found for _, found in points])
-        axes.set(xlabel="iteration (0: the SFT model)", ylabel=label_of(measure))
-        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+            _line(axes, i, name, [x for x, _ in points], [found for _, found in points])
+        what = "share of the iterations" if is_share else "iteration"
+        axes.set(xlabel=f"{what} (0: the SFT model)", ylabel=label_of(measure))
+        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=not is_share))
+    _legend(figure, study)
+    return figure
+
+
+def has_one_length(study: Study) -> bool:
+    """Whether all conditions with results have the same number of iterations."""
+    return len({len(c["by_iteration"]) for c in study["conditions"].values()} - {0}) <= 1
+
+
+def _by_temperature(study: Study) -> Figure:
+    """Draw the last accuracies by decoding temperature, beside those of the SFT model."""
+    names = [m for m in study["measures"] if m.startswith(SAMPLED_ACCURACY)]
+    by_temperature = {0.0: "accuracy"} | {float(n[len(SAMPLED_ACCURACY) :]): n for n in names}
+    figure = _figure(1)
+    [axes] = figure.axes
+    conditions = [(name, c) for name, c in study["conditions"].items() if c["by_iteration"]]
+    lines = [(name, condition["by_iteration"][-1]) for name, condition in conditions]
+    lines += [("the SFT model", conditions[0][1]["by_iteration"][0])]
+    for i, (name, entry) in enumerate(lines):
+        points = [(t, entry[m]) for t, m in sorted(by_temperature.items()) if m in entry]
+        _line(axes, i, name, [t for t, _ in points], [found for _, found in points])
+    axes.set(xlabel="temperature (0: greedy)", ylabel="accuracy, last iteration")
     _legend(figure, study)
     return figure
 

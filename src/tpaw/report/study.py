@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from tpaw.report.figures import label_of
+from tpaw.report.figures import has_one_length, label_of
 
 Study = Mapping[str, Any]
 Rows = list[list[str]]
@@ -94,18 +94,25 @@ def _detailed(study: Study) -> Iterator[tuple[str, list[str], Rows]]:
         for name, condition in study["conditions"].items()
         for seed, run in condition["runs"].items()
     ]
+    for row in rows:
+        row += ["–"] * (2 + iterations - len(row))
     headings = ["condition", "seed", *(f"θ_{t}" for t in range(iterations))]
     yield f"{label_of(study['primary'])}, every run", headings, [[str(c) for c in r] for r in rows]
 
 
 def _by_iteration(study: Study, measure: str) -> tuple[str, list[str], Rows]:
     title = f"{label_of(measure)}: mean over seeds ± SD [95 % t-interval]"
+    headings = [f"θ_{t}" for t in range(_iterations(study))]
+    if not has_one_length(study):
+        headings = ["θ_0", "last θ"]
     rows = []
     for name, condition in study["conditions"].items():
         entries = [entry.get(measure) for entry in condition["by_iteration"]]
+        if not has_one_length(study):
+            entries = [entries[0], entries[-1]] if entries else []
         rows.append([name, str(len(condition["runs"])), *map(_over_seeds, entries)])
-        rows[-1] += ["–"] * (_iterations(study) - len(entries))
-    return title, ["condition", "seeds", *(f"θ_{t}" for t in range(_iterations(study)))], rows
+        rows[-1] += ["–"] * (len(headings) - len(entries))
+    return title, ["condition", "seeds", *headings], rows
 
 
 def _compared(study: Study) -> tuple[str, list[str], Rows]:

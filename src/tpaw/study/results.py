@@ -3,9 +3,10 @@
 Measures of a checkpoint on the held-out records:
 
 - `accuracy`: exact match of greedy responses, in [0, 1], if targets have answers.
+- `accuracy at T = …`: the same of responses that are sampled at this temperature.
 - `target_logp_per_token`: nats.
 - `gap`: log π(y) − log π(y_0), nats. y_0 is the response of θ_0 with the same seed. It is the same
-  for all conditions.
+  for all conditions with the same settings of `generate`.
 - `nonpositive_gap_share`: share of the gaps that are not positive, in [0, 1].
 
 - `SUITE` and `SUITE: BENCHMARK`: the scores of each suite of `evaluate.suites` and of its
@@ -23,6 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tpaw.errors import ArtifactError
+from tpaw.report.figures import SAMPLED_ACCURACY
 from tpaw.report.summary import summarise
 from tpaw.runtime.progress import note
 from tpaw.storage.run_directory import RunDirectory
@@ -75,6 +77,8 @@ def _measures(entry: dict[str, Any]) -> Iterator[tuple[str, float]]:
     evaluation = entry.get("evaluation", {})
     if "exact_match" in evaluation:
         yield "accuracy", evaluation["exact_match"]["accuracy"]
+    for temperature, sampled in evaluation.get("sampled_exact_match", {}).items():
+        yield f"{SAMPLED_ACCURACY}{temperature}", sampled["accuracy"]
     for name in HELD_OUT[1:]:
         if name in evaluation.get("logps", {}):
             yield name, evaluation["logps"][name]
