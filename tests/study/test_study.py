@@ -145,6 +145,23 @@ def test_a_run_with_links_is_a_run_without(tmp_path, settings):
     begin_run(config, tmp_path / "linked", shared)  # trains already: left alone
 
 
+def test_a_method_that_keeps_right_responses_prepares_all_for_those_that_share(tmp_path, settings):
+    settings["iterations"] = 1
+    config, shared = RunConfig.load(settings), tmp_path / "shared"
+    picky = RunConfig.load(settings, "self_training")
+    assert shared_name(picky) == shared_name(config)
+    begin_shared(picky, shared)
+    prepare_shared(shared, StopSignal())
+    begin_run(config, tmp_path / "linked", shared)
+    self_play(config, tmp_path / "alone")
+    linked, alone = (
+        {path.name: path.read_bytes() for path in (tmp_path / name / "logprobs").rglob("*.parquet")}
+        for name in ("linked", "alone")
+    )
+    assert linked == alone
+    assert linked
+
+
 def test_a_finished_run_of_other_settings_is_not_taken_for_one_of_the_study(write, tmp_path):
     study, conditions = read_study(write(set={"iterations": 1}, seeds=[0]))
     [run] = runs_of(conditions, study.seeds, tmp_path / "study")

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from tpaw.errors import printable
 from tpaw.report.figures import has_one_length, label_of
 
 Study = Mapping[str, Any]
@@ -82,6 +83,8 @@ def _tables(study: Study) -> Iterator[tuple[str, list[str], Rows]]:
     yield _by_iteration(study, study["primary"])
     if study["comparisons"]:
         yield _compared(study)
+    if "win_rates" in study:
+        yield _judged(study["win_rates"])
 
 
 def _detailed(study: Study) -> Iterator[tuple[str, list[str], Rows]]:
@@ -137,6 +140,30 @@ def _compared(study: Study) -> tuple[str, list[str], Rows]:
                     for kind in ("t_p_value", "sign_flip_p_value")
                     for adjusted in ("", "_holm")
                 ),
+            ]
+        )
+    return title, headings, rows
+
+
+def _judged(win_rates: Mapping[str, Any]) -> tuple[str, list[str], Rows]:
+    title = f"{printable(win_rates['measure'])}: against {win_rates['baseline']}, seed by seed"
+    headings = ["condition", "seeds", "win rate: mean ± SD [95 %]", "t: p", "sign flips: p"]
+    headings += ["wins", "losses", "ties", "invalid"]
+    rows = []
+    for name, found in win_rates["conditions"].items():
+        test = found["against_half"] or {}
+        counts = [
+            sum(seed[count] for seed in found["by_seed"].values())
+            for count in ("wins", "losses", "ties", "invalid")
+        ]
+        rows.append(
+            [
+                name,
+                str(len(found["by_seed"])),
+                _over_seeds(found["win_rate"]),
+                _p_value(test.get("t_p_value")),
+                _p_value(test.get("sign_flip_p_value")),
+                *(f"{count:,}" for count in counts),
             ]
         )
     return title, headings, rows

@@ -26,6 +26,7 @@ def publish_study(
     failures: Mapping[str, str],
     output: Path,
     jobs: int,
+    win_rates: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Collect the results of the runs, compute the statistics and write the files.
 
@@ -37,6 +38,7 @@ def publish_study(
         failures: names of failed runs, with the reason.
         output: folder of the study.
         jobs: number of runs at a time.
+        win_rates: see `judging.judge_study`; None if no judge was asked.
 
     Returns:
         The content of study.json.
@@ -52,6 +54,8 @@ def publish_study(
         "failures": dict(failures),
         **analyse(conditions, collect(runs), study.baseline),
     }
+    if win_rates is not None:
+        content["win_rates"] = win_rates
     write_json(output / "study.json", content)
     figures = draw_figures(content, output / "figures")
     write_text(output / "report.md", study_report(content, figures))

@@ -134,7 +134,7 @@ def run_study(
             advance(done - shown)
             shown = done
 
-        pool = _Pool(jobs, output / "logs", look, launch)
+        pool = Pool(jobs, output / "logs", look, launch)
         try:
             shared = _prepare(todo, output / "shared", pool)
             return shared | _run(todo, output / "shared", pool)
@@ -143,7 +143,7 @@ def run_study(
             raise
 
 
-def _prepare(todo: Sequence[StudyRun], folder: Path, pool: _Pool) -> dict[str, str]:
+def _prepare(todo: Sequence[StudyRun], folder: Path, pool: Pool) -> dict[str, str]:
     """What runs share, for those that have not begun."""
     configs: dict[str, RunConfig] = {}
     for run in todo:
@@ -161,7 +161,7 @@ def _prepare(todo: Sequence[StudyRun], folder: Path, pool: _Pool) -> dict[str, s
     return pool.work(waiting, begin)
 
 
-def _run(todo: Sequence[StudyRun], shared: Path, pool: _Pool) -> dict[str, str]:
+def _run(todo: Sequence[StudyRun], shared: Path, pool: Pool) -> dict[str, str]:
     runs = {run.name: run for run in todo}
 
     def begin(name: str) -> list[str]:
@@ -185,8 +185,15 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-class _Pool:
-    """Processes of the command line, so many at a time."""
+class Pool:
+    """Processes of the command line, so many at a time.
+
+    Args:
+        jobs: how many; torch's threads are divided among them.
+        logs: folder of what they print.
+        look: called again and again. It may raise to stop the work.
+        launch: starts a process.
+    """
 
     def __init__(self, jobs: int, logs: Path, look: Callable[[], None], launch: Launch) -> None:
         self.jobs = jobs

@@ -59,22 +59,21 @@ class Endpoint:
         url: base URL; it begins with http:// or https://. Messages show it without user name,
             password and query, which may hold a key.
         api_key: key of the endpoint; None if it needs none.
+        option: the option that gave the URL, for messages.
 
     Raises:
         InputError: the openai library is not installed, or the URL is not valid.
     """
 
-    def __init__(self, url: str, api_key: str | None) -> None:
+    def __init__(self, url: str, api_key: str | None, option: str = "--endpoint") -> None:
         try:
             import openai
         except ImportError:
             raise InputError(
-                "tpaw judge: the openai library is not installed: pip install 'tpaw[judge]'"
+                "a judge needs the openai library, which is missing: pip install 'tpaw[judge]'"
             ) from None
         if not url.startswith(("http://", "https://")):
-            raise InputError(
-                f"--endpoint {public_url(url)}: it must begin with http:// or https://"
-            )
+            raise InputError(f"{option} {public_url(url)}: it must begin with http:// or https://")
         self._openai = openai
         # The library's own HTTP library: httpx, or its successor.
         bases = [base.__module__.partition(".")[0] for base in openai.DefaultHttpxClient.__mro__]

@@ -34,7 +34,7 @@ class Judge(NamedTuple):
 
     model: str
     prompt: JudgePrompt
-    max_tokens: int
+    max_tokens: int = 1024
 
     @property
     def measure(self) -> str:

@@ -20,11 +20,12 @@ from tpaw.storage.artifacts import own_folder, write_json, write_text
 from tpaw.storage.run_directory import environment
 
 
-def key_from(variable: str | None) -> str | None:
+def key_from(variable: str | None, option: str = "--key-env") -> str | None:
     """Read the endpoint's API key from an environment variable.
 
     Args:
         variable: name of the environment variable; None means no key.
+        option: the option that gave the name, for messages.
 
     Raises:
         InputError: the variable is not set or empty.
@@ -33,7 +34,7 @@ def key_from(variable: str | None) -> str | None:
         return None
     if not os.environ.get(variable):
         raise InputError(
-            f"--key-env {variable}: this environment variable is not set or is empty; "
+            f"{option} {variable}: this environment variable is not set or is empty; "
             "set it to the endpoint's key"
         )
     return os.environ[variable]
