@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import json
 import sys
 import weakref
@@ -379,7 +380,9 @@ def freed():
 
 def main():
     _, name, *rest = sys.argv
-    pretended_gpu.start()  # after all imports: bitsandbytes would look for its CUDA library
+    # bitsandbytes would look for its CUDA library. PEFT 0.18 imports it late, so it comes first.
+    importlib.import_module("bitsandbytes")
+    pretended_gpu.start()
     globals()[name](*rest)
 
 
