@@ -248,6 +248,28 @@ def test_two_workers_give_the_bytes_of_one_process(cluster, settings, alone, tmp
     assert not list(run.root.rglob(".tmp-*"))
 
 
+@pytest.mark.parametrize(
+    ("recipe", "more"), [("tspin", {"generate": {"samples": 2}}), ("irft", {"data": {"chunks": 2}})]
+)
+def test_what_methods_ask_of_the_loop_reaches_the_group_that_trains(
+    cluster, model_folder, data_file, heldout_file, tmp_path, recipe, more
+):
+    """Responses of θ_0 and several answers to a prompt; a part of the data."""
+    settings = settings_of(model_folder, data_file, heldout_file) | {"evaluate": {}}
+    configs = [
+        RunConfig.load(s, recipe, more, overrides=["train.epochs=1"])
+        for s in (settings, by_two_workers(settings))
+    ]
+    runs = [RunDirectory(tmp_path / name) for name in ("alone", "r")]
+    for config, run in zip(configs, runs, strict=True):
+        self_play(config, run.root)
+    alone, run = runs
+    assert before_training(run) == before_training(alone)
+    assert read_manifest(run.checkpoint(1))["processes"] == 2
+    assert len(losses(alone)) == {"tspin": 6, "irft": 2}[recipe]
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
+
+
 def test_fsdp_shards_the_model_and_goes_on_after_a_process_dies(
     cluster, settings, alone, trained_by_fsdp
 ):
