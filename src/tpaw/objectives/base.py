@@ -50,6 +50,16 @@ class PairLogps(NamedTuple):
     generated_tokens_B: Tensor
     policy_initial_B: Tensor | None = None
 
+    @property
+    def delta_B(self) -> Tensor:
+        """Δ = log π_θ(y|x) − log π_t(y|x), against the newest player θ_t."""
+        return self.policy_target_B - self.player_target_BK[:, 0]
+
+    @property
+    def gamma_B(self) -> Tensor:
+        """Γ, the same of the generated response."""
+        return self.policy_generated_B - self.player_generated_BK[:, 0]
+
 
 class ObjectiveOutput(NamedTuple):
     """What an objective returns.

@@ -49,8 +49,8 @@ class Settings(NamedObjective):
 
     def __call__(self, logps: PairLogps) -> ObjectiveOutput:
         """See `Objective`. Rewards are α times the log-ratios, without β."""
-        target_B = self.alpha * (logps.policy_target_B - logps.player_target_BK[:, 0])
-        generated_B = self.alpha * (logps.policy_generated_B - logps.player_generated_BK[:, 0])
+        target_B = self.alpha * logps.delta_B
+        generated_B = self.alpha * logps.gamma_B
         loss_B = self._loss(target_B + self.beta, generated_B + self.beta)
         return ObjectiveOutput(loss_B, reward_metrics(target_B, generated_B))
 

@@ -44,8 +44,8 @@ class Settings(NamedObjective):
 
     def __call__(self, logps: PairLogps) -> ObjectiveOutput:
         """See `Objective`."""
-        target_B = self.lambda_ * (logps.policy_target_B - logps.player_target_BK[:, 0])
-        generated_B = self.lambda_ * (logps.policy_generated_B - logps.player_generated_BK[:, 0])
+        target_B = self.lambda_ * logps.delta_B
+        generated_B = self.lambda_ * logps.gamma_B
         margin_B = target_B - generated_B
         loss_B = -F.logsigmoid(margin_B) if self.loss == "logistic" else -margin_B
         return ObjectiveOutput(loss_B, reward_metrics(target_B, generated_B))

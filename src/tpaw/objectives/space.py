@@ -43,8 +43,7 @@ class Settings(NamedObjective):
 
     def __call__(self, logps: PairLogps) -> ObjectiveOutput:
         """See `Objective`."""
-        delta_B = logps.policy_target_B - logps.player_target_BK[:, 0]
-        gamma_B = logps.policy_generated_B - logps.player_generated_BK[:, 0]
+        delta_B, gamma_B = logps.delta_B, logps.gamma_B
         # σ_μ(z) = σ(z − log μ), which never overflows.
         log_mu = math.log(self.mu)
         loss_B = -F.logsigmoid(delta_B - log_mu) - self.mu * F.logsigmoid(log_mu - gamma_B)

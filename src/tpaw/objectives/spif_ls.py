@@ -43,7 +43,7 @@ class Settings(NamedObjective):
 
     def __call__(self, logps: PairLogps) -> ObjectiveOutput:
         """See `Objective`."""
-        target_B = self.lambda_ * (logps.policy_target_B - logps.player_target_BK[:, 0])
-        generated_B = self.lambda_ * (logps.policy_generated_B - logps.player_generated_BK[:, 0])
+        target_B = self.lambda_ * logps.delta_B
+        generated_B = self.lambda_ * logps.gamma_B
         loss_B = (target_B - self.bound) ** 2 + (generated_B + self.bound) ** 2
         return ObjectiveOutput(loss_B, reward_metrics(target_B, generated_B))

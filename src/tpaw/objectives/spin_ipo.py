@@ -37,11 +37,7 @@ class Settings(NamedObjective):
 
     def __call__(self, logps: PairLogps) -> ObjectiveOutput:
         """See `Objective`. Rewards are per token."""
-        target_B = (
-            logps.policy_target_B - logps.player_target_BK[:, 0]
-        ) / logps.target_tokens_B.clamp(min=1)
-        generated_B = (
-            logps.policy_generated_B - logps.player_generated_BK[:, 0]
-        ) / logps.generated_tokens_B.clamp(min=1)
+        target_B = logps.delta_B / logps.target_tokens_B.clamp(min=1)
+        generated_B = logps.gamma_B / logps.generated_tokens_B.clamp(min=1)
         loss_B = (target_B - generated_B - 1 / (2 * self.lambda_)) ** 2
         return ObjectiveOutput(loss_B, reward_metrics(target_B, generated_B))
