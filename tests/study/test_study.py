@@ -342,6 +342,18 @@ def test_figures_name_every_condition_and_are_the_same_each_time(analysed, tmp_p
     assert [p.read_bytes() for p in drawn] == [p.read_bytes() for p in again]
 
 
+def test_the_second_round_of_the_colours_is_dashed(analysed, tmp_path):
+    study = complete(analysed({f"way {i}": [0.5, 0.6] for i in range(9)}))
+    [accuracy, *_] = draw_figures(study, tmp_path)
+    lines = [
+        line
+        for line in accuracy.read_text().splitlines()
+        if "stroke: #0072b2" in line.lower() and "fill: none" in line
+    ]
+    assert any("stroke-dasharray" in line for line in lines)
+    assert any("stroke-dasharray" not in line for line in lines)
+
+
 def test_one_setting_that_varies_is_the_axis(write, tmp_path):
     _, conditions = read_study(write(vary={"objective.eta": [1.0, 2.0, 4.0]}))
     results = {c.name: results_of([0.5 + c.settings["objective.eta"] / 100]) for c in conditions}

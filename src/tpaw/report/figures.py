@@ -159,7 +159,7 @@ def _curves(study: Study) -> Figure:
             continue
         rewards = np.array([[dict(curve)[step] for step in steps] for curve in curves])
         mean = rewards.mean(axis=0)
-        axes.plot(steps, mean, color=COLOURS[i % len(COLOURS)], label=name, linewidth=1.5)
+        axes.plot(steps, mean, **_style(i), label=name, linewidth=1.5)
         if len(curves) > 1:
             spread = rewards.std(axis=0, ddof=1)
             axes.fill_between(
@@ -175,12 +175,18 @@ def _curves(study: Study) -> Figure:
 def _line(
     axes: Axes, i: int, label: str, x: Sequence[float], found: Sequence[Mapping[str, Any]]
 ) -> None:
-    colour = COLOURS[i % len(COLOURS)]
+    style = _style(i)
     mean = [f["mean"] for f in found]
-    axes.plot(x, mean, color=colour, marker=MARKERS[i % len(MARKERS)], markersize=4, label=label)
+    axes.plot(x, mean, **style, marker=MARKERS[i % len(MARKERS)], markersize=4, label=label)
     if found and all(f["interval_95"] for f in found):
         low, high = zip(*(f["interval_95"] for f in found), strict=True)
-        axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
+
+
+def _style(i: int) -> dict[str, Any]:
+    """Colour and dashes of line i; the second round of the colours is dashed."""
+    rounds, place = divmod(i, len(COLOURS))
+    return {"color": COLOURS[place], "linestyle": "--" if rounds % 2 else "-"}
 
 
 def _figure(panels: int) -> Figure:
