@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import peft
@@ -255,6 +256,17 @@ def contents(folder):
     kinds = ("*.safetensors", "*.parquet", "*.jsonl")
     files = [path for kind in kinds for path in folder.rglob(kind) if path.name != "training.jsonl"]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+class Ended(NamedTuple):
+    """A process that has ended."""
+
+    code: int
+
+    def poll(self):
+        return self.code
+
+    wait = poll
 
 
 def stopped_at_step(steps, config, folder):

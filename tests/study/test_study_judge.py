@@ -7,6 +7,7 @@ import json
 
 import pytest
 import yaml
+from builders import Ended
 from judge_server import longer
 from messages import says
 
@@ -14,18 +15,6 @@ import tpaw.study.judging
 import tpaw.study.runner
 from tpaw.study.judging import judge_study
 from tpaw.study.runner import run_study
-
-
-class Ended:
-    """A process that has ended."""
-
-    def __init__(self, code):
-        self.code = code
-
-    def poll(self):
-        return self.code
-
-    wait = poll
 
 
 @pytest.fixture

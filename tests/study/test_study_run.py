@@ -8,10 +8,10 @@ import os
 import signal
 import subprocess
 import time
-from typing import NamedTuple
 
 import pytest
 import yaml
+from builders import Ended
 from fork_server import Forked
 from messages import says
 
@@ -120,17 +120,6 @@ def test_a_stop_is_passed_on_and_the_study_goes_on(study, tmp_path, forks):
     says(text.splitlines()[-1], f"tpaw study {study} -o {tmp_path / 'out'}")
     assert not living_runs(tmp_path / "out", forks)
     finish(start(study, tmp_path / "out"))
-
-
-class Ended(NamedTuple):
-    """A process that has ended."""
-
-    code: int
-
-    def poll(self):
-        return self.code
-
-    wait = poll
 
 
 def test_a_run_that_fails_does_not_stop_the_others(study, tmp_path, tpaw_, monkeypatch):

@@ -77,6 +77,7 @@ def study(
     runs = runs_of(conditions, settings.seeds, output)
     with stoppable(f"tpaw study {shlex.quote(source)} -o {shlex.quote(str(output))}") as stop:
         failures = run_study(runs, output, jobs, stop)
+        # Before the judge is asked: an endpoint that fails must not cost the report.
         content = publish_study(source, settings, conditions, runs, failures, output, jobs)
         if judge is not None:
             win_rates = judge_study(runs, content["baseline"], judge, output, jobs, stop)

@@ -107,11 +107,11 @@ class HeldoutEvaluation:
         self, player: Player, folder: Path, initial_folder: Path
     ) -> dict[str, dict[str, Any]]:
         """The results of one response to each prompt, by temperature."""
-        limit = self.params.greedy(self.config.evaluate.max_new_tokens)
+        greedy = self.params.greedy(self.config.evaluate.max_new_tokens)
         seed = self.config.seed + SEED_OF_SAMPLED_RESPONSES
         results = {}
         for temperature in self.config.evaluate.temperatures:
-            params = limit._replace(temperature=temperature)
+            params = greedy._replace(temperature=temperature)
             completions = self._generate(player, params, seed, f"accuracy at T = {temperature:g}")
             file = f"exact_match_at_{temperature:g}.jsonl"
             results[f"{temperature:g}"] = self._checked(completions, folder, initial_folder, file)

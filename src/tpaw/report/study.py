@@ -105,13 +105,12 @@ def _detailed(study: Study) -> Iterator[tuple[str, list[str], Rows]]:
 
 def _by_iteration(study: Study, measure: str) -> tuple[str, list[str], Rows]:
     title = f"{label_of(measure)}: mean over seeds ± SD [95 % t-interval]"
-    headings = [f"θ_{t}" for t in range(_iterations(study))]
-    if not has_one_length(study):
-        headings = ["θ_0", "last θ"]
+    is_whole = has_one_length(study)
+    headings = [f"θ_{t}" for t in range(_iterations(study))] if is_whole else ["θ_0", "last θ"]
     rows = []
     for name, condition in study["conditions"].items():
         entries = [entry.get(measure) for entry in condition["by_iteration"]]
-        if not has_one_length(study):
+        if not is_whole:
             entries = [entries[0], entries[-1]] if entries else []
         rows.append([name, str(len(condition["runs"])), *map(_over_seeds, entries)])
         rows[-1] += ["–"] * (len(headings) - len(entries))

@@ -30,8 +30,8 @@ def analyse(
         comparisons, separately for both kinds of p-value.
     """
     measures = measures_in(results)
-    suites = (name for name in measures if name not in MEASURES)
-    primary = "accuracy" if "accuracy" in measures else next(suites, "gap")
+    others = (name for name in measures if name not in MEASURES)
+    primary = "accuracy" if "accuracy" in measures else next(others, "gap")
     first = baseline or conditions[0].name
     return {
         "measures": measures,

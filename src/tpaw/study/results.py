@@ -51,7 +51,7 @@ def collect(runs: Sequence[StudyRun]) -> Results:
 
 
 def measures_in(results: Results) -> list[str]:
-    """Return the measures that at least one checkpoint has: those of `MEASURES`, then suites."""
+    """Return the measures that at least one checkpoint has: `MEASURES`, then all others."""
     found = dict.fromkeys(
         name
         for by_seed in results.values()
