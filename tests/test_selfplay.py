@@ -431,6 +431,36 @@ def test_without_held_out_rows_nothing_is_evaluated(settings, tmp_path):
     assert "training" in summary["players"][1]
 
 
+def test_a_checker_of_the_users_decides_what_is_right(settings, tmp_path, monkeypatch):
+    """Several answers at a temperature, and self-training on the right ones."""
+    (tmp_path / "of_mine").mkdir()
+    (tmp_path / "of_mine" / "even.py").write_text(
+        "def is_right(prompt, target, response):\n    return len(response) % 2 == 0\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    settings["evaluate"] |= {"temperatures": [1.0], "samples": 3}
+    settings |= {"checker": "of_mine.even", "iterations": 1, "objective": {"name": "self_training"}}
+    self_play(RunConfig.load(settings), tmp_path / "r")
+    run = RunDirectory(tmp_path / "r")
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    for i, entry in enumerate(summary["players"]):
+        greedy = read_lines(run.evaluation(i) / "exact_match.jsonl")
+        assert all(item["correct"] == (len(item["completion"]) % 2 == 0) for item in greedy)
+        assert "no_answer" not in entry["evaluation"]["exact_match"]
+        sampled = read_lines(run.evaluation(i) / "exact_match_at_1.jsonl")
+        by_id = {}
+        for item in sampled:
+            by_id.setdefault(item["id"], []).append(item["completion"])
+        assert list(by_id) == [item["id"] for item in greedy]
+        assert {len(texts) for texts in by_id.values()} == {3}
+        right = [len({t for t in texts if len(t) % 2 == 0}) for texts in by_id.values()]
+        found = entry["evaluation"]["sampled_exact_match"]["1"]
+        assert found["distinct_correct"] == pytest.approx(sum(right) / 10)
+    responses = read_responses(run.responses(1))
+    even = sum(len(response.text) % 2 == 0 for response in responses)
+    assert summary["players"][1]["right"] == {"triples": even, "responses": len(responses)}
+
+
 def test_exact_match_can_be_switched_off(settings, tmp_path):
     settings["evaluate"]["exact_match"] = False
     self_play(RunConfig.load(settings | {"iterations": 1}), tmp_path / "r")

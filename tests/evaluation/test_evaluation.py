@@ -8,8 +8,16 @@ from builders import make_tokenizer
 
 from tpaw.data.examples import Example
 from tpaw.data.token_ids import token_ids
+from tpaw.errors import InputError
+from tpaw.evaluation.checker import ByFunction, ByNumber, checker_of
 from tpaw.evaluation.exact_match import extract_answer, has_answers, is_correct
-from tpaw.evaluation.heldout import exact_match_items, exact_match_results, logp_items, logp_results
+from tpaw.evaluation.heldout import (
+    exact_match_items,
+    exact_match_results,
+    logp_items,
+    logp_results,
+    several_samples_results,
+)
 from tpaw.generation.generator import Completion
 from tpaw.statistics.over_items import mcnemar, wilson_interval
 
@@ -61,7 +69,7 @@ def test_exact_match_counts_item_by_item():
         Completion(token_ids(tokenizer(text, add_special_tokens=False).input_ids), reason)
         for text, reason in texts
     ]
-    items = exact_match_items(rows, completions, tokenizer.decode)
+    items = exact_match_items(rows, completions, tokenizer.decode, ByNumber())
     assert [item["correct"] for item in items] == [True, False, False, True]
     assert [item["answer"] for item in items] == ["1", "5", None, "4"]
     assert [item["expected"] for item in items] == ["1", "2", "3", "4"]
@@ -73,6 +81,57 @@ def test_exact_match_counts_item_by_item():
     half = 1.959963984540054 / 2 / math.sqrt(4 + 1.959963984540054**2)
     assert results["interval_95"] == pytest.approx([0.5 - half, 0.5 + half], abs=1e-9)
     assert results["versus_start"] == {"only_first": 0, "only_second": 1, "p_value": 1.0}
+
+
+def test_several_samples_by_hand():
+    def item(text, right, reason="stop"):
+        return {"id": "0", "completion": text, "correct": right, "finish_reason": reason}
+
+    found = several_samples_results(
+        [
+            [item("a", True), item("a", True), item("b", True), item("c", False)],
+            [item("d", False), item("d", False), item("e", False, "length"), item("f", True)],
+        ]
+    )
+    assert found == {
+        "items": 2,
+        "samples": 4,
+        "correct": 4,
+        "accuracy": 0.5,
+        "distinct_correct": 1.5,  # a and b; f
+        "truncated": 1,
+    }
+
+
+def test_a_function_of_the_users_decides(tmp_path, monkeypatch):
+    (tmp_path / "my_checks.py").write_text(
+        "def is_right(prompt, target, response):\n"
+        "    return len(response) == len(target) + len(prompt)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    checker = checker_of("my_checks")
+    [row] = examples("abc")  # its prompt is "p"
+    assert [checker.is_right(row, text) for text in ("abcd", "#### 1", "abc")] == [
+        True,
+        False,
+        False,
+    ]
+    assert checker.can_check([row])
+    assert not checker.can_check([])
+    assert checker.details(row, "abc") == {}
+    assert isinstance(checker_of("exact_match"), ByNumber)
+    with pytest.raises(InputError, match="checker: no_such_module: .*No module named"):
+        checker_of("no_such_module")
+
+
+def test_a_function_that_fails_is_named():
+    [row] = examples("abc")
+    for function, part in (
+        (lambda prompt, target, response: 1, "returned 1 for example 0"),
+        (lambda prompt, target, response: {}["x"], "failed on example 0 .KeyError"),
+    ):
+        with pytest.raises(InputError, match=f"checker: mine.checks: is_right {part}"):
+            ByFunction("mine.checks", function).is_right(row, "abc")
 
 
 def test_gap_and_margin_by_hand():

@@ -1,9 +1,10 @@
-"""The module that a configuration names as its objective. It is imported only when it is named."""
+"""Modules that a configuration names: its objective, its checker. They are imported only then."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+from types import ModuleType
 from typing import Any
 
 import tpaw.objectives
@@ -33,13 +34,10 @@ def settings_of(name: Any) -> type[NamedObjective]:
     if not isinstance(name, str) or ("." not in name and name not in method_names()):
         hint = nearest(str(name), method_names())
         raise refusal("name", name, f"{shown} unknown name{hint}")
-    if not all(part.isidentifier() for part in name.split(".")):
-        raise refusal("name", name, f"{shown} not the dotted name of a module")
     try:
-        module = importlib.import_module(name if "." in name else f"tpaw.objectives.{name}")
-    except Exception as error:  # of whatever the module runs
-        reason = f"{type(error).__name__}: {printable(first_line(error))}"
-        raise refusal("name", name, f"{shown} the module cannot be imported ({reason})") from None
+        module = imported(name if "." in name else f"tpaw.objectives.{name}")
+    except ValueError as error:
+        raise refusal("name", name, f"{shown} {error}") from None
     settings = getattr(module, "Settings", None)
     if not isinstance(settings, type) or not issubclass(settings, NamedObjective):
         raise refusal(
@@ -49,3 +47,18 @@ def settings_of(name: Any) -> type[NamedObjective]:
             "tpaw.objectives.base",
         )
     return settings
+
+
+def imported(name: str) -> ModuleType:
+    """Import a module that a configuration names.
+
+    Raises:
+        ValueError: why it cannot be imported, as a clause without the name.
+    """
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError("not the dotted name of a module")
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # of whatever the module runs
+        reason = f"{type(error).__name__}: {printable(first_line(error))}"
+        raise ValueError(f"the module cannot be imported ({reason})") from None

@@ -28,7 +28,7 @@ from pydantic.config import JsonDict
 from tpaw.config.chosen import Chosen, refusal
 from tpaw.config.files import load_tree
 from tpaw.config.messages import nearest, validate_as
-from tpaw.config.methods import method_names, settings_of
+from tpaw.config.methods import imported, method_names, settings_of
 from tpaw.errors import brief, printable, public_url
 from tpaw.objectives.base import NamedObjective, ObjectiveNeeds
 from tpaw.team import RULES, Newest, Rule, rule_keys
@@ -50,6 +50,7 @@ PerIteration = Annotated[Scalar | tuple[Scalar, ...], BeforeValidator(_as_tuple)
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Rounds = Annotated[int, Field(ge=1, le=1_000)]
 LARGEST = 1e6
+EXACT_MATCH = "exact_match"
 LOWEST_TEMPERATURE = 1e-5
 LOWEST_SERVER_TEMPERATURE = 0.01
 Positive = Annotated[float, Field(gt=0, le=LARGEST)]
@@ -792,8 +793,9 @@ class EvaluateConfig(Section):
     )
     exact_match: bool | None = Field(
         None,
-        description="Generate greedy responses and compare their `#### number` with that of the "
-        "target. Default: true if every held-out target has one, else false.",
+        description="Generate greedy responses and let the checker tell which are right; by "
+        "default their `#### number` is compared with that of the target. Default: true if the "
+        "checker can tell for every held-out target, else false.",
     )
     max_new_tokens: Count | None = Field(
         None,
@@ -804,6 +806,14 @@ class EvaluateConfig(Section):
         (),
         description="Also answer each held-out prompt once at each of these temperatures, with "
         "generate.top_p and top_k, and check these answers too. They need exact_match.",
+    )
+    samples: int = Field(
+        1,
+        ge=1,
+        le=1000,
+        description="Answers to each held-out prompt at each of temperatures. With more than one, "
+        "the number of different right answers to a prompt is measured too. It has no effect on "
+        "the greedy answers.",
     )
     suites: Strings = Field(
         (),
@@ -845,6 +855,13 @@ class RunConfig(Section):
         description="Longest prompt plus response, in tokens. TPAW skips a longer record (see "
         "data.max_skipped).",
     )
+    checker: str = Field(
+        EXACT_MATCH,
+        description="What tells whether a response is right. exact_match: its `#### number` is "
+        "that of the target. Otherwise the dotted name of a module of yours with a function "
+        "is_right(prompt, target, response), which takes three texts and returns True or False "
+        "(docs/how-to/own-data.md). Evaluation and the objective self_training use it.",
+    )
     team: TeamConfig = TeamConfig()
     objective: AnyObjective = Field(
         ObjectiveConfig(), description="The method: its name, and the settings of its loss."
@@ -875,9 +892,29 @@ class RunConfig(Section):
         "run that was killed and resumed then produces the same bytes as an uninterrupted run.",
     )
 
+    @field_validator("checker")
+    @classmethod
+    def _has_a_function(cls, name: str) -> str:
+        if name == EXACT_MATCH:
+            return name
+        try:
+            module = imported(name)
+        except ValueError as error:
+            raise ValueError(
+                f"{brief(name)}: {error}; it must be {EXACT_MATCH}, or a module of yours"
+            ) from None
+        if not callable(getattr(module, "is_right", None)):
+            raise ValueError(f"{brief(name)}: the module has no function is_right")
+        return name
+
     @model_validator(mode="after")
     def _temperatures_are_checked(self) -> RunConfig:
         found = self.evaluate.temperatures
+        if self.evaluate.samples > 1 and not found:
+            raise ValueError(
+                f"evaluate.samples: {self.evaluate.samples}: the greedy answers to a prompt are "
+                "equal; set evaluate.temperatures, or remove this setting"
+            )
         if 0 in found or len(set(found)) < len(found):
             raise ValueError(
                 f"evaluate.temperatures: {brief(list(found))}: each must be above 0 and occur "

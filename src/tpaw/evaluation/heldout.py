@@ -1,9 +1,9 @@
 """Held-out evaluation of one checkpoint: exact match of its responses, and log-probs.
 
 The responses are greedy; the setting `evaluate.temperatures` adds sampled ones. Exact match needs
-targets with a checkable answer. The log-probs need only targets. y is the held-out target. y_0 is
-the response of θ_0 to the same prompt; it is sampled once and then fixed. The log-prob measures are
-in nats and do not contain λ:
+a checker that can tell right responses. The log-probs need only targets. y is the held-out target.
+y_0 is the response of θ_0 to the same prompt; it is sampled once and then fixed. The log-prob
+measures are in nats and do not contain λ:
 
 - gap: log π_θ(y) − log π_θ(y_0). It says how much more likely the target is than θ_0's response.
 - margin: the gap of θ minus the gap of θ_0. This is the margin of equation [6] against θ_0,
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from tpaw.config.schema import RunConfig
 from tpaw.data.examples import Example
 from tpaw.data.token_ids import TokenIds, TokenSequence, read_table, write_table
-from tpaw.evaluation.exact_match import extract_answer, has_answers, is_correct
+from tpaw.evaluation.checker import Checker
 from tpaw.evaluation.items import Item, read_items, write_items
 from tpaw.generation.generator import Completion, SamplingParams
 from tpaw.runtime.progress import OnDone
@@ -46,6 +46,7 @@ class HeldoutEvaluation:
 
     Attributes:
         config: the run's configuration.
+        checker: tells right responses.
         heldout: the held-out examples.
         folder_of: returns the folder of an evaluation, given the index of the player.
         answer: generates one completion for each prompt, given a player, prompts, sampling
@@ -57,6 +58,7 @@ class HeldoutEvaluation:
     """
 
     config: RunConfig
+    checker: Checker
     heldout: Sequence[Example]
     folder_of: Callable[[int], Path]
     answer: Callable[[Player, Sequence[TokenIds], SamplingParams, int, OnDone], list[Completion]]
@@ -82,7 +84,7 @@ class HeldoutEvaluation:
                 self._write_initial_responses(player, folder)
             results: dict[str, Any] = {}
             exact_match = self.config.evaluate.exact_match
-            if has_answers(self.heldout) if exact_match is None else exact_match:
+            if self.checker.can_check(self.heldout) if exact_match is None else exact_match:
                 results["exact_match"] = self._exact_match(player, folder, initial_folder)
                 sampled = self._sampled_exact_match(player, folder, initial_folder)
                 if sampled:
@@ -106,23 +108,42 @@ class HeldoutEvaluation:
     def _sampled_exact_match(
         self, player: Player, folder: Path, initial_folder: Path
     ) -> dict[str, dict[str, Any]]:
-        """The results of one response to each prompt, by temperature."""
+        """The results of `evaluate.samples` responses to each prompt, by temperature."""
         greedy = self.params.greedy(self.config.evaluate.max_new_tokens)
         seed = self.config.seed + SEED_OF_SAMPLED_RESPONSES
         results = {}
         for temperature in self.config.evaluate.temperatures:
             params = greedy._replace(temperature=temperature)
-            completions = self._generate(player, params, seed, f"accuracy at T = {temperature:g}")
+            samples = self.config.evaluate.samples
+            what = f"accuracy at T = {temperature:g}"
+            completions = self._generate(player, params, seed, what, samples)
             file = f"exact_match_at_{temperature:g}.jsonl"
-            results[f"{temperature:g}"] = self._checked(completions, folder, initial_folder, file)
+            results[f"{temperature:g}"] = (
+                self._checked(completions, folder, initial_folder, file)
+                if samples == 1
+                else self._all_checked(completions, folder, file)
+            )
         return results
 
     def _checked(
         self, completions: Sequence[Completion], folder: Path, initial_folder: Path, file: str
     ) -> dict[str, Any]:
-        items = exact_match_items(self.heldout, completions, self.decode)
+        items = exact_match_items(self.heldout, completions, self.decode, self.checker)
         write_items(folder / file, items)
         return exact_match_results(items, read_items(initial_folder / file))
+
+    def _all_checked(
+        self, completions: Sequence[Completion], folder: Path, file: str
+    ) -> dict[str, Any]:
+        """Several responses to each prompt; those of all prompts, then of all prompts again."""
+        count = len(self.heldout)
+        of_sample = [
+            exact_match_items(self.heldout, completions[i : i + count], self.decode, self.checker)
+            for i in range(0, len(completions), count)
+        ]
+        by_prompt = list(zip(*of_sample, strict=True))
+        write_items(folder / file, [item for items in by_prompt for item in items])
+        return several_samples_results(by_prompt)
 
     def _logps(self, player: Player, folder: Path, initial_folder: Path) -> dict[str, float]:
         initial = read_table(initial_folder / "initial_answers.parquet")["token_ids"]
@@ -140,9 +161,9 @@ class HeldoutEvaluation:
         return logp_results(items, read_items(initial_folder / "logps.jsonl"))
 
     def _generate(
-        self, player: Player, params: SamplingParams, seed: int, what: str
+        self, player: Player, params: SamplingParams, seed: int, what: str, times: int = 1
     ) -> list[Completion]:
-        prompts = [example.prompt_ids for example in self.heldout]
+        prompts = [example.prompt_ids for example in self.heldout] * times
         with self.watch.progress(self._title(player, what), len(prompts), "prompts") as on_done:
             return self.answer(player, prompts, params, seed, on_done)
 
@@ -154,17 +175,19 @@ def exact_match_items(
     examples: Sequence[Example],
     completions: Sequence[Completion],
     decode: Callable[[TokenIds], str],
+    checker: Checker,
 ) -> list[Item]:
     """Return one item for each example, in the order of the examples.
 
     Args:
-        examples: held-out examples whose targets have answers.
+        examples: held-out examples.
         completions: one completion for each example.
         decode: token ids to text.
+        checker: tells right responses.
 
     Returns:
-        Items with `id`, `completion` (text), `finish_reason`, `answer` (None if there is none),
-        `expected` and `correct`.
+        Items with `id`, `completion` (text), `finish_reason`, `correct`, and the checker's details:
+        of exact match, `answer` (None if there is none) and `expected`.
     """
     items = []
     for example, completion in zip(examples, completions, strict=True):
@@ -174,9 +197,8 @@ def exact_match_items(
                 "id": example.id,
                 "completion": text,
                 "finish_reason": completion.finish_reason,
-                "answer": extract_answer(text),
-                "expected": extract_answer(example.target_text),
-                "correct": is_correct(text, example.target_text),
+                **checker.details(example, text),
+                "correct": checker.is_right(example, text),
             }
         )
     return items
@@ -191,18 +213,43 @@ def exact_match_results(items: Sequence[Item], start: Sequence[Item]) -> dict[st
 
     Returns:
         Counts, `accuracy` as a share in [0, 1], its 95 % Wilson interval, and the exact McNemar
-        test against θ_0 as `versus_start`.
+        test against θ_0 as `versus_start`. `no_answer` is a count of exact match alone.
     """
     correct = [item["correct"] for item in items]
     test = mcnemar([item["correct"] for item in start], correct)
+    answers = [item["answer"] for item in items if "answer" in item]
     return {
         "items": len(items),
         "correct": sum(correct),
         "accuracy": sum(correct) / len(items),
         "interval_95": list(wilson_interval(sum(correct), len(items))),
-        "no_answer": sum(item["answer"] is None for item in items),
+        **({"no_answer": answers.count(None)} if answers else {}),
         "truncated": sum(item["finish_reason"] == "length" for item in items),
         "versus_start": test._asdict(),
+    }
+
+
+def several_samples_results(by_prompt: Sequence[Sequence[Item]]) -> dict[str, Any]:
+    """Compute the accuracy of several responses to each prompt, and how many right ones differ.
+
+    Args:
+        by_prompt: the items of each prompt.
+
+    Returns:
+        Counts; `accuracy`, the share of right responses in [0, 1]; and `distinct_correct`, the mean
+        number of right responses to a prompt whose texts differ. Responses to a prompt are not
+        independent, so there is no Wilson interval.
+    """
+    items = [item for of_prompt in by_prompt for item in of_prompt]
+    right = [{item["completion"] for item in found if item["correct"]} for found in by_prompt]
+    correct = sum(item["correct"] for item in items)
+    return {
+        "items": len(by_prompt),
+        "samples": len(by_prompt[0]),
+        "correct": correct,
+        "accuracy": correct / len(items),
+        "distinct_correct": sum(map(len, right)) / len(by_prompt),
+        "truncated": sum(item["finish_reason"] == "length" for item in items),
     }
 
 

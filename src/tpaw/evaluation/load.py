@@ -143,7 +143,11 @@ def _of_run(folder: Path) -> dict[str, Measure]:
             True,
             _scores(folder, items, [item["correct"] for item in items]),
             {},
-            {"max_new_tokens": budget, "max_length": config.max_length},
+            {
+                "max_new_tokens": budget,
+                "max_length": config.max_length,
+                "checker": config.checker,
+            },
         )
     items = read_items(folder / "logps.jsonl")
     targets = [item["target_logp"] for item in items]

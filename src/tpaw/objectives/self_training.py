@@ -27,8 +27,8 @@ class Settings(NamedObjective):
     )
     keep: Literal["all", "correct"] = Field(
         "correct",
-        description="Which responses to train on. correct: those whose `#### number` is the "
-        "target's.",
+        description="Which responses to train on. correct: those that are right, as `checker` "
+        "tells.",
     )
 
     @property

@@ -12,7 +12,7 @@ from tpaw.data.examples import Examples, Prepared, prepare_examples
 from tpaw.data.inputs import Inputs
 from tpaw.errors import InputError
 from tpaw.evaluation.benchmarks.run import check_suites
-from tpaw.evaluation.exact_match import has_answers
+from tpaw.evaluation.checker import checker_of
 from tpaw.generation.server import check_command
 from tpaw.logprobs.prepare import prepare_for_logprobs
 from tpaw.models.adapters import require_peft
@@ -154,7 +154,8 @@ def read_inputs(config: RunConfig, on_done: OnDone = ignore) -> Inputs:
     train, heldout = prepare("data"), prepare("evaluate.data")
     used = max(train.examples.largest_id, heldout.examples.largest_id)
     check_vocabulary(config.model, model_config, used)
-    if config.objective.needs.correct_responses and not has_answers(train.examples):
+    checker = checker_of(config.checker)
+    if config.objective.needs.correct_responses and not checker.can_check(train.examples):
         raise InputError(
             f"objective.name: {config.objective.name}: it trains on the responses that are right, "
             "but some target of data has no `#### number`"
@@ -162,7 +163,7 @@ def read_inputs(config: RunConfig, on_done: OnDone = ignore) -> Inputs:
     for setting in ("exact_match", "temperatures"):
         if getattr(config.evaluate, setting) and not heldout.examples:
             raise InputError(f"evaluate.{setting}: it needs held-out rows; set evaluate.data")
-        if getattr(config.evaluate, setting) and not has_answers(heldout.examples):
+        if getattr(config.evaluate, setting) and not checker.can_check(heldout.examples):
             raise InputError(f"evaluate.{setting}: some held-out target has no `#### answer`")
     skipped = {"data": train.skipped, "evaluate.data": heldout.skipped}
     return Inputs(train.examples, heldout.examples, skipped, tokenizer, stop_ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tpaw.data.examples import Example
-from tpaw.evaluation.exact_match import is_correct
+from tpaw.evaluation.checker import Checker
 from tpaw.generation.responses import Response, Responses, read_responses
 from tpaw.objectives.base import ObjectiveNeeds
 from tpaw.scoring.store import LogprobStore
@@ -19,10 +19,12 @@ class Published:
 
     Args:
         run: the run directory.
+        checker: tells right responses.
     """
 
-    def __init__(self, run: RunDirectory) -> None:
+    def __init__(self, run: RunDirectory, checker: Checker) -> None:
         self.run = run
+        self.checker = checker
         self._stores: dict[str, LogprobStore] = {}
 
     def triples(
@@ -47,7 +49,7 @@ class Published:
             examples,
             [(o.index, part) for o in opponents for part in self._responses(o.index, count)],
             self._responses(0, count) if needs.initial_responses else (),
-            _is_right if needs.correct_responses else None,
+            self._is_right if needs.correct_responses else None,
         )
 
     def _responses(self, t: int, count: int) -> list[Responses]:
@@ -62,6 +64,5 @@ class Published:
             self._stores[player.fingerprint] = LogprobStore(folder)
         return self._stores[player.fingerprint]
 
-
-def _is_right(example: Example, response: Response) -> bool:
-    return is_correct(response.text, example.target_text)
+    def _is_right(self, example: Example, response: Response) -> bool:
+        return self.checker.is_right(example, response.text)

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
+from tpaw.evaluation.checker import checker_of
 from tpaw.pipeline.job import TrainingJob
 from tpaw.pipeline.ray_link import SECONDS_BETWEEN_LOOKS, Failure, Place
 from tpaw.runtime.interrupt import StopSignal
@@ -68,7 +69,8 @@ def _train_in_group(settings: dict[str, Any]) -> None:
         run = place.enter()
         if (device := get_device()).type == "cuda":
             torch.cuda.set_device(device)
-        data = TrainingData(place.config, load_inputs(run.inputs, place.config), Published(run))
+        published = Published(run, checker_of(place.config.checker))
+        data = TrainingData(place.config, load_inputs(run.inputs, place.config), published)
         with isolated(deterministic=place.config.deterministic):
             train_and_publish(job, data, LoadedPlayers(place.config), advance, _RemoteStop(link))
     except Exception as error:

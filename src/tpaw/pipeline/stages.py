@@ -23,6 +23,7 @@ from tpaw.data.inputs import Inputs, load_inputs, publish_inputs
 from tpaw.data.token_ids import TokenIds, TokenSequence
 from tpaw.errors import InputError
 from tpaw.evaluation.benchmarks.run import missing_suites
+from tpaw.evaluation.checker import checker_of
 from tpaw.evaluation.heldout import HeldoutEvaluation
 from tpaw.generation.generator import Completion, OpenGenerator, SamplingParams
 from tpaw.generation.responses import Repeated, generate_responses, read_responses
@@ -91,7 +92,8 @@ def opened_stages(
             del inputs  # its temporary files
             kept = load_inputs(run.inputs, config)
             note(kept.described())
-            data = TrainingData(config, kept, Published(run))
+            published = Published(run, checker_of(config.checker))
+            data = TrainingData(config, kept, published)
             with _engine(data, stop, open_generator) as engine:
                 yield Stages(data, engine, watch)
 
@@ -259,6 +261,7 @@ class Stages:
             space_for_evaluation(self.run, self.config, len(self.inputs.heldout))
             HeldoutEvaluation(
                 config=self.config,
+                checker=self.published.checker,
                 heldout=self.inputs.heldout,
                 folder_of=self.run.evaluation,
                 answer=self._answer,
@@ -290,9 +293,9 @@ class Stages:
         if not len(triples):
             raise InputError(
                 f"objective.name: {self.config.objective.name}: iteration {iteration.number}: none "
-                f"of the {triples.responses_in_play:,} responses has its target's `#### number`, "
-                "so there is nothing to train on; start from a better model, raise "
-                "generate.samples, or train on all responses"
+                f"of the {triples.responses_in_play:,} responses is right, so there is nothing to "
+                "train on; start from a better model, raise generate.samples, or train on all "
+                "responses"
             )
         check_steps(self.config, len(triples), t)
 

@@ -4,6 +4,8 @@ Measures of a checkpoint on the held-out records:
 
 - `accuracy`: exact match of greedy responses, in [0, 1], if targets have answers.
 - `accuracy at T = …`: the same of responses that are sampled at this temperature.
+- `different right ones of k at T = …`: of k sampled responses to a prompt, the mean number of
+  different right ones.
 - `target_logp_per_token`: nats.
 - `gap`: log π(y) − log π(y_0), nats. y_0 is the response of θ_0 with the same seed. It is the same
   for all conditions with the same settings of `generate`.
@@ -79,6 +81,9 @@ def _measures(entry: dict[str, Any]) -> Iterator[tuple[str, float]]:
         yield "accuracy", evaluation["exact_match"]["accuracy"]
     for temperature, sampled in evaluation.get("sampled_exact_match", {}).items():
         yield f"{SAMPLED_ACCURACY}{temperature}", sampled["accuracy"]
+        if "distinct_correct" in sampled:
+            name = f"different right ones of {sampled['samples']} at T = {temperature}"
+            yield name, sampled["distinct_correct"]
     for name in HELD_OUT[1:]:
         if name in evaluation.get("logps", {}):
             yield name, evaluation["logps"][name]
