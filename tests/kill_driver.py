@@ -18,6 +18,7 @@ from typing import Any
 import transformers
 
 import tpaw.evaluation.heldout
+import tpaw.pipeline.critic_task
 import tpaw.scoring.score
 import tpaw.storage.removal
 import tpaw.training.callbacks
@@ -35,6 +36,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "step": (transformers.Trainer, "training_step"),  # of a trainer that is not ours
     "save": (transformers.Trainer, "_save_optimizer_and_scheduler"),
     "saved": (tpaw.training.callbacks, "write_manifest"),
+    "judge": (tpaw.pipeline.critic_task, "scores_of"),
     "evaluate": (tpaw.evaluation.heldout, "exact_match_items"),
     "withdraw": (
         tpaw.storage.removal,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from tpaw.config.plan import players_of
 from tpaw.config.schema import RunConfig
 from tpaw.pipeline.baselines import baseline
+from tpaw.pipeline.critic_loop import critic_loop
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.team import Player, Team
 
@@ -54,5 +55,5 @@ def self_play(
     from tpaw.pipeline.stages import opened_stages
 
     with opened_stages(config, output, stop or StopSignal(), open_generator) as stages:
-        run = algorithm_1 if config.method == "self_play" else baseline
+        run = {"self_play": algorithm_1, "critic": critic_loop}.get(config.method, baseline)
         return run(config, stages)

@@ -24,8 +24,8 @@ class IterationPlan(NamedTuple):
         opponents: indices of the opponents, newest first. Empty for sft and dpo.
         main_players: indices of the main players, newest first. Empty for sft, and for an
             objective without references. For dpo it holds the reference model.
-        triples: number of triples in D_O. For sft it is the number of examples, for dpo the
-            number of preference pairs.
+        triples: number of triples in D_O. For sft, and for critic by sft, it is the number of
+            examples; for dpo the number of preference pairs.
         optimizer_steps: optimizer steps over all epochs.
         is_at_most: whether triples and steps are upper bounds, because the responses decide which
             triples are kept.
@@ -79,6 +79,9 @@ def plan_run(config: RunConfig, examples: int) -> list[IterationPlan]:
         responses = used * config.generate.samples
         if config.method == "self_play":
             triples, authors = len(opponents) * responses, (-1, *opponents)
+        elif config.method == "critic":  # its targets are responses too
+            triples = len(opponents) * responses if config.has_objective else used
+            authors = opponents
         else:
             triples, responses, authors = used, 0, (-1, -2)
         # Identifies sequences by their author: -1 for the targets of the data, -2 for its rejected
@@ -99,8 +102,8 @@ def plan_run(config: RunConfig, examples: int) -> list[IterationPlan]:
                 main_players=main_players,
                 triples=triples,
                 optimizer_steps=steps,
-                is_at_most=config.method == "self_play"
-                and config.objective.needs.correct_responses,
+                is_at_most=config.method == "critic"
+                or (config.method == "self_play" and config.objective.needs.correct_responses),
                 learning_rate=at_iteration(config.train.learning_rate, t),
                 lambda_=None if lambda_ is None else at_iteration(lambda_, t),
                 epochs=at_iteration(config.train.epochs, t),
@@ -169,8 +172,8 @@ def players_of(
         Two tuples, newest first. sft has no players. dpo has its reference model as the only main
         player. An objective without references has no main players.
     """
-    if config.method == "self_play":
-        has_none = config.objective.needs.references == "none"
+    if config.generates:
+        has_none = not config.has_objective or config.objective.needs.references == "none"
         main_players = () if has_none else config.team.main_players.select(history)
         return config.team.opponents.select(history), main_players
     return (), (history[-1],) if config.method == "dpo" else ()
@@ -197,7 +200,7 @@ def kept_checkpoints(config: RunConfig, t: int, *, is_trained: bool) -> set[int]
     if config.keep == "all":
         return set(range(newest + 1))
     kept = {newest}
-    if config.method == "self_play" and config.objective.needs.references != "none":
+    if config.has_objective and config.objective.needs.references != "none":
         uses = _last_uses(config.team.main_players, config.iterations)
         kept |= {j for j, last in enumerate(uses[: newest + 1]) if last > t}
     if config.keep == "team":

@@ -68,8 +68,9 @@ def _can_divide(temperature: float) -> float:
 
 Temperature = Annotated[float, Field(ge=0, le=1000), AfterValidator(_can_divide)]
 
-# Settings that the methods sft and dpo do not use. A value other than the default is refused,
-# because a setting without effect would mislead the user.
+# Settings that only a method with an objective over triples uses. For sft and dpo, and for critic
+# by sft, a value other than the default is refused, because a setting without effect would mislead
+# the user.
 _OF_SELF_PLAY: Mapping[str, tuple[str, ...]] = {
     "team": ("opponents", "main_players"),
     "objective": ("lambda_", "eta", "gamma", "min_player_weight", "target_weight", "player_weight"),
@@ -637,6 +638,76 @@ class ScoreConfig(Section):
     )
 
 
+class CriticConfig(Section):
+    """The critic of method critic: a classifier that learns to tell targets from responses."""
+
+    path: str | None = Field(
+        None,
+        description="A classifier or encoder of transformers to start from: a folder, or an id on "
+        "the Hugging Face Hub. It reads text with its own tokenizer. Default: a small encoder "
+        "from scratch, which reads the run's token ids.",
+    )
+    layers: int = Field(
+        2, ge=1, le=100, description="Layers of the small encoder. It has no effect with path."
+    )
+    width: int = Field(
+        64,
+        ge=32,
+        le=8192,
+        multiple_of=32,
+        description="Width of the small encoder, a multiple of 32. It has no effect with path.",
+    )
+    steps: PerIteration[Count] = Field(
+        1000,
+        description="Optimizer steps of a fit, at most; patience may end it earlier. One value, or "
+        "a list with one value for each iteration.",
+    )
+    learning_rate: Positive = Field(1e-3, description="Learning rate of the critic.")
+    weight_decay: float = Field(0.01, ge=0, le=10, description="Weight decay of the critic.")
+    batch_size: Count = Field(
+        64, description="Pairs of a target and a response in one step of the critic."
+    )
+    heldout: float = Field(
+        0.1,
+        gt=0,
+        lt=1,
+        description="Share of the prompts that the critic does not learn from. Its AUC is measured "
+        "there, and the weights with the lowest loss there are kept.",
+    )
+    evaluate_every: Count = Field(
+        100, description="Steps of the critic between two evaluations on the held-out prompts."
+    )
+    patience: Count = Field(
+        5,
+        description="The fit ends after this many evaluations in a row without a lower loss.",
+    )
+    each_iteration: Literal["continue", "fresh"] = Field(
+        "continue",
+        description="continue: the critic of an iteration goes on from the one before. fresh: it "
+        "starts anew.",
+    )
+    team: Count = Field(
+        1,
+        description="How many critics judge a response: those of the newest iterations. Earlier "
+        "iterations, which have fewer, use all of them.",
+    )
+    agree: Literal["mean", "min"] = Field(
+        "mean",
+        description="The score of a response by several critics: their mean, or the least of them. "
+        "Each critic's scores are standardised first.",
+    )
+    at_chance: Literal["stop", "go_on"] = Field(
+        "stop",
+        description="What to do if the 95 % interval of the critic's AUC contains 0.5, so that "
+        "nothing says that it can tell targets from responses.",
+    )
+    train_by: Literal["sft", "objective"] = Field(
+        "sft",
+        description="sft: SFT on the chosen responses, by TRL. objective: the section objective, "
+        "with the chosen responses as targets against all others of the opponents.",
+    )
+
+
 class TrainConfig(Section):
     """How one iteration trains its policy."""
 
@@ -826,11 +897,12 @@ class EvaluateConfig(Section):
 class RunConfig(Section):
     """The complete configuration of a run. `RunConfig.load("file.yaml")` reads one."""
 
-    method: Literal["self_play", "sft", "dpo"] = Field(
+    method: Literal["self_play", "sft", "dpo", "critic"] = Field(
         "self_play",
         description="self_play: Algorithm 1. sft: supervised fine-tuning on the targets, by TRL. "
-        "dpo: DPO on preference data; λ is TRL's beta. With sft and dpo, each iteration trains "
-        "from the newest checkpoint.",
+        "dpo: DPO on preference data; λ is TRL's beta. critic: SFT on the best of several "
+        "responses, as a critic sees them that learns to tell targets from responses "
+        "(docs/concepts/critic.md). Each iteration trains from the newest checkpoint.",
     )
     model: ModelConfig
     data: DataConfig
@@ -867,6 +939,7 @@ class RunConfig(Section):
         ObjectiveConfig(), description="The method: its name, and the settings of its loss."
     )
     generate: GenerateConfig = GenerateConfig()
+    critic: CriticConfig = CriticConfig()
     score: ScoreConfig = ScoreConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -1003,10 +1076,10 @@ class RunConfig(Section):
         name, needs, team = self.objective.name, self.objective.needs, self.team
         if not isinstance(needs, ObjectiveNeeds):
             raise ValueError(f"objective.name: {name}: its needs is not an ObjectiveNeeds")
-        if self.method != "self_play":
+        if not self.has_objective:
             if name != "tpaw":
                 raise ValueError(
-                    f"objective.name: {brief(name)}: method {self.method} does not use this "
+                    f"objective.name: {brief(name)}: {self._method_shown} does not use this "
                     "setting; remove it"
                 )
             return self
@@ -1021,15 +1094,52 @@ class RunConfig(Section):
                 f"team.main_players: {shown}: objective.name {name} has one reference, the newest "
                 "checkpoint; set team.main_players to {last: 1}"
             )
-        if self.generate.samples > 1 and self.generate.temperature == 0:
-            raise ValueError(
-                f"generate.samples: {self.generate.samples}: with generate.temperature 0 all "
-                "responses to a prompt are equal; set it to 1, or raise the temperature"
-            )
         if needs.one_response and self.generate.samples > 1:
             raise ValueError(
                 f"generate.samples: {self.generate.samples}: objective.name {name} takes one "
                 "response to a prompt; set it to 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _samples_fit(self) -> RunConfig:
+        samples = self.generate.samples
+        if samples > 1 and self.generate.temperature == 0:
+            raise ValueError(
+                f"generate.samples: {samples}: with generate.temperature 0 all responses to a "
+                "prompt are equal; set it to 1, or raise the temperature"
+            )
+        if self.method == "critic" and samples == 1:
+            raise ValueError(
+                "generate.samples: 1: method critic chooses among several responses to a prompt; "
+                "set it to 2 or more"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _critic_fits(self) -> RunConfig:
+        default = CriticConfig()
+        if self.method != "critic":
+            given = {key: value for key, value in self.critic if value != getattr(default, key)}
+            if given:
+                raise ValueError(
+                    f"critic: {brief(given)}: method {self.method} does not use this section; "
+                    "remove it"
+                )
+            return self
+        shape = ("layers", "width")
+        if self.critic.path is not None:
+            for key in shape:
+                if getattr(self.critic, key) != getattr(default, key):
+                    raise ValueError(
+                        f"critic.{key}: {getattr(self.critic, key)}: it has no effect with "
+                        "critic.path; remove one of the two settings"
+                    )
+        needs = self.objective.needs
+        if self.has_objective and (needs.correct_responses or needs.initial_responses):
+            raise ValueError(
+                f"objective.name: {self.objective.name}: method critic chooses the responses "
+                "itself; choose another objective, or set critic.train_by to sft"
             )
         return self
 
@@ -1060,15 +1170,45 @@ class RunConfig(Section):
     def _nothing_is_ignored(self) -> RunConfig:
         for name, fields in _OF_SELF_PLAY.items() if self.method != "self_play" else ():
             section = getattr(self, name)
-            for field, info in ((f, type(section).model_fields[f]) for f in fields):
-                is_beta = self.method == "dpo" and field == "lambda_"
-                value = getattr(section, field)
-                if not is_beta and value != info.default:
+            for field in fields:
+                key, value = f"{name}.{field.rstrip('_')}", getattr(section, field)
+                is_used = self._uses_of_self_play(key)
+                if not is_used and value != type(section).model_fields[field].default:
                     raise ValueError(
-                        f"{name}.{info.alias or field}: {brief(_plain(value))}: method "
-                        f"{self.method} does not use this setting; remove it"
+                        f"{key}: {brief(_plain(value))}: {self._method_shown} does not use this "
+                        "setting; remove it"
                     )
         return self
+
+    def _uses_of_self_play(self, key: str) -> bool:
+        """Whether another method than self_play uses one of its settings."""
+        if self.method == "critic" and key in ("generate.samples", "team.opponents"):
+            return True
+        if key == "data.chunks":
+            return False
+        return self.has_objective or (self.method == "dpo" and key == "objective.lambda")
+
+    @property
+    def generates(self) -> bool:
+        """Whether the newest checkpoint answers the prompts in each iteration."""
+        return self.method in ("self_play", "critic")
+
+    @property
+    def has_objective(self) -> bool:
+        """Whether it trains by the section objective over triples with several players."""
+        return self.method == "self_play" or (
+            self.method == "critic" and self.critic.train_by == "objective"
+        )
+
+    @property
+    def trains_by_sft(self) -> bool:
+        """Whether TRL's SFT trains the policy."""
+        return self.method == "sft" or (self.method == "critic" and not self.has_objective)
+
+    @property
+    def _method_shown(self) -> str:
+        by = " with critic.train_by sft" if self.method == "critic" and self.trains_by_sft else ""
+        return f"method {self.method}{by}"
 
     @model_validator(mode="after")
     def _backend_fits(self) -> RunConfig:
@@ -1115,6 +1255,8 @@ class RunConfig(Section):
         found = {"train.learning_rate": self.train.learning_rate, "train.epochs": self.train.epochs}
         if isinstance(self.objective, ObjectiveConfig):
             found["objective.lambda"] = self.objective.lambda_
+        if self.method == "critic":
+            found["critic.steps"] = self.critic.steps
         return found
 
     @classmethod

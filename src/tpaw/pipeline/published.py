@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from tpaw.data.examples import Example
+import numpy as np
+from numpy.typing import NDArray
+
+from tpaw.critic.selection import Agree, choose, read_scores
+from tpaw.data.examples import Example, Examples
 from tpaw.evaluation.checker import Checker
 from tpaw.generation.responses import Response, Responses, read_responses
 from tpaw.objectives.base import ObjectiveNeeds
@@ -52,6 +57,45 @@ class Published:
             self._is_right if needs.correct_responses else None,
         )
 
+    def triples_of_chosen(self, chosen: Chosen, opponents: Sequence[Player]) -> Triples:
+        """D_O of method critic: each chosen response against the opponents' other responses.
+
+        Args:
+            chosen: the chosen responses as targets.
+            opponents: newest first.
+        """
+        return Triples(
+            chosen.examples,
+            [
+                (o.index, Responses.of(part[int(i)] for i in chosen.prompts))
+                for o in opponents
+                for part in self._responses(o.index, chosen.of)
+            ],
+            keeps=_differ,
+        )
+
+    def chosen(self, examples: Examples, t: int, agree: Agree) -> Chosen:
+        """The responses of θ_t that the critics like best, as the targets of their prompts.
+
+        Args:
+            examples: all examples of the run.
+            t: the iteration that trains θ_{t+1}; counts from 0.
+            agree: see `critic.agree`.
+        """
+        newest = self._responses(t, len(examples))
+        scores = read_scores(self.run.iteration(t).critic)
+        prompts, numbers = choose(scores, newest, agree)
+        return Chosen(
+            Examples.of(
+                examples[int(i)]._replace(
+                    target_ids=newest[k].token_ids[int(i)], target_text=newest[k].texts[int(i)]
+                )
+                for i, k in zip(prompts, numbers, strict=True)
+            ),
+            prompts,
+            len(examples),
+        )
+
     def _responses(self, t: int, count: int) -> list[Responses]:
         """The responses of θ_t, one for each of `count` examples in each part."""
         responses = read_responses(self.run.iteration(t).responses)
@@ -66,3 +110,21 @@ class Published:
 
     def _is_right(self, example: Example, response: Response) -> bool:
         return self.checker.is_right(example, response.text)
+
+
+class Chosen(NamedTuple):
+    """What method critic trains on.
+
+    Attributes:
+        examples: the prompts with a response, each with the chosen one as its target.
+        prompts: their places among all examples, int64, of shape (chosen,).
+        of: number of all examples.
+    """
+
+    examples: Examples
+    prompts: NDArray[np.int64]
+    of: int
+
+
+def _differ(example: Example, response: Response) -> bool:
+    return not np.array_equal(example.target_ids, response.token_ids)

@@ -144,7 +144,7 @@ def bytes_of_temporary_files(config: RunConfig, plans: Sequence[IterationPlan], 
     """
     if not plans:
         return 0
-    if config.method == "sft":
+    if config.trains_by_sft:
         return inputs + inputs  # TRL takes the ids again, with labels
     initial = config.objective.needs.initial_responses
     responses = [

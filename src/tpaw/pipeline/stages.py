@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpaw.config.plan import check_steps, kept_checkpoints, optimizer_steps
-from tpaw.config.schema import RunConfig
+from tpaw.config.schema import RunConfig, at_iteration
 from tpaw.data.examples import Example
 from tpaw.data.inputs import Inputs, load_inputs, publish_inputs
 from tpaw.data.token_ids import TokenIds, TokenSequence
@@ -28,10 +28,11 @@ from tpaw.evaluation.heldout import HeldoutEvaluation
 from tpaw.generation.generator import Completion, OpenGenerator, SamplingParams
 from tpaw.generation.responses import Repeated, generate_responses, read_responses
 from tpaw.models.initial import initial_player
+from tpaw.pipeline.critic_task import CriticTask
 from tpaw.pipeline.engines import Engine, InProcess, parts
 from tpaw.pipeline.job import TrainingJob
 from tpaw.pipeline.preflight import read_and_check
-from tpaw.pipeline.published import Published
+from tpaw.pipeline.published import Chosen, Published
 from tpaw.pipeline.space import space_for_evaluation, space_for_responses, space_for_scores
 from tpaw.pipeline.training import TrainingData
 from tpaw.pipeline.worker import (
@@ -52,7 +53,13 @@ from tpaw.runtime.watch import Watch
 from tpaw.scoring.drift import server_drift
 from tpaw.scoring.score import fill_store
 from tpaw.scoring.sequences import DistinctSequences
-from tpaw.storage.artifacts import is_published, read_manifest, remove_artifacts, write_sealed
+from tpaw.storage.artifacts import (
+    is_published,
+    read_listed_json,
+    read_manifest,
+    remove_artifacts,
+    write_sealed,
+)
 from tpaw.storage.removal import remove_weights
 from tpaw.storage.run_directory import RunDirectory, finish_removals, open_run, verify_run
 from tpaw.team import Player, Team
@@ -199,6 +206,40 @@ class Stages:
         """
         return self.published.triples(examples, opponents, self.config.objective.needs)
 
+    def fit_critic(self, opponents: Sequence[Player], t: int) -> None:
+        """The critic of an iteration, and its scores of D_t.
+
+        Raises:
+            Interrupted: a stop was asked for; the step of the critic is saved.
+            InputError: nothing says that the critic can tell targets from responses.
+        """
+        folder = self.run.iteration(t).critic
+        if not is_published(folder):
+            steps = at_iteration(self.config.critic.steps, t)
+            with self._progress(t, "fit the critic", steps, "steps") as on_done:
+                for _ in self.engine.do(CriticTask(tuple(opponents)), [t], on_done):
+                    pass
+        auc = read_listed_json(folder, "results.json")["auc"]
+        low, high = auc["interval_95"]
+        number = self.run.iteration(t).number
+        shown = f"AUC {auc['value']:.3f} [{low:.3f}, {high:.3f}]"
+        note(f"iteration {number}: the critic tells targets from responses with {shown}")
+        if low <= 0.5 and self.config.critic.at_chance == "stop":
+            raise InputError(
+                f"iteration {number}: the critic cannot tell targets from responses: {shown} on "
+                f"{auc['prompts']} held-out prompts. What it would choose is chance. Use more rows "
+                "or a better critic (critic.path, critic.steps), or set critic.at_chance to go_on "
+                "and begin anew"
+            )
+
+    def choose(self, t: int) -> Chosen:
+        """Of each prompt, the response of θ_t that the critics like best, as its target."""
+        return self.data.chosen(t)
+
+    def build_triples_of_chosen(self, chosen: Chosen, opponents: Sequence[Player]) -> Triples:
+        """Each chosen response against the opponents' other responses to its prompt."""
+        return self.published.triples_of_chosen(chosen, opponents)
+
     def score(self, triples: Triples, players: Sequence[Player], t: int) -> None:
         """log π_j of every target and generated response that the store lacks.
 
@@ -240,10 +281,11 @@ class Stages:
             self._check_kept(triples, t)
         return self._train(job, triples)
 
-    def train_by_sft(self, policy: Player, t: int) -> Player:
-        """θ_{t+1}, from θ_t by SFT on the targets."""
-        steps = optimizer_steps(self.config, len(self.inputs.examples), t)
-        return self._train(TrainingJob(t, steps, policy))
+    def train_by_sft(self, policy: Player, t: int, chosen: Chosen | None = None) -> Player:
+        """θ_{t+1}, from θ_t by SFT on the targets, or on chosen responses."""
+        examples = self.inputs.examples if chosen is None else chosen.examples
+        check_steps(self.config, len(examples), t)
+        return self._train(TrainingJob(t, optimizer_steps(self.config, len(examples), t), policy))
 
     def train_by_dpo(self, policy: Player, t: int) -> Player:
         """θ_{t+1}, from θ_t by DPO on the preference data, with θ_t as the reference."""

@@ -22,7 +22,7 @@ from tpaw.models.size import size_of
 from tpaw.objectives.base import Objective
 from tpaw.pipeline.job import TrainingJob
 from tpaw.pipeline.players import LoadedPlayers
-from tpaw.pipeline.published import Published
+from tpaw.pipeline.published import Chosen, Published
 from tpaw.pipeline.space import space_for_training
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.memory import memory_limited_by
@@ -74,6 +74,10 @@ class TrainingData:
         members = order[begin : begin + chunk_size(config, len(examples), part)]
         return Examples.of(examples[int(i)] for i in np.sort(members))
 
+    def chosen(self, t: int) -> Chosen:
+        """Of each prompt, the response of θ_t that the critics like best, as its target."""
+        return self.published.chosen(self.inputs.examples, t, self.config.critic.agree)
+
     def trainer_of(self, job: TrainingJob, triples: Triples | None = None) -> BuildTrainer:
         """Return what makes the trainer of the run's method.
 
@@ -82,13 +86,20 @@ class TrainingData:
             triples: D_O, if the caller has it already.
         """
         config = self.config
-        if config.method == "sft":
+        if config.trains_by_sft:
+            is_chosen = config.method == "critic"
+            examples = self.chosen(job.t).examples if is_chosen else self.inputs.examples
             return lambda policy, arguments: sft_trainer(
-                policy, arguments, self.inputs.examples, self.inputs.tokenizer
+                policy, arguments, examples, self.inputs.tokenizer
             )
         if config.method == "dpo":
             objective: Objective = dpo_objective(config.objective, job.t)
             read: Callable[[], Triples] = lambda: preference_pairs(self.inputs.examples)  # noqa: E731
+        elif config.method == "critic":
+            objective = team_objective(config.objective, job.t)
+            read = lambda: self.published.triples_of_chosen(  # noqa: E731
+                self.chosen(job.t), job.opponents
+            )
         else:
             objective = team_objective(config.objective, job.t)
             read = lambda: self.published.triples(  # noqa: E731
@@ -160,7 +171,7 @@ def train_and_publish(
             meta |= _identified(folder, base, config)
     del policy  # otherwise its memory would not be freed
     # TRL replaces the forward of a base.
-    players.release(keep_base=config.method != "sft")
+    players.release(keep_base=not config.trains_by_sft)
 
 
 def _identified(checkpoint: Path, base: Base | None, config: RunConfig) -> dict[str, object]:

@@ -38,11 +38,14 @@ def _stages(
     stages = []
     if i > 0:
         trained = is_published(run.checkpoint(i))
-        if config.method == "self_play":
+        if config.generates:
             generated = is_published(run.responses(i))
             name = f"{position} generate with θ_{i - 1}"
             stages.append((name, generated, _shards_note(run, i)))
-        what = "train" if config.method == "sft" else "score and train"
+        if config.method == "critic":
+            name = f"{position} fit the critic"
+            stages.append((name, is_published(run.iteration(i - 1).critic), ""))
+        what = "train" if config.trains_by_sft else "score and train"
         stages.append((f"{position} {what} θ_{i}", trained, _steps_note(run, i)))
     if has_heldout:
         stages.append((f"{position} evaluate θ_{i}", is_published(run.evaluation(i)), ""))

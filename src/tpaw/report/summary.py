@@ -47,8 +47,8 @@ def summarise(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
         `evaluation/heldout.py`), `responses` (counts of D_{i-1}), `server_drift` (see
         `scoring/drift.py`), `training` (means over the last
         half of the steps), `sequences_scored`, `suites` (scores of benchmark suites in percent, by
-        suite, with those of each benchmark), `seconds` for each stage, and `checkpoint` (a path
-        relative to the run) with `weights_removed_by`, the setting, if its weights were removed.
+        suite, with those of each benchmark), `seconds` for each stage, and `critic` (how well it
+        tells targets from responses, and what it chose), `checkpoint` (a path relative to the run) with `weights_removed_by`, the setting, if its weights were removed.
         `notes` names these checkpoints, and each damaged training.jsonl, whose metrics are absent.
 
     Raises:
@@ -83,6 +83,10 @@ def _iteration(run: RunDirectory, i: int, notes: list[str]) -> dict[str, Any]:
         seconds["generate"] = facts["seconds"]
     if i > 0 and (drift := run.iteration(i - 1).server_drift).exists():
         entry["server_drift"] = {k: v for k, v in read_sealed(drift).items() if k != SEAL}
+    if i > 0 and is_published(run.iteration(i - 1).critic):
+        critic = read_listed_json(run.iteration(i - 1).critic, "results.json")
+        entry["critic"] = critic
+        seconds["critic"] = critic["seconds"]
     scored = _scored(run, i)
     if scored:
         entry["sequences_scored"] = sum(shard["sequences"] for shard in scored)

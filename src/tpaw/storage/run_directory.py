@@ -108,10 +108,33 @@ class Iteration:
         """JSON lines file: one line for each logged optimizer step."""
         return self.folder / "training.jsonl"
 
+    @property
+    def critic(self) -> Path:
+        """Artifact of method critic: the critic, its scores of D_t, and its results."""
+        return self.folder / "critic"
+
+    @property
+    def critic_training(self) -> Path:
+        """Folder of the saved steps of the critic. It is removed when the critic is published."""
+        return self.folder / "critic-training"
+
+    @property
+    def critic_log(self) -> Path:
+        """JSON lines file: one line for each logged step of the critic."""
+        return self.folder / "critic.jsonl"
+
     def last_saved_step(self) -> Path | None:
-        """Folder of the newest complete saved step, or None."""
-        complete = [path for path in self.training.glob("checkpoint-*") if is_published(path)]
-        return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+        """Folder of the newest complete saved step of the policy, or None."""
+        return _newest_step_in(self.training)
+
+    def last_saved_step_of_critic(self) -> Path | None:
+        """Folder of the newest complete saved step of the critic, or None."""
+        return _newest_step_in(self.critic_training)
+
+
+def _newest_step_in(folder: Path) -> Path | None:
+    complete = [path for path in folder.glob("checkpoint-*") if is_published(path)]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 class RunDirectory:
@@ -302,12 +325,14 @@ class RunDirectory:
         """
         folders = [self.inputs, *sorted((self.root / "logprobs").glob("*"))]
         for i in range(iterations + 1):
-            folders += [self.responses(i), self.checkpoint(i), self.evaluation(i)]
+            iteration = self.iteration(i - 1)
+            folders += [self.responses(i), iteration.critic, self.checkpoint(i), self.evaluation(i)]
             folders += sorted(self.suite(i, "").glob("*"))
         for folder in folders:
             refuse_without_manifest(folder)
         # A crash can leave a saved step without a manifest. It is ignored, so it is no error.
         folders += sorted((self.root / "iterations").glob("*/training/checkpoint-*"))
+        folders += sorted((self.root / "iterations").glob("*/critic-training/checkpoint-*"))
         candidates = [folder / name for folder in folders for name in (MANIFEST, PARTIAL_MANIFEST)]
         return [manifest for manifest in candidates if manifest.is_file()]
 

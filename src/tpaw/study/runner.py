@@ -149,7 +149,7 @@ def _prepare(todo: Sequence[StudyRun], folder: Path, pool: Pool) -> dict[str, st
     for run in todo:
         if RunDirectory(run.folder).iterations_begun() == 0:
             name = shared_name(run.config)
-            # Only self-play has answers to share.
+            # Only self-play has answers and log-probs to share.
             if name not in configs or configs[name].method != "self_play":
                 configs[name] = run.config
     waiting = deque(name for name in configs if not is_prepared(folder / name))

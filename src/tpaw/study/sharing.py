@@ -26,6 +26,7 @@ _DECISIVE: Any = {
     "generate": True,
     "score": True,
     "evaluate": True,
+    "checker": True,
     "train": {"weights"},  # decides the precision of the weights when players are scored
     "seed": True,
     "precision": True,
@@ -81,8 +82,9 @@ def prepare_shared(folder: Path, stop: StopSignal) -> None:
         examples = stages.load_examples()
         start = stages.initial_player()
         stages.evaluate(start)
-        if config.method == "self_play":
+        if config.generates:
             stages.generate(start, examples, 0)
+        if config.method == "self_play":
             # All responses: those that an objective keeps differ between the runs that share.
             stages.score(stages.published.triples(examples, [start]), [start], 0)
     (folder / "prepared").touch()

@@ -112,7 +112,7 @@ def training_arguments(config: RunConfig, t: int, output: Path) -> TrainingArgum
         settings["max_grad_norm"] = 0.0  # the optimizer clips, see `split_optimizer`
     kind: type[TrainingArguments] = TrainingArguments
     own: dict[str, Any] = {}
-    if config.method == "sft":
+    if config.trains_by_sft:
         kind, own = sft_arguments(config)
     try:
         arguments = kind(

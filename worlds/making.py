@@ -1,0 +1,191 @@
+"""What the worlds share: a tokenizer of characters, a small model, its SFT, and the files."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import yaml
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+PAD, END = "<|pad|>", "<|end|>"
+IGNORED_LABEL = -100
+WARMUP_STEPS = 100
+LEARNING_RATE = 3e-3
+
+
+class Row(NamedTuple):
+    """A prompt and a target."""
+
+    prompt: str
+    target: str
+
+
+def character_tokenizer(characters: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer in which every character is a token."""
+    tokens = [PAD, END, *sorted(set(characters))]
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def small_model(
+    tokenizer: PreTrainedTokenizerFast, seed: int, *, layers: int = 2, width: int = 64
+) -> Qwen2ForCausalLM:
+    """An untrained decoder of 0.1M parameters."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.06,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen2ForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    return model
+
+
+def fine_tune(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: Iterator[Row],
+    *,
+    steps: int,
+    batch_size: int = 128,
+    stop_at: int | None = None,
+) -> None:
+    """Train on targets with AdamW, a warmup and a cosine to 0.
+
+    Args:
+        rows: a source of rows without end.
+        steps: length of the schedule.
+        stop_at: a step at which training ends, before the schedule does.
+    """
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    for step in range(stop_at or steps):
+        cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / steps)).item())
+        rate = LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * cosine
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = model(**_batch(tokenizer, [next(rows) for _ in range(batch_size)])).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 500 == 0:
+            print(f"step {step:5d}  loss {loss.item():.4f} nats per token", flush=True)
+
+
+def _batch(tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> dict[str, torch.Tensor]:
+    ids, labels = [], []
+    for row in rows:
+        prompt = tokenizer(row.prompt, add_special_tokens=False).input_ids
+        target = tokenizer(row.target, add_special_tokens=False).input_ids
+        target.append(tokenizer.eos_token_id)
+        ids.append(torch.tensor(prompt + target))
+        labels.append(torch.tensor([IGNORED_LABEL] * len(prompt) + target))
+    pad = tokenizer.pad_token_id
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL),
+    }
+
+
+@torch.no_grad()
+def responses(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[str],
+    *,
+    temperature: float,
+    max_new_tokens: int = 64,
+) -> list[str]:
+    """One response to each prompt; temperature 0 is greedy."""
+    inputs = tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=False)
+    sampling = {"do_sample": False} if temperature == 0 else {
+        "do_sample": True, "temperature": temperature, "top_k": 0,
+    }  # fmt: skip
+    out = model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        **sampling,
+    )
+    texts: list[str] = tokenizer.batch_decode(
+        out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    return texts
+
+
+def say_accuracy(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: list[Row],
+    is_right: Callable[[str, str, str], bool],
+) -> None:
+    """Print the share of right responses, greedy and at temperature 1."""
+    for temperature in (0.0, 1.0):
+        found = responses(model, tokenizer, [r.prompt for r in rows], temperature=temperature)
+        right = [is_right(r.prompt, r.target, text) for r, text in zip(rows, found, strict=True)]
+        print(f"right at T = {temperature:g}: {sum(right) / len(right):.3f}", flush=True)
+
+
+def distinct(
+    draw: Callable[[random.Random], Row], count: int, seed: int, used: set[str]
+) -> list[Row]:
+    """So many rows whose prompts are not in `used`, which they join."""
+    rng, rows = random.Random(seed), []
+    while len(rows) < count:
+        row = draw(rng)
+        if row.prompt not in used:
+            used.add(row.prompt)
+            rows.append(row)
+    return rows
+
+
+def write_world(
+    folder: Path,
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: dict[str, list[Row]],
+    recipe: dict[str, object],
+) -> None:
+    """Write `model/`, a file of records for each part of the rows, and `recipe.yaml`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for name, part in rows.items():
+        records = [{"prompt": row.prompt, "completion": row.target} for row in part]
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
