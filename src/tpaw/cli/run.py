@@ -247,12 +247,13 @@ def _default_output(sources: list[str]) -> Path:
 
 
 def _print_summary(run: RunDirectory, settings: RunConfig) -> None:
+    from tpaw.report.critic import critic_tables
     from tpaw.report.summary import summarise
     from tpaw.report.tables import suites_of_run, summary_table
 
     console = console_of_stdout()
     summary = summarise(run, settings)
-    for table in (summary_table(summary), *suites_of_run(summary)):
+    for table in (summary_table(summary), *critic_tables(summary), *suites_of_run(summary)):
         console.print(table)
     for text in (*summary["notes"], f"Results: {run.root}"):
         console.print_text(text)

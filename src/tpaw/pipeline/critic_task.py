@@ -18,6 +18,7 @@ from tpaw.critic.fit import Fitted, fit
 from tpaw.critic.model import load_critic, reader_of, scores_of, small_critic
 from tpaw.critic.selection import choose, write_scores
 from tpaw.data.inputs import Inputs, load_inputs
+from tpaw.data.token_ids import TokenIds
 from tpaw.evaluation.checker import Checker, checker_of
 from tpaw.generation.responses import Responses, read_responses
 from tpaw.models.loading import pick_device
@@ -85,6 +86,7 @@ class _CriticOfIteration:
             scores = self._judged(model, newest, reader)
             write_scores(folder, scores)
             facts |= self._of_responses(newest, scores, held)
+            facts |= self._by_first_critic(newest, scores, reader)
             write_json(folder / "results.json", facts)
         remove_artifacts(self.iteration.critic_training)
 
@@ -150,17 +152,32 @@ class _CriticOfIteration:
         self, model: PreTrainedModel, newest: Sequence[Responses], reader: Reader
     ) -> NDArray[np.float64]:
         """The scores of all responses of θ_t by the team of critics, newest first."""
-        prompts = self.inputs.examples.prompt_ids
-        read = [
-            reader.encode(prompt, response)
-            for part in newest
-            for prompt, response in zip(prompts, part.token_ids, strict=True)
-        ]
+        read = self._read(newest, reader)
         scores = [scores_of(model, read)]
         for before in range(1, min(self.config.critic.team, self.t + 1)):
             critic = load_critic(str(self.run.iteration(self.t - before).critic))
             scores.append(scores_of(critic.to(self.device), read))
         return np.stack(scores)
+
+    def _read(self, newest: Sequence[Responses], reader: Reader) -> list[TokenIds]:
+        """What a critic reads of each response."""
+        prompts = self.inputs.examples.prompt_ids
+        return [
+            reader.encode(prompt, response)
+            for part in newest
+            for prompt, response in zip(prompts, part.token_ids, strict=True)
+        ]
+
+    def _by_first_critic(
+        self, newest: Sequence[Responses], scores: NDArray[np.float64], reader: Reader
+    ) -> dict[str, float]:
+        """What a critic says that does not change: the one of iteration 1."""
+        if self.t == 0:
+            own = scores[0]
+        else:
+            first = load_critic(str(self.run.iteration(0).critic)).to(self.device)
+            own = scores_of(first, self._read(newest, reader))
+        return {"score_by_first_critic": float(own.mean()), "spread_of_scores": float(own.std())}
 
     def _of_responses(
         self, newest: Sequence[Responses], scores: NDArray[np.float64], held: NDArray[np.int64]

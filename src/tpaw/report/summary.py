@@ -10,6 +10,7 @@ from typing import Any
 from tpaw.config.schema import RunConfig
 from tpaw.errors import ArtifactError
 from tpaw.generation.responses import response_facts
+from tpaw.report.critic import exploited
 from tpaw.storage.artifacts import (
     is_published,
     read_files,
@@ -45,11 +46,13 @@ def summarise(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
         The content of summary.json. `players` has one entry for each iteration; entry 0 is the SFT
         model. Results that do not exist yet are absent. An entry may hold `evaluation` (see
         `evaluation/heldout.py`), `responses` (counts of D_{i-1}), `server_drift` (see
-        `scoring/drift.py`), `training` (means over the last
-        half of the steps), `sequences_scored`, `suites` (scores of benchmark suites in percent, by
-        suite, with those of each benchmark), `seconds` for each stage, and `critic` (how well it
-        tells targets from responses, and what it chose), `checkpoint` (a path relative to the run) with `weights_removed_by`, the setting, if its weights were removed.
-        `notes` names these checkpoints, and each damaged training.jsonl, whose metrics are absent.
+        `scoring/drift.py`), `critic` (see `pipeline/critic_task.py`), `training` (means over the
+        last half of the steps), `sequences_scored`, `suites` (scores of benchmark suites in
+        percent, by suite, with those of each benchmark), `seconds` for each stage, and `checkpoint`
+        (a path relative to the run) with `weights_removed_by`, the setting, if its weights were
+        removed.
+        `notes` names these checkpoints, each damaged training.jsonl, whose metrics are absent, and
+        a checkpoint that exploits its critic.
 
     Raises:
         ArtifactError: a manifest or a results.json is damaged.
@@ -58,6 +61,7 @@ def summarise(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
     iterations = [_iteration(run, i, notes) for i in range(config.iterations + 1)]
     skipped = read_manifest(run.inputs)["skipped"] if is_published(run.inputs) else {}
     notes += _removed_weights(iterations)
+    notes += exploited(iterations)
     done = sum("checkpoint" in entry for entry in iterations)
     return {
         "method": config.method,
