@@ -1,0 +1,1 @@
+"""What self-play can be expected to add, measured before a run is paid for."""
