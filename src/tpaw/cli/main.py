@@ -11,6 +11,7 @@ import typer
 
 import tpaw
 from tpaw.cli.evaluate import app as evaluate_app
+from tpaw.cli.probe import app as probe_app
 from tpaw.cli.run import app as run_app
 from tpaw.cli.study import app as study_app
 from tpaw.errors import (
@@ -31,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(run_app)
+app.add_typer(probe_app)
 app.add_typer(evaluate_app)
 app.add_typer(study_app)
 

@@ -69,7 +69,7 @@ def run(
     If CONFIG is a run directory, that run is resumed.
     """
     output = output or _default_output(config)
-    settings = _load(config, set_, trust)
+    settings = load(config, set_, trust)
     if restart_iteration is not None:
         discard_training(output, restart_iteration)
     _run(settings, output)
@@ -88,7 +88,7 @@ def sft(
     The model is written to iterations/1/checkpoint in the run directory.
     """
     output = output or _default_output(["sft", *config] if not _is_run(config) else config)
-    settings = _load(["sft", *config], set_, trust)
+    settings = load(["sft", *config], set_, trust)
     if settings.method != "sft":
         raise InputError(
             f"method: {settings.method}: `tpaw sft` supports only method sft; use `tpaw run`"
@@ -135,7 +135,7 @@ def plan(
 
     Nothing is trained or written.
     """
-    settings = _load(config, set_, trust)
+    settings = load(config, set_, trust)
     from tpaw.config.plan import plan_run
     from tpaw.models.size import model_size
     from tpaw.pipeline.preflight import read_inputs, try_architecture
@@ -209,7 +209,7 @@ def config_list() -> None:
 @config_app.command("show", cls=Command)
 def config_show(config: Sources, set_: Overrides = []) -> None:  # noqa: B006
     """Print the complete configuration with the description of every setting."""
-    print(to_yaml(_load(config, set_, trust=True), comments=True), end="")  # runs no code
+    print(to_yaml(load(config, set_, trust=True), comments=True), end="")  # runs no code
 
 
 @config_app.command("schema")
@@ -218,7 +218,8 @@ def config_schema() -> None:
     print(json.dumps(RunConfig.model_json_schema(by_alias=True), indent=2))
 
 
-def _load(sources: list[str], overrides: list[str], trust: bool) -> RunConfig:
+def load(sources: list[str], overrides: list[str], trust: bool) -> RunConfig:
+    """Read the configuration of a command; code of a run directory is refused without `trust`."""
     runs = [RunDirectory(source) for source in sources]
     files = [
         str(run.config_file) if run.has_begun() else source

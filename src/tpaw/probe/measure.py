@@ -6,31 +6,44 @@ code as the run itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from tpaw.config.plan import chunk_size, optimizer_steps, players_of
-from tpaw.config.schema import DataConfig, EvaluateConfig, ObjectiveConfig, RunConfig, at_iteration
+from tpaw.config.plan import optimizer_steps, plan_run, players_of
+from tpaw.config.schema import (
+    CriticConfig,
+    EvaluateConfig,
+    ObjectiveConfig,
+    RunConfig,
+    at_iteration,
+)
 from tpaw.critic.comparisons import comparisons, split
 from tpaw.critic.fit import fit
 from tpaw.critic.model import reader_of, scores_of, small_critic
+from tpaw.critic.selection import choose
+from tpaw.data.columns import key_list
 from tpaw.data.examples import Examples
 from tpaw.data.token_ids import TokenSequence
 from tpaw.errors import InputError
 from tpaw.evaluation.checker import Checker
-from tpaw.generation.responses import Responses, read_responses
+from tpaw.generation.responses import Responses, read_responses, response_facts
+from tpaw.logprobs.prepare import prepare_for_logprobs
+from tpaw.models.loading import disable_dropout
+from tpaw.pipeline.engines import parts as in_parts
+from tpaw.pipeline.players import LoadedPlayers
+from tpaw.pipeline.preflight import read_inputs
 from tpaw.pipeline.stages import Stages, opened_stages
 from tpaw.probe.gradients import FirstStep, batch_gradients, first_step
 from tpaw.probe.verdict import Answers, CriticFound, Margins
 from tpaw.runtime.interrupt import StopSignal
-from tpaw.runtime.progress import OnDone, progress
+from tpaw.runtime.progress import progress
 from tpaw.runtime.watch import Watch
+from tpaw.scoring.score import ScoringModel, score_sequences
 from tpaw.storage.run_directory import RunDirectory
 from tpaw.team import Player, Team
 
@@ -67,9 +80,12 @@ def probe(config: RunConfig, rows: int, stop: StopSignal) -> Probe:
     Raises:
         InputError: the configuration cannot be run, or is not one of self-play.
     """
-    short = shortened(config, rows)
+    short, watch = shortened(config, rows), Watch(stop)
+    with watch.progress("read and tokenize", None, "records") as on_done:
+        count = len(read_inputs(config, on_done).examples)
+    steps = plan_run(config, count)[0].optimizer_steps
     with TemporaryDirectory() as folder, opened_stages(short, folder, stop) as stages:
-        return _Measuring(config, short, stages, RunDirectory(folder), Watch(stop)).all()
+        return _Measuring(config, steps, short, stages, RunDirectory(folder), watch).all()
 
 
 def shortened(config: RunConfig, rows: int) -> RunConfig:
@@ -113,18 +129,21 @@ class _Measuring:
     def __init__(
         self,
         config: RunConfig,
+        steps_of_iteration: int,
         short: RunConfig,
         stages: Stages,
         run: RunDirectory,
         watch: Watch,
     ) -> None:
         self.config = config
+        self.steps_of_iteration = steps_of_iteration
         self.short = short
         self.stages = stages
         self.run = run
         self.watch = watch
         self.examples: Examples = stages.inputs.examples
         self.checker: Checker = stages.published.checker
+        self.players = LoadedPlayers(short, watch.stop)
 
     def all(self) -> Probe:
         """Everything, one after the other."""
@@ -135,3 +154,144 @@ class _Measuring:
         step = self._first_step(start, parts)
         critic = self._critic(parts)
         return Probe(step, answers, critic, self._margins(start))
+
+    def _answers(self, start: Player, parts: Sequence[Responses]) -> Answers:
+        examples, config = self.examples, self.config
+        facts = response_facts(self.run.responses(1))
+        right = greedy_right = None
+        if self.checker.can_check(examples):
+            right = float(np.mean([self._are_right(part.texts) for part in parts]))
+            greedy_right = float(np.mean(self._are_right(self._greedy_texts(start))))
+        texts = zip(*(part.texts for part in parts), strict=True)
+        lengths = [len(ids) for part in parts for ids in part.token_ids]
+        generate = config.generate
+        return Answers(
+            prompts=len(examples),
+            samples=len(parts),
+            temperature=generate.temperature,
+            is_plain=(generate.temperature, generate.top_p, generate.top_k) == (1, 1, 0),
+            identical_share=facts["identical"] / facts["rows"],
+            truncated_share=facts["truncated"] / facts["rows"],
+            right_share=right,
+            greedy_right_share=greedy_right,
+            different_share=float(np.mean([len(set(found)) / len(parts) for found in texts])),
+            target_tokens=float(np.median(examples.target_ids.lengths)),
+            response_tokens=float(np.median(lengths)),
+        )
+
+    def _are_right(self, texts: Iterable[str]) -> list[bool]:
+        pairs = zip(self.examples, texts, strict=True)
+        return [self.checker.is_right(example, text) for example, text in pairs]
+
+    def _greedy_texts(self, start: Player) -> list[str]:
+        prompts, params = list(self.examples.prompt_ids), self.stages.params.greedy()
+        with (
+            self.watch.progress("answer greedily", len(prompts), "prompts") as on_done,
+            self.players.open_generator(start, self.short.generate) as generator,
+        ):
+            found = generator.generate(prompts, params, 0, on_done)
+        decode = self.stages.inputs.tokenizer.decode
+        return [str(decode(c.token_ids.tolist(), skip_special_tokens=True)) for c in found]
+
+    def _first_step(self, start: Player, parts: Sequence[Responses]) -> FirstStep:
+        """The gradients of batches of targets, and of one response to each."""
+        size = max(len(self.examples) // BATCHES, 1)
+        model = self.players.for_training(start, 0)
+        disable_dropout(model)
+        layout, _ = prepare_for_logprobs(model, self.short.max_length)
+        scorer = ScoringModel(model, layout, self.players.precision)
+        of_targets = [example.target for example in self.examples]
+        prompts, responses = self.examples.prompt_ids, parts[0].token_ids
+        of_responses = list(map(TokenSequence, prompts, responses))
+        budget, total = self.short.train.tokens_per_row, 2 * BATCHES * size
+        with self.watch.progress("gradients of the first step", total, "sequences") as on_done:
+            target_BC, generated_BC = (
+                batch_gradients(
+                    scorer,
+                    [part for _, part in in_parts(sequences, size)][:BATCHES],
+                    tokens_per_row=budget,
+                    on_done=on_done,
+                )
+                for sequences in (of_targets, of_responses)
+            )
+        self.players.release()
+        objective = self.config.objective
+        eta = objective.eta if isinstance(objective, ObjectiveConfig) else 1.0
+        return first_step(target_BC, generated_BC, eta)
+
+    def _critic(self, parts: Sequence[Responses]) -> CriticFound | None:
+        """What a small critic learns from these rows."""
+        settings, inputs = CriticConfig(heldout=0.25), self.stages.inputs
+        reader = reader_of(settings, inputs.tokenizer, inputs.stop_ids, self.short.max_length)
+        pairs = comparisons(self.examples, parts, reader.encode)
+        learned, held = split(pairs.prompts, settings.heldout, self.short.seed)
+        if not pairs.counts[learned].any() or not pairs.counts[held].any():
+            return None
+        with torch.random.fork_rng():
+            torch.manual_seed(self.short.seed)
+            critic = small_critic(settings, reader.tokenizer).to(self.players.device)
+        with TemporaryDirectory() as folder:
+            with progress("fit a small critic", STEPS_OF_CRITIC, "steps") as advance:
+                fit(
+                    critic,
+                    pairs.pairs(learned),
+                    pairs.pairs(held),
+                    settings,
+                    reader.tokenizer,
+                    steps=STEPS_OF_CRITIC,
+                    seed=self.short.seed,
+                    use_cpu=self.players.device.type == "cpu",
+                    saved_steps=Path(folder) / "steps",
+                    log_file=Path(folder) / "critic.jsonl",
+                    resume_from=None,
+                    advance=advance,
+                    stop=self.watch.stop,
+                )
+        targets = scores_of(critic, pairs.targets)
+        scores = pairs.matrix(scores_of(critic, pairs.responses))
+        right = best = None
+        if self.checker.can_check(self.examples) and len(parts) > 1:
+            are_right = np.array([self._are_right(part.texts) for part in parts])
+            kept, number = choose(scores.T.reshape(1, -1), parts, "mean")
+            unseen = np.isin(kept, held)
+            right = float(are_right[:, held].mean())
+            best = float(are_right[number, kept][unseen].mean()) if unseen.any() else None
+        return CriticFound(
+            pairs.auc(held, targets, scores),
+            pairs.auc(held, targets, scores, of_like_length=True),
+            pairs.auc_of_length(held),
+            right,
+            best,
+            len(parts),
+        )
+
+    def _margins(self, start: Player) -> Margins:
+        """λ(Δ − Γ) of the pairs after one epoch over the rows."""
+        stages, config = self.stages, self.short
+        team = Team(*players_of(config, [start]))
+        triples = stages.build_triples(self.examples, team.opponents)
+        stages.score(triples, team.main_players, 0)
+        trained = stages.train(start, triples, team, 0)
+        sequences = triples.sequences()
+        wanted = [sequences[i] for i in range(len(sequences))]
+        before, after = (
+            score_sequences(
+                self.players.for_scoring(player),
+                wanted,
+                tokens_per_row=config.score.tokens_per_row,
+            )
+            for player in (start, trained)
+        )
+        gain = dict(zip(key_list(sequences.keys), after - before, strict=True))
+        target, generated = (
+            np.array([gain[key] for key in key_list(keys)])
+            for keys in (triples.target_keys, triples.generated_keys)
+        )
+        lambda_ = getattr(config.objective, "lambda_", 1.0)
+        margins = np.abs(lambda_ * (target - generated))
+        return Margins(
+            steps=optimizer_steps(config, len(triples), 0),
+            steps_of_iteration=self.steps_of_iteration,
+            median=float(np.median(margins)),
+            high=float(np.quantile(margins, 0.95)),
+        )

@@ -1,0 +1,39 @@
+"""The command `probe`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tpaw.cli.common import Command, Overrides, Trust, console_of_stdout, stoppable
+from tpaw.cli.run import Sources, load
+
+app = typer.Typer()
+
+
+@app.command(cls=Command)
+def probe(
+    config: Sources,
+    rows: Annotated[
+        int, typer.Option(min=64, help="Rows to measure on: the first ones of the data.")
+    ] = 256,
+    set_: Overrides = [],  # noqa: B006
+    trust: Trust = False,
+) -> None:
+    """Say what self-play can be expected to add, before a run is paid for.
+
+    It answers a few hundred prompts, compares the first step with that of SFT, fits a small critic
+    and trains for one epoch on these rows. Nothing of it is kept.
+    """
+    settings = load(config, set_, trust)
+    from tpaw.probe.measure import probe as measure
+    from tpaw.probe.verdict import verdict
+    from tpaw.report.probe import probe_table
+
+    with stoppable("tpaw probe") as stop:
+        found = measure(settings, rows, stop)
+    console = console_of_stdout()
+    console.print(probe_table(found))
+    for text in verdict(*found):
+        console.print_text(text)
