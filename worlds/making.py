@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +25,7 @@ PAD, END = "<|pad|>", "<|end|>"
 IGNORED_LABEL = -100
 WARMUP_STEPS = 100
 LEARNING_RATE = 3e-3
+HELDOUT_ROWS = 600
 
 
 class Row(NamedTuple):
@@ -148,15 +151,18 @@ def responses(
 
 
 def say_accuracy(
-    model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    rows: list[Row],
-    is_right: Callable[[str, str, str], bool],
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[Row], world: World
 ) -> None:
     """Print the share of right responses, greedy and at temperature 1."""
     for temperature in (0.0, 1.0):
-        found = responses(model, tokenizer, [r.prompt for r in rows], temperature=temperature)
-        right = [is_right(r.prompt, r.target, text) for r, text in zip(rows, found, strict=True)]
+        found = responses(
+            model,
+            tokenizer,
+            [row.prompt for row in rows],
+            temperature=temperature,
+            max_new_tokens=world.longest,
+        )
+        right = [world.is_right(*row, text) for row, text in zip(rows, found, strict=True)]
         print(f"right at T = {temperature:g}: {sum(right) / len(right):.3f}", flush=True)
 
 
@@ -173,14 +179,54 @@ def distinct(
     return rows
 
 
-def write_world(
-    folder: Path,
-    model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    rows: dict[str, list[Row]],
-    recipe: dict[str, object],
-) -> None:
-    """Write `model/`, a file of records for each part of the rows, and `recipe.yaml`."""
+class World(NamedTuple):
+    """What makes a world.
+
+    Attributes:
+        module: the checker's module, for the recipe.
+        characters: of all prompts and targets.
+        draw: a row of the population that SFT saw.
+        is_right: whether a response is right, from the texts of prompt, target and response.
+        rows: rows for self-play.
+        steps: length of SFT's schedule.
+        stop_at: the step at which SFT ends; None: at the end of the schedule.
+        longest: tokens of the longest response.
+        settings: more settings of the recipe.
+    """
+
+    module: str
+    characters: str
+    draw: Callable[[random.Random], Row]
+    is_right: Callable[[str, str, str], bool]
+    rows: int = 2000
+    steps: int = 6000
+    stop_at: int | None = None
+    longest: int = 40
+    settings: Mapping[str, object] = {}
+
+
+def make(world: World, folder: Path, *, steps: int | None = None) -> None:
+    """Make the model of a world and its rows, and say how good the model is.
+
+    Prompts of held-out and tuning rows are not among those of self-play.
+
+    Args:
+        steps: of SFT. Default: the world's.
+    """
+    torch.set_num_threads(1)
+    tokenizer = character_tokenizer(world.characters)
+    model = small_model(tokenizer, seed=0)
+    population = _without_end(world.draw, seed=0)
+    fine_tune(model, tokenizer, population, steps=steps or world.steps, stop_at=world.stop_at)
+    model.eval()
+    used: set[str] = set()
+    rows = {
+        name: distinct(world.draw, HELDOUT_ROWS, seed, used)
+        for name, seed in (("heldout", 1), ("tuning", 2))
+    }
+    others = (row for row in _without_end(world.draw, seed=3) if row.prompt not in used)
+    rows["train"] = list(itertools.islice(others, world.rows))
+    say_accuracy(model, tokenizer, rows["tuning"], world)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -188,4 +234,45 @@ def write_world(
         records = [{"prompt": row.prompt, "completion": row.target} for row in part]
         text = "".join(json.dumps(record) + "\n" for record in records)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    recipe = _recipe(world, folder)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+
+
+def main_of(world: World, about: str | None) -> None:
+    """The command line of a world: the folder to write to."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, help="steps of SFT")
+    arguments = parser.parse_args()
+    make(world, arguments.folder, steps=arguments.steps)
+
+
+def _without_end(draw: Callable[[random.Random], Row], seed: int) -> Iterator[Row]:
+    rng = random.Random(seed)
+    while True:
+        yield draw(rng)
+
+
+def _recipe(world: World, folder: Path) -> dict[str, object]:
+    return {
+        "model": {"path": str(folder / "model")},
+        "data": {"path": str(folder / "train.jsonl"), "template": "none"},
+        "iterations": 3,
+        "max_length": 128,
+        "checker": world.module,
+        "generate": {
+            "max_new_tokens": world.longest,
+            "tokens_per_batch": 32768,
+            "shard_size": 4096,
+        },
+        "train": {"learning_rate": 3e-4, "epochs": 2, "save_every": 1000},
+        "evaluate": {
+            "data": {"path": str(folder / "heldout.jsonl"), "template": "none"},
+            "temperatures": [0.5, 0.7, 1.0],
+            "samples": 4,
+        },
+        "precision": "fp32",
+        "device": "cpu",
+        "deterministic": True,
+        **world.settings,
+    }

@@ -230,23 +230,25 @@ class _Measuring:
         with torch.random.fork_rng():
             torch.manual_seed(self.short.seed)
             critic = small_critic(settings, reader.tokenizer).to(self.players.device)
-        with TemporaryDirectory() as folder:
-            with progress("fit a small critic", STEPS_OF_CRITIC, "steps") as advance:
-                fit(
-                    critic,
-                    pairs.pairs(learned),
-                    pairs.pairs(held),
-                    settings,
-                    reader.tokenizer,
-                    steps=STEPS_OF_CRITIC,
-                    seed=self.short.seed,
-                    use_cpu=self.players.device.type == "cpu",
-                    saved_steps=Path(folder) / "steps",
-                    log_file=Path(folder) / "critic.jsonl",
-                    resume_from=None,
-                    advance=advance,
-                    stop=self.watch.stop,
-                )
+        with (
+            TemporaryDirectory() as folder,
+            progress("fit a small critic", STEPS_OF_CRITIC, "steps") as advance,
+        ):
+            fit(
+                critic,
+                pairs.pairs(learned),
+                pairs.pairs(held),
+                settings,
+                reader.tokenizer,
+                steps=STEPS_OF_CRITIC,
+                seed=self.short.seed,
+                use_cpu=self.players.device.type == "cpu",
+                saved_steps=Path(folder) / "steps",
+                log_file=Path(folder) / "critic.jsonl",
+                resume_from=None,
+                advance=advance,
+                stop=self.watch.stop,
+            )
         targets = scores_of(critic, pairs.targets)
         scores = pairs.matrix(scores_of(critic, pairs.responses))
         right = best = None
