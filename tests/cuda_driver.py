@@ -374,6 +374,9 @@ def freed():
     gc.disable()
     kept = weakref.ref(players.for_scoring(players_of[0]).model.get_output_embeddings().weight)
     assert kept() is not None
+    rope = players.for_scoring(players_of[0]).model.model.rotary_emb
+    assert rope.inv_freq.tolist()[:2] == pytest.approx([1, 10000 ** (-1 / 16)])
+    del rope
     players.for_scoring(players_of[1])
     assert kept() is None
 

@@ -7,8 +7,7 @@ after a check that all operands are on one device. So programs run to their end,
 has no numbers.
 
 What it cannot show: what a CUDA kernel computes, which shapes it refuses, memory, and speed.
-Nor does it carry whole runs yet: transformers leaves RoPE's buffers uninitialised when a model is
-loaded after one was built on the meta device, and PEFT reads adapters with CUDA.
+Nor does it carry whole runs yet: PEFT reads adapters with CUDA.
 
 `start` changes torch for the rest of the process. Call it in a process of its own.
 """
@@ -25,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -161,6 +161,9 @@ def start():
     torch.accelerator.current_accelerator = lambda check_available=False: torch.device("cuda")
     torch.accelerator.device_count = lambda: 1
     torch.accelerator.current_device_index = lambda: 0
+    # `with torch.device("meta")` lists torch's constructors once. The true `torch.tensor` must be
+    # among them: transformers asks it for the device, and otherwise never fills RoPE's buffers.
+    _device_constructors()
     torch.Generator, torch.tensor = Generator, _tensor_anywhere
     functional.scaled_dot_product_attention = _sdpa
     # `Module.to` then keeps the parameters that two modules share.
