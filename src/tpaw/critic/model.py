@@ -58,20 +58,33 @@ def small_critic(config: CriticConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
 
 
 def load_critic(folder: str, **options: Any) -> PreTrainedModel:
-    """A classifier with one output, from a folder or the Hub; an encoder gets a new head.
+    """A classifier with one output, from a folder or the Hub.
+
+    An encoder, or a classifier with several outputs, gets a new head.
 
     Raises:
         InputError: it cannot be loaded.
     """
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=1, dtype=torch.float32, **options
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            num_labels=1,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
         )
     except Exception as error:  # transformers raises many types
         reason = printable(first_line(error))
         raise InputError(
             f"critic.path: {folder}: cannot be loaded as a classifier ({reason})"
         ) from None
+    encoder = f"{model.base_model_prefix}."
+    others = [name for name, *_ in report["mismatched_keys"] if name.startswith(encoder)]
+    if others:
+        raise InputError(
+            f"critic.path: {folder}: {others[0]} has another shape than config.json says"
+        )
     return cast(PreTrainedModel, model)
 
 
