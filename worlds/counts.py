@@ -15,14 +15,14 @@ import random
 from worlds.making import Row, World, main_of
 
 LETTERS = "abcd"
-LENGTH = 14
+LENGTH = 24
 PARTS = 3
 
 
 def draw(rng: random.Random) -> Row:
     """A prompt that asks for the numbers of two letters, and a string that has them."""
     first, second = rng.sample(LETTERS, 2)
-    n, m = rng.randint(2, 6), rng.randint(2, 6)
+    n, m = rng.randint(3, 9), rng.randint(3, 9)
     rest = [letter for letter in LETTERS if letter not in (first, second)]
     letters = [first] * n + [second] * m + rng.choices(rest, k=LENGTH - n - m)
     rng.shuffle(letters)
@@ -41,7 +41,7 @@ def is_right(prompt: str, target: str, response: str) -> bool:
     )
 
 
-WORLD = World("worlds.counts", LETTERS + "0123456789: ", draw, is_right, longest=20)
+WORLD = World("worlds.counts", LETTERS + "0123456789: ", draw, is_right, longest=28)
 
 if __name__ == "__main__":
     main_of(WORLD, __doc__)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 import yaml
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     GenerationConfig,
@@ -22,6 +22,7 @@ from transformers import (
 )
 
 PAD, END = "<|pad|>", "<|end|>"
+SPACE = "Ġ"  # byte-level BPE writes a space like this
 IGNORED_LABEL = -100
 WARMUP_STEPS = 100
 LEARNING_RATE = 3e-3
@@ -36,11 +37,15 @@ class Row(NamedTuple):
 
 
 def character_tokenizer(characters: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer in which every character is a token."""
-    tokens = [PAD, END, *sorted(set(characters))]
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
+    """A tokenizer in which every character is a token; ASCII alone.
+
+    Byte-level BPE without merges, because transformers loads the tokenizer of a Qwen2 as byte-level
+    BPE, whatever was saved.
+    """
+    tokens = [PAD, END, *(SPACE if c == " " else c for c in sorted(set(characters)))]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
@@ -51,9 +56,9 @@ def character_tokenizer(characters: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def small_model(
-    tokenizer: PreTrainedTokenizerFast, seed: int, *, layers: int = 2, width: int = 64
+    tokenizer: PreTrainedTokenizerFast, seed: int, *, layers: int, width: int
 ) -> Qwen2ForCausalLM:
-    """An untrained decoder of 0.1M parameters."""
+    """An untrained decoder."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -188,6 +193,7 @@ class World(NamedTuple):
         draw: a row of the population that SFT saw.
         is_right: whether a response is right, from the texts of prompt, target and response.
         rows: rows for self-play.
+        layers, width: of the model.
         steps: length of SFT's schedule.
         stop_at: the step at which SFT ends; None: at the end of the schedule.
         longest: tokens of the longest response.
@@ -199,6 +205,8 @@ class World(NamedTuple):
     draw: Callable[[random.Random], Row]
     is_right: Callable[[str, str, str], bool]
     rows: int = 2000
+    layers: int = 2
+    width: int = 64
     steps: int = 6000
     stop_at: int | None = None
     longest: int = 40
@@ -215,7 +223,7 @@ def make(world: World, folder: Path, *, steps: int | None = None) -> None:
     """
     torch.set_num_threads(1)
     tokenizer = character_tokenizer(world.characters)
-    model = small_model(tokenizer, seed=0)
+    model = small_model(tokenizer, seed=0, layers=world.layers, width=world.width)
     population = _without_end(world.draw, seed=0)
     fine_tune(model, tokenizer, population, steps=steps or world.steps, stop_at=world.stop_at)
     model.eval()

@@ -35,14 +35,15 @@ def load_tokenizer(config: ModelConfig, folder: str | None = None) -> PreTrained
             revision=None if folder else home.revision,
             trust_remote_code=config.trust_remote_code,
         )
-        ids = tokenizer("a", add_special_tokens=False).input_ids
+        tokenizer("a", add_special_tokens=False)
+        ordinary = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
     except Exception as error:  # a damaged file makes transformers raise any type
         raise InputError(
             f"model.path: {config.path}: no usable tokenizer ({first_line(error)}); add the "
             "tokenizer's files to the model"
         ) from None
     # For a folder without a tokenizer, transformers returns an empty one.
-    if not ids:
+    if not ordinary:
         raise InputError(
             f"model.path: {config.path}: its tokenizer encodes text to no tokens; add the "
             "tokenizer's files to the model"

@@ -49,7 +49,8 @@ from tpaw.team import Player, Team
 
 # Gradients of this many batches can tell signal from noise.
 BATCHES = 16
-STEPS_OF_CRITIC = 600
+# The small critic: passes over its pairs, at least so many steps and at most so many.
+EPOCHS_OF_CRITIC, STEPS_OF_CRITIC = 10, (100, 2000)
 SAMPLES = 4
 
 
@@ -83,9 +84,8 @@ def probe(config: RunConfig, rows: int, stop: StopSignal) -> Probe:
     short, watch = shortened(config, rows), Watch(stop)
     with watch.progress("read and tokenize", None, "records") as on_done:
         count = len(read_inputs(config, on_done).examples)
-    steps = plan_run(config, count)[0].optimizer_steps
     with TemporaryDirectory() as folder, opened_stages(short, folder, stop) as stages:
-        return _Measuring(config, steps, short, stages, RunDirectory(folder), watch).all()
+        return _Measuring(config, count, short, stages, RunDirectory(folder), watch).all()
 
 
 def shortened(config: RunConfig, rows: int) -> RunConfig:
@@ -129,14 +129,14 @@ class _Measuring:
     def __init__(
         self,
         config: RunConfig,
-        steps_of_iteration: int,
+        rows_of_data: int,
         short: RunConfig,
         stages: Stages,
         run: RunDirectory,
         watch: Watch,
     ) -> None:
         self.config = config
-        self.steps_of_iteration = steps_of_iteration
+        self.rows_of_data = rows_of_data
         self.short = short
         self.stages = stages
         self.run = run
@@ -221,18 +221,21 @@ class _Measuring:
 
     def _critic(self, parts: Sequence[Responses]) -> CriticFound | None:
         """What a small critic learns from these rows."""
-        settings, inputs = CriticConfig(heldout=0.25), self.stages.inputs
+        settings, inputs = CriticConfig(heldout=0.25, patience=4), self.stages.inputs
         reader = reader_of(settings, inputs.tokenizer, inputs.stop_ids, self.short.max_length)
         pairs = comparisons(self.examples, parts, reader.encode)
         learned, held = split(pairs.prompts, settings.heldout, self.short.seed)
         if not pairs.counts[learned].any() or not pairs.counts[held].any():
             return None
+        epoch = pairs.counts[learned].sum() / settings.batch_size
+        steps = int(np.clip(round(EPOCHS_OF_CRITIC * epoch), *STEPS_OF_CRITIC))
+        settings = settings.model_copy(update={"evaluate_every": steps // 12})
         with torch.random.fork_rng():
             torch.manual_seed(self.short.seed)
             critic = small_critic(settings, reader.tokenizer).to(self.players.device)
         with (
             TemporaryDirectory() as folder,
-            progress("fit a small critic", STEPS_OF_CRITIC, "steps") as advance,
+            progress("fit a small critic", steps, "steps") as advance,
         ):
             fit(
                 critic,
@@ -240,7 +243,7 @@ class _Measuring:
                 pairs.pairs(held),
                 settings,
                 reader.tokenizer,
-                steps=STEPS_OF_CRITIC,
+                steps=steps,
                 seed=self.short.seed,
                 use_cpu=self.players.device.type == "cpu",
                 saved_steps=Path(folder) / "steps",
@@ -264,7 +267,9 @@ class _Measuring:
             pairs.auc_of_length(held),
             right,
             best,
-            len(parts),
+            samples=len(parts),
+            rows=len(self.examples),
+            rows_of_data=self.rows_of_data,
         )
 
     def _margins(self, start: Player) -> Margins:
@@ -293,7 +298,7 @@ class _Measuring:
         margins = np.abs(lambda_ * (target - generated))
         return Margins(
             steps=optimizer_steps(config, len(triples), 0),
-            steps_of_iteration=self.steps_of_iteration,
+            steps_of_iteration=plan_run(self.config, self.rows_of_data)[0].optimizer_steps,
             median=float(np.median(margins)),
             high=float(np.quantile(margins, 0.95)),
         )

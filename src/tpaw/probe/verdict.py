@@ -56,6 +56,7 @@ class CriticFound(NamedTuple):
         right_share, best_right_share: of the responses to these prompts, and of the critic's best
             ones; None if it cannot be told.
         samples: responses to a prompt.
+        rows, rows_of_data: what the probe used, and all that a run would use.
     """
 
     auc: Auc
@@ -64,6 +65,8 @@ class CriticFound(NamedTuple):
     right_share: float | None
     best_right_share: float | None
     samples: int
+    rows: int
+    rows_of_data: int
 
 
 class Margins(NamedTuple):
@@ -155,9 +158,14 @@ def _about_critic(critic: CriticFound) -> Iterator[str]:
     low, high = critic.auc.interval_95
     shown = f"AUC {critic.auc.value:.3f} [{low:.3f}, {high:.3f}], {critic.auc.prompts} prompts"
     if not low > 0.5:
+        more = ""
+        if critic.rows < critic.rows_of_data:
+            more = (
+                f" A critic needs many rows: try the {critic.rows_of_data} of the data with --rows."
+            )
         yield (
-            f"A small critic cannot tell targets from responses ({shown}). With these rows, method "
-            "critic has nothing to gain."
+            f"A small critic cannot tell targets from responses ({shown}). With {critic.rows} rows, "
+            f"method critic has nothing to gain.{more}"
         )
         return
     length, alike = critic.auc_of_length_alone.value, critic.auc_of_like_length
