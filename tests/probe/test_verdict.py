@@ -1,0 +1,112 @@
+"""The probe's sentences: each says what its numbers mean, and only then."""
+
+from __future__ import annotations
+
+import pytest
+
+from tpaw.probe.gradients import FirstStep
+from tpaw.probe.verdict import Answers, CriticFound, Margins, verdict
+from tpaw.statistics.auc import Auc
+from tpaw.statistics.gradients import Signal
+
+CONVERGED = Signal(squared_norm=0.0, share=0.001, p_value=0.6, batches=16)
+LEARNING = Signal(squared_norm=1.0, share=0.4, p_value=0.0005, batches=16)
+STEP = FirstStep(CONVERGED, CONVERGED, float("nan"), 0.98, 0.2)
+ANSWERS = Answers(
+    prompts=256, samples=4, temperature=1.0, is_plain=True, identical_share=0.01,
+    truncated_share=0.0, right_share=None, greedy_right_share=None, different_share=0.9,
+    target_tokens=12, response_tokens=12,
+)  # fmt: skip
+CHANCE = Auc(0.51, (0.47, 0.55), 900, 64)
+TELLS = Auc(0.7, (0.66, 0.74), 900, 64)
+CRITIC = CriticFound(CHANCE, CHANCE, CHANCE, None, None, samples=4, rows=256, rows_of_data=256)
+MARGINS = Margins(steps=10, steps_of_iteration=20, median=0.01, high=0.05)
+
+
+def said(step=STEP, answers=ANSWERS, critic=CRITIC, margins=MARGINS):
+    return " ".join(verdict(step, answers, critic, margins))
+
+
+def test_a_converged_model_has_nothing_to_gain():
+    text = said()
+    assert "SFT has converged on these rows" in text
+    assert "method critic has nothing to gain" in text
+    assert "linear for nearly all pairs" in text
+    for other in ("not converged", "Greedy", "length limit", "at temperature 1, so", "--rows"):
+        assert other not in text
+
+
+def test_where_sft_still_learns_it_is_what_to_compare_with():
+    text = said(STEP._replace(sft=LEARNING, cosine=1.0))
+    assert "SFT has not converged on these rows: 40%" in text
+    assert "sft_continue" in text
+    assert "has converged" not in text
+
+
+@pytest.mark.parametrize(
+    ("greedy", "sampled", "expected"),
+    [
+        (0.0, 0.4, "Greedy responses are right less often (0.0%) than sampled ones (40.0%)"),
+        (0.9, 0.5, "Greedy decoding alone raises the share of right responses from 50.0% to 90.0%"),
+    ],
+)
+def test_greedy_decoding_against_sampling(greedy, sampled, expected):
+    right = ANSWERS._replace(greedy_right_share=greedy, right_share=sampled)
+    assert expected in said(answers=right)
+
+
+def test_a_difference_within_the_error_is_not_told():
+    # The standard errors are √(.5·.5/1024) = .0156 and √(.5·.5/256) = .031: twice both, .094.
+    alike = ANSWERS._replace(greedy_right_share=0.59, right_share=0.5)
+    assert "Greedy" not in said(answers=alike)
+    assert "Greedy" in said(answers=alike._replace(greedy_right_share=0.6))
+
+
+def test_responses_that_cannot_teach():
+    assert "reach the length limit" in said(answers=ANSWERS._replace(truncated_share=0.3))
+    assert "equal their target" in said(answers=ANSWERS._replace(identical_share=0.8))
+
+
+@pytest.mark.parametrize(("signal", "word"), [(LEARNING, "can"), (CONVERGED, "cannot")])
+def test_responses_that_are_no_samples_of_the_model(signal, word):
+    text = said(STEP._replace(responses=signal), ANSWERS._replace(is_plain=False))
+    assert "self-play can move where SFT does not" in text
+    assert f"Their gradient {word} be told from noise" in text
+
+
+def test_a_critic_that_tells_targets_from_responses():
+    found = CRITIC._replace(auc=TELLS, auc_of_like_length=TELLS)
+    text = said(critic=found)
+    assert "Method critic may gain what SFT cannot." in text
+    assert "Its best" not in text
+    checked = found._replace(right_share=0.5, best_right_share=0.7)
+    assert "Its best of 4 responses is right in 70.0%, a response in 50.0%." in said(critic=checked)
+
+
+def test_a_critic_that_only_counts_tokens_is_caught():
+    long = Auc(0.9, (0.85, 0.95), 900, 64)
+    text = said(critic=CRITIC._replace(auc=TELLS, auc_of_length_alone=long))
+    assert "but by their length" in text
+    assert "would be long, not good" in text
+    assert "may gain" not in text
+    # One that also tells targets from responses of like length knows more than the length.
+    both = CRITIC._replace(auc=TELLS, auc_of_length_alone=long, auc_of_like_length=TELLS)
+    assert "may gain" in said(critic=both)
+
+
+def test_more_rows_may_make_a_critic():
+    assert "try the 4000 of the data with --rows" in said(critic=CRITIC._replace(rows_of_data=4000))
+
+
+def test_responses_that_all_equal_their_targets_leave_no_critic():
+    assert "critic" not in said(critic=None)
+
+
+@pytest.mark.parametrize(
+    ("high", "expected"),
+    [(4.0, "saturated for many pairs"), (1.0, "between linear"), (0.2, "linear for nearly all")],
+)
+def test_margins(high, expected):
+    found = said(margins=MARGINS._replace(high=high))
+    assert expected in found
+    assert f"at most {2 * high:.2g}" in found  # twice as many steps
