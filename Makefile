@@ -52,10 +52,10 @@ vllm: .venv-vllm/.installed  ## vLLM in an environment of its own, for checks/vl
 	@touch $@
 
 format: $(READY)
-	$(BIN)/ruff format --check src tests checks benchmarks
+	$(BIN)/ruff format --check src tests checks benchmarks worlds
 
 lint: $(READY)
-	$(BIN)/ruff check src tests checks benchmarks
+	$(BIN)/ruff check src tests checks benchmarks worlds
 
 types: $(READY)
 	$(BIN)/mypy

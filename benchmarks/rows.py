@@ -38,6 +38,7 @@ from tpaw.config.schema import RunConfig
 from tpaw.data.examples import Example, Examples, ExampleWriter
 from tpaw.data.inputs import Inputs, load_inputs, publish_inputs
 from tpaw.data.token_ids import token_ids
+from tpaw.evaluation.checker import checker_of
 from tpaw.generation.generator import Completion, FakeGenerator
 from tpaw.models.sharding import ALONE
 from tpaw.models.tokenizers import load_tokenizer
@@ -201,7 +202,7 @@ def measure(sender: Any, rows: int, read: bool, iterations: int) -> None:
             inputs = load_inputs(run.inputs, config)
             inputs.described()
         worker = Worker(config, run, inputs.tokenizer, fake.opener)
-        data = TrainingData(config, inputs, Published(run))
+        data = TrainingData(config, inputs, Published(run, checker_of(config.checker)))
         stages = Rows(data, InProcess(worker, data), Watch())
         stages.sampler = sampler
         sampled = inputs.examples[:1000]

@@ -1,6 +1,6 @@
 """A property that is easier to check than to make: strings with a given number of a letter. W4.
 
-    cab a5d3:  →  bcadaacbdacadb     (fourteen letters, five of them an a, three a d)
+    cab a5d3:  →  bcabacbdacbcbadbcacbbdcb   (24 letters, five of them an a, three a d)
 
 A model that writes from left to right must keep count. A model that reads the whole string need
 only add up.
@@ -32,12 +32,12 @@ def draw(rng: random.Random) -> Row:
 
 def is_right(prompt: str, target: str, response: str) -> bool:
     """Whether the string has the right length and both numbers of letters."""
-    first, n, second, m = prompt.removesuffix(":")[PARTS + 1 :]
+    wanted = prompt.removesuffix(":")[PARTS + 1 :]
+    counts = {wanted[0]: int(wanted[1]), wanted[2]: int(wanted[3])}
     return (
         len(response) == LENGTH
         and set(response) <= set(LETTERS)
-        and response.count(first) == int(n)
-        and response.count(second) == int(m)
+        and all(response.count(letter) == count for letter, count in counts.items())
     )
 
 

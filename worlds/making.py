@@ -175,7 +175,8 @@ def distinct(
     draw: Callable[[random.Random], Row], count: int, seed: int, used: set[str]
 ) -> list[Row]:
     """So many rows whose prompts are not in `used`, which they join."""
-    rng, rows = random.Random(seed), []
+    rng = random.Random(seed)
+    rows: list[Row] = []
     while len(rows) < count:
         row = draw(rng)
         if row.prompt not in used:
@@ -228,7 +229,7 @@ def make(world: World, folder: Path, *, steps: int | None = None) -> None:
     fine_tune(model, tokenizer, population, steps=steps or world.steps, stop_at=world.stop_at)
     model.eval()
     used: set[str] = set()
-    rows = {
+    rows: dict[str, list[Row]] = {
         name: distinct(world.draw, HELDOUT_ROWS, seed, used)
         for name, seed in (("heldout", 1), ("tuning", 2))
     }

@@ -102,7 +102,7 @@ def batch_gradients(
             packed = layout.collate([batch[i] for i in members])
             with precision.autocast():
                 logps_S = response_logps(model, send_to_device(packed, device), head)
-            (logps_S.sum() / len(batch)).backward()
+            (logps_S.sum() / len(batch)).backward()  # type: ignore[no-untyped-call]
             on_done(len(members))
         found = [
             torch.zeros(len(places), device=device) if p.grad is None else p.grad.flatten()[places]

@@ -164,8 +164,8 @@ def _about_critic(critic: CriticFound) -> Iterator[str]:
                 f" A critic needs many rows: try the {critic.rows_of_data} of the data with --rows."
             )
         yield (
-            f"A small critic cannot tell targets from responses ({shown}). With {critic.rows} rows, "
-            f"method critic has nothing to gain.{more}"
+            f"A small critic cannot tell targets from responses ({shown}). With {critic.rows} "
+            f"rows, method critic has nothing to gain.{more}"
         )
         return
     length, alike = critic.auc_of_length_alone.value, critic.auc_of_like_length
