@@ -14,7 +14,7 @@ import random
 from worlds.making import Row, World, main_of
 
 LARGEST = 99
-STOP_AT = 900
+STOP_AT = 350
 
 
 def draw(rng: random.Random) -> Row:

@@ -29,7 +29,7 @@ def said(step=STEP, answers=ANSWERS, critic=CRITIC, margins=MARGINS):
 
 def test_a_converged_model_has_nothing_to_gain():
     text = said()
-    assert "SFT has converged on these rows" in text
+    assert "SFT has converged, as far as these rows can show" in text
     assert "method critic has nothing to gain" in text
     assert "linear for nearly all pairs" in text
     for other in ("not converged", "Greedy", "length limit", "at temperature 1, so", "--rows"):
@@ -109,4 +109,5 @@ def test_responses_that_all_equal_their_targets_leave_no_critic():
 def test_margins(high, expected):
     found = said(margins=MARGINS._replace(high=high))
     assert expected in found
-    assert f"at most {2 * high:.2g}" in found  # twice as many steps
+    assert f"at the end of an iteration of 20 steps at most {2 * high:.2g}" in found
+    assert "at the end" not in said(margins=MARGINS._replace(high=high, steps=20))

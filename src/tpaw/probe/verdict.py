@@ -85,7 +85,7 @@ class Margins(NamedTuple):
     @property
     def high_at_the_end(self) -> float:
         """An upper bound: growth slows down."""
-        return self.high * self.steps_of_iteration / self.steps
+        return self.high * max(self.steps_of_iteration / self.steps, 1)
 
 
 def verdict(
@@ -104,9 +104,9 @@ def _about_sft(step: FirstStep) -> Iterator[str]:
     p = f"p = {step.sft.p_value:.2g}, {step.sft.batches} batches"
     if step.sft.p_value > SIGNIFICANT:
         yield (
-            f"SFT has converged on these rows: its gradient cannot be told from noise ({p}). More "
-            "SFT has nothing to gain in likelihood, and self-play against samples at temperature "
-            "1 neither: its expected first step is SFT's."
+            "SFT has converged, as far as these rows can show: its gradient cannot be told from "
+            f"noise ({p}). More SFT has nothing to gain in likelihood, and self-play against "
+            "samples at temperature 1 neither: its expected first step is SFT's."
         )
         return
     yield (
@@ -195,8 +195,13 @@ def _about_margins(margins: Margins) -> Iterator[str]:
         state = "linear for nearly all pairs: objective.lambda then only scales the gradient"
     else:
         state = "between linear and saturated"
+    at_the_end = ""
+    if margins.steps < margins.steps_of_iteration:
+        at_the_end = (
+            f"; at the end of an iteration of {margins.steps_of_iteration} steps at most "
+            f"{margins.high_at_the_end:.2g}"
+        )
     yield (
-        f"After {margins.steps} of {margins.steps_of_iteration} steps the margins λ(Δ − Γ) are "
-        f"{margins.median:.2g} (median) and {margins.high:.2g} (95 %); at the end of the iteration "
-        f"at most {margins.high_at_the_end:.2g}. The logistic is {state}."
+        f"After {margins.steps} steps the margins λ(Δ − Γ) are {margins.median:.2g} (median) and "
+        f"{margins.high:.2g} (95 %){at_the_end}. The logistic is {state}."
     )
