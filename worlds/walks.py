@@ -46,7 +46,7 @@ def is_right(prompt: str, target: str, response: str) -> bool:
     return 2 <= len(steps) <= 4 and number == end
 
 
-WORLD = World("worlds.walks", "0123456789+-= to:", draw, is_right, rows=4000)
+WORLD = World("worlds.walks", "0123456789+-= to:", draw, is_right, rows=4000, width=32, steps=7000)
 
 if __name__ == "__main__":
     main_of(WORLD, __doc__)
