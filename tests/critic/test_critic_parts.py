@@ -7,9 +7,10 @@ import math
 import random
 
 import numpy as np
+import peft
 import pytest
 import torch
-from builders import make_tokenizer
+from builders import make_model, make_tokenizer
 from messages import refused
 from transformers import BertConfig
 from transformers import BertForSequenceClassification as Bert
@@ -18,7 +19,15 @@ from tpaw.config.schema import CriticConfig
 from tpaw.critic.comparisons import comparisons, split
 from tpaw.critic.encoding import encode_ids, encode_text
 from tpaw.critic.fit import fit
-from tpaw.critic.model import load_critic, reader_of, scores_of, small_critic
+from tpaw.critic.model import (
+    load_critic,
+    reader_of,
+    scores_of,
+    set_padding,
+    small_critic,
+    with_lora,
+    with_stored_lora,
+)
 from tpaw.critic.selection import best_of, judged
 from tpaw.data.examples import Example, Examples
 from tpaw.data.token_ids import token_ids
@@ -286,3 +295,35 @@ def test_a_critic_whose_weights_are_not_those_of_its_config_is_refused(tmp_path)
     BertConfig(vocab_size=500, intermediate_size=32, **shape).save_pretrained(tmp_path)
     with refused("critic.path", str(tmp_path), "word_embeddings"):
         load_critic(str(tmp_path))
+
+
+def test_a_lora_critic_over_a_decoder_trains_its_adapter_and_head_alone(tmp_path):
+    """The SFT model with a head: a base that does not change, and an adapter that is stored."""
+    make_model().save_pretrained(tmp_path / "sft")
+    tokenizer = make_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = load_critic(str(tmp_path / "sft"))
+        set_padding(base, tokenizer)
+        critic = with_lora(base, 4)
+    assert isinstance(critic, peft.PeftModelForSequenceClassification)
+    trained = {name for name, weight in critic.named_parameters() if weight.requires_grad}
+    assert {name for name in trained if "lora_" not in name} == {
+        "base_model.model.score.modules_to_save.default.weight"
+    }
+    frozen = {n: w.clone() for n, w in critic.named_parameters() if n not in trained}
+    assert fitted(critic, tmp_path, learning_rate=1e-2).heldout_loss < 0.9 * math.log(2)
+    for name, weight in critic.named_parameters():
+        if name in frozen:
+            torch.testing.assert_close(weight, frozen[name], rtol=0, atol=0)
+    critic.save_pretrained(tmp_path / "critic")
+    names = {file.name for file in (tmp_path / "critic").iterdir()}
+    assert "adapter_model.safetensors" in names
+    assert "model.safetensors" not in names
+    again = load_critic(str(tmp_path / "sft"))
+    set_padding(again, tokenizer)
+    stored = with_stored_lora(again, str(tmp_path / "critic"))
+    sequences = [sequence for pair in separable(20, 2) for sequence in pair]
+    expected = scores_of(critic, sequences)
+    np.testing.assert_allclose(scores_of(stored, sequences), expected, atol=1e-6)
+    assert any(w.requires_grad for w in stored.parameters())

@@ -195,6 +195,27 @@ def test_a_critic_at_chance_ends_the_run(critic_settings, tmp_path, monkeypatch)
     assert run.iteration(0).critic.exists()
 
 
+def test_the_sft_model_with_an_adapter_and_a_head_is_a_critic(
+    critic_settings, model_that_ends, tmp_path
+):
+    shape = {key: critic_settings["critic"].pop(key, None) for key in ("layers", "width")}
+    assert shape
+    critic_settings["critic"] |= {
+        "path": str(model_that_ends), "lora_rank": 4, "team": 2, "at_chance": "go_on",
+    }  # fmt: skip
+    self_play(load(critic_settings), tmp_path / "r")
+    run = RunDirectory(tmp_path / "r")
+    folders = [run.iteration(t).critic for t in range(2)]
+    adapters = []
+    for folder in folders:
+        assert not (folder / "model.safetensors").exists()
+        assert json.loads((folder / "adapter_config.json").read_text())["r"] == 4
+        adapters.append((folder / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] != adapters[1]
+    count = len(read_responses(run.iteration(1).responses))
+    assert np.load(folders[1] / "scores.npy").shape == (2, count)  # both critics judged
+
+
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
@@ -205,6 +226,7 @@ def test_a_critic_at_chance_ends_the_run(critic_settings, tmp_path, monkeypatch)
         (["critic.width=40"], ["critic.width", 40, 32]),
         (["critic.heldout=1"], ["critic.heldout", 1]),
         (["critic.path=here"], ["critic.layers", "critic.path"]),
+        (["critic.lora_rank=4"], ["critic.lora_rank", 4, "critic.path"]),
         (["objective.eta=2"], ["objective.eta", 2, "critic", "sft"]),
         (["objective.name=space"], ["objective.name", "space", "critic", "sft"]),
         (["data.chunks=2"], ["data.chunks", 2, "critic"]),

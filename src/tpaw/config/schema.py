@@ -647,6 +647,12 @@ class CriticConfig(Section):
         "the Hugging Face Hub. It reads text with its own tokenizer. Default: a small encoder "
         "from scratch, which reads the run's token ids.",
     )
+    lora_rank: Count | None = Field(
+        None,
+        description="Train a LoRA adapter of this rank on all linear layers of path, with a new "
+        "head, instead of all weights. With the SFT model as path, the critic is the SFT model with "
+        "a head. Needs the extra lora.",
+    )
     layers: int = Field(
         2, ge=1, le=100, description="Layers of the small encoder. It has no effect with path."
     )
@@ -1127,9 +1133,14 @@ class RunConfig(Section):
                     "remove it"
                 )
             return self
-        shape = ("layers", "width")
-        if self.critic.path is not None:
-            for key in shape:
+        if self.critic.path is None:
+            if self.critic.lora_rank is not None:
+                raise ValueError(
+                    f"critic.lora_rank: {self.critic.lora_rank}: the small critic has no adapter; "
+                    "set critic.path to a model, the SFT model for example"
+                )
+        else:
+            for key in ("layers", "width"):
                 if getattr(self.critic, key) != getattr(default, key):
                     raise ValueError(
                         f"critic.{key}: {getattr(self.critic, key)}: it has no effect with "

@@ -144,7 +144,7 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     stop.check()
-    model.load_state_dict(best.weights)
+    model.load_state_dict(best.weights, strict=False)  # what is not trained has not changed
     return Fitted(trainer.state.global_step, best.step, best.loss, recorder.seconds)
 
 
@@ -177,8 +177,8 @@ class _BestWeights(TrainerCallback):
         loss = (metrics or {})["eval_loss"]
         if loss < self.loss:
             self.step, self.loss, self.misses = state.global_step, loss, 0
-            state_dict = self.model.state_dict()
-            self.weights = {name: w.detach().cpu().clone() for name, w in state_dict.items()}
+            trained = [(n, w) for n, w in self.model.named_parameters() if w.requires_grad]
+            self.weights = {name: weight.detach().cpu().clone() for name, weight in trained}
             return
         self.misses += 1
         if self.misses >= self.patience:

@@ -21,6 +21,7 @@ from tpaw.config.schema import CriticConfig
 from tpaw.critic.encoding import Reader, encode_ids, encode_text
 from tpaw.data.token_ids import TokenIds
 from tpaw.errors import InputError, first_line, printable
+from tpaw.models.adapters import require_peft
 from tpaw.runtime.progress import OnDone, ignore
 
 if TYPE_CHECKING:
@@ -55,6 +56,25 @@ def small_critic(config: CriticConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
             sep_token_id=None,
         )
     )
+
+
+def with_lora(model: PreTrainedModel, rank: int) -> PreTrainedModel:
+    """The classifier with a new LoRA adapter on its linear layers; its head is trained too."""
+    require_peft()
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        task_type="SEQ_CLS", r=rank, lora_alpha=2 * rank, target_modules="all-linear"
+    )
+    return cast(PreTrainedModel, get_peft_model(model, config))
+
+
+def with_stored_lora(model: PreTrainedModel, folder: str) -> PreTrainedModel:
+    """The classifier with an adapter and a head that were saved; it can be trained further."""
+    require_peft()
+    from peft import PeftModel
+
+    return cast(PreTrainedModel, PeftModel.from_pretrained(model, folder, is_trainable=True))
 
 
 def load_critic(folder: str, **options: Any) -> PreTrainedModel:
@@ -110,20 +130,25 @@ def reader_of(
         raise InputError(f"critic.path: {config.path}: cannot be read ({reason})") from None
     text = found.get_text_config()
     longest = min(max_length, getattr(text, "max_position_embeddings", None) or max_length)
-    if own is None:
-        if text.vocab_size < len(tokenizer):
-            raise InputError(
-                f"critic.path: {config.path}: it has no tokenizer, and its vocabulary of "
-                f"{text.vocab_size} tokens is not that of the run's model ({len(tokenizer)}); save "
-                "its tokenizer beside it, or leave critic.path out"
-            )
-        return Reader(encode_ids(stop_ids, longest), tokenizer)
-    if len(own) > text.vocab_size:
-        raise InputError(
-            f"critic.path: {config.path}: its tokenizer has {len(own)} tokens, its model "
-            f"{text.vocab_size}; they do not belong together"
+    needed = _ordinary_tokens(own or tokenizer)
+    if text.vocab_size < needed:
+        whose = (
+            "the run's tokenizer, and it has none of its own" if own is None else "its tokenizer"
         )
+        raise InputError(
+            f"critic.path: {config.path}: its vocabulary of {text.vocab_size} tokens is smaller "
+            f"than the {needed} of {whose}; save the right tokenizer beside it, or leave "
+            "critic.path out"
+        )
+    if own is None or own.get_vocab() == tokenizer.get_vocab():
+        return Reader(encode_ids(stop_ids, longest), tokenizer)
     return Reader(encode_text(tokenizer, own, stop_ids, longest), own)
+
+
+def _ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens up to the last ordinary one. Tokenizers add special ones that no model has."""
+    special = set(tokenizer.all_special_ids)
+    return 1 + max((i for i in tokenizer.get_vocab().values() if i not in special), default=0)
 
 
 def _own_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
@@ -131,6 +156,13 @@ def _own_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
     if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(path))
+
+
+def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a model without a padding token the tokenizer's. A decoder finds its last token by it."""
+    config = model.config.get_text_config()
+    if config.pad_token_id is None:
+        config.pad_token_id = _padding_of(tokenizer)
 
 
 def _padding_of(tokenizer: PreTrainedTokenizerBase) -> int:

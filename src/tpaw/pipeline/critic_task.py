@@ -15,7 +15,15 @@ from tpaw.config.schema import RunConfig, at_iteration
 from tpaw.critic.comparisons import Comparisons, comparisons, split
 from tpaw.critic.encoding import Reader
 from tpaw.critic.fit import Fitted, fit
-from tpaw.critic.model import load_critic, reader_of, scores_of, small_critic
+from tpaw.critic.model import (
+    load_critic,
+    reader_of,
+    scores_of,
+    set_padding,
+    small_critic,
+    with_lora,
+    with_stored_lora,
+)
 from tpaw.critic.selection import choose, write_scores
 from tpaw.data.inputs import Inputs, load_inputs
 from tpaw.data.token_ids import TokenIds
@@ -97,13 +105,26 @@ class _CriticOfIteration:
         """The critic before its fit."""
         config = self.config.critic
         if config.each_iteration == "continue" and self.t > 0:
-            return load_critic(str(self.run.iteration(self.t - 1).critic))
+            return self._stored(self.t - 1, reader)
         seed = np.random.SeedSequence((self.config.seed, SEED_OF_CRITIC)).generate_state(1)[0]
         with torch.random.fork_rng():
             torch.manual_seed(int(seed))
             if config.path is None:
                 return small_critic(config, reader.tokenizer)
-            return load_critic(config.path)
+            model = self._base(config.path, reader)
+            return model if config.lora_rank is None else with_lora(model, config.lora_rank)
+
+    def _base(self, path: str, reader: Reader) -> PreTrainedModel:
+        model = load_critic(path)
+        set_padding(model, reader.tokenizer)
+        return model
+
+    def _stored(self, t: int, reader: Reader) -> PreTrainedModel:
+        """The critic of an earlier iteration."""
+        folder, config = str(self.run.iteration(t).critic), self.config.critic
+        if config.path is None or config.lora_rank is None:
+            return load_critic(folder)
+        return with_stored_lora(self._base(config.path, reader), folder)
 
     def _fitted(
         self,
@@ -155,7 +176,7 @@ class _CriticOfIteration:
         read = self._read(newest, reader)
         scores = [scores_of(model, read)]
         for before in range(1, min(self.config.critic.team, self.t + 1)):
-            critic = load_critic(str(self.run.iteration(self.t - before).critic))
+            critic = self._stored(self.t - before, reader)
             scores.append(scores_of(critic.to(self.device), read))
         return np.stack(scores)
 
@@ -175,7 +196,7 @@ class _CriticOfIteration:
         if self.t == 0:
             own = scores[0]
         else:
-            first = load_critic(str(self.run.iteration(0).critic)).to(self.device)
+            first = self._stored(0, reader).to(self.device)
             own = scores_of(first, self._read(newest, reader))
         return {"score_by_first_critic": float(own.mean()), "spread_of_scores": float(own.std())}
 
