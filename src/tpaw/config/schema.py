@@ -649,9 +649,9 @@ class CriticConfig(Section):
     )
     lora_rank: Count | None = Field(
         None,
-        description="Train a LoRA adapter of this rank on all linear layers of path, and a new head, "
-        "instead of all weights. The path of the SFT model makes it its own critic. Needs the extra "
-        "lora.",
+        description="Train a LoRA adapter of this rank on all linear layers of path, and a new "
+        "head, instead of all weights. The path of the SFT model makes it its own critic. Needs "
+        "the extra lora.",
     )
     layers: int = Field(
         2, ge=1, le=100, description="Layers of the small encoder. It has no effect with path."

@@ -132,9 +132,7 @@ def reader_of(
     longest = min(max_length, getattr(text, "max_position_embeddings", None) or max_length)
     needed = _ordinary_tokens(own or tokenizer)
     if text.vocab_size < needed:
-        whose = (
-            "the run's tokenizer, and it has none of its own" if own is None else "its tokenizer"
-        )
+        whose = "its tokenizer" if own else "the run's tokenizer, and it has none of its own"
         raise InputError(
             f"critic.path: {config.path}: its vocabulary of {text.vocab_size} tokens is smaller "
             f"than the {needed} of {whose}; save the right tokenizer beside it, or leave "
@@ -159,7 +157,10 @@ def _own_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
 
 
 def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a model without a padding token the tokenizer's. A decoder finds its last token by it."""
+    """Give a model without a padding token the tokenizer's.
+
+    A decoder finds the last token of a sequence by it.
+    """
     config = model.config.get_text_config()
     if config.pad_token_id is None:
         config.pad_token_id = _padding_of(tokenizer)
