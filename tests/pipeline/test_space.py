@@ -5,11 +5,20 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from builders import make_tokenizer
 
 import tpaw.pipeline.space
-from tpaw.config.schema import RunConfig
+from tpaw.config.plan import plan_run
+from tpaw.config.schema import CriticConfig, RunConfig
+from tpaw.critic.model import small_critic
 from tpaw.models.size import ModelSize
-from tpaw.pipeline.space import space_for_responses, space_for_training
+from tpaw.pipeline.space import (
+    bytes_of_critic,
+    bytes_of_evaluation,
+    plan_space,
+    space_for_responses,
+    space_for_training,
+)
 from tpaw.storage.run_directory import RunDirectory
 
 PARAMETERS = 1000
@@ -69,3 +78,39 @@ def test_responses_may_be_as_long_as_the_longer_of_both_limits(settings, tmp_pat
         space_for_responses(RunDirectory(tmp_path), RunConfig.load(settings), 10)
     assert asked[0] == asked[1] == asked[2] > 10 * 16 * 8
     assert asked[3] - asked[2] == 10 * 8  # 4 bytes of id and about 4 of text for each token
+
+
+@pytest.mark.parametrize(("layers", "width"), [(1, 32), (2, 64), (4, 128)])
+def test_the_weights_of_a_critic_are_counted(settings, layers, width, tmp_path):
+    settings |= {"method": "critic", "critic": {"layers": layers, "width": width}}
+    settings["generate"] |= {"samples": 2}
+    tokenizer = make_tokenizer()
+    model = small_critic(CriticConfig(layers=layers, width=width), tokenizer)
+    there = 4 * sum(weight.numel() for weight in model.parameters())
+    planned = bytes_of_critic(RunConfig.load(settings), len(tokenizer))
+    assert there <= planned < 1.1 * there
+    model.half().save_pretrained(tmp_path / "critic")
+    settings["critic"] = {"path": str(tmp_path / "critic")}
+    assert there <= bytes_of_critic(RunConfig.load(settings), len(tokenizer)) < 1.2 * there + 10_000
+
+
+def test_a_run_with_a_critic_needs_room_for_its_steps(settings):
+    """Weights, two moments and the best weights, in two saved steps, beside the critics before."""
+    settings["generate"] |= {"samples": 2}
+    peaks = []
+    for critic in ({}, {"layers": 9, "width": 512}):
+        changed = settings | {"method": "critic", "critic": critic, "iterations": 2}
+        config = RunConfig.load(changed)
+        spaces = plan_space(config, plan_run(config, 100), ModelSize(1000, 320), 10, 0)
+        peaks.append((spaces[0].peak, spaces[1].peak, bytes_of_critic(config, 320)))
+    (first, second, small), (large_first, large_second, large) = peaks
+    assert large_first - 9 * large == pytest.approx(first - 9 * small, abs=100_000)
+    assert large_second - 10 * large == pytest.approx(second - 10 * small, abs=100_000)
+
+
+def test_each_sampled_response_to_a_held_out_prompt_is_counted(settings):
+    settings["evaluate"] |= {"temperatures": [0.5, 1.0], "samples": 1}
+    one = bytes_of_evaluation(RunConfig.load(settings), 10)
+    settings["evaluate"] |= {"samples": 4}
+    # Three kinds of greedy results, and at two temperatures four responses in place of one.
+    assert bytes_of_evaluation(RunConfig.load(settings), 10) == one / 5 * 11

@@ -1,7 +1,8 @@
 """What a run occupies on disk, and what each stage needs, checked before anything is written.
 
 The numbers are upper bounds from counts of tokens and parameters. Compression is not counted.
-Results of benchmark suites and the files of experiment trackers are not counted either.
+Results of benchmark suites and the files of experiment trackers are not counted either, nor is a
+critic whose `critic.path` is on the Hub.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ BYTES_OF_WEIGHTS = 4
 BYTES_OF_OPTIMIZER = {"rmsprop": 4, "adagrad": 4, "sgd": 4}
 BYTES_OF_ADAM = 8
 BYTES_OF_SPLIT_STEP = 2 + 2 + 2  # upper and lower halves, and the squared gradient in bf16
+# A step of a critic: its weights, two moments and the best weights. Two steps exist for a moment.
+WEIGHTS_PER_CRITIC_STEP = 4
 # 4 bits; 1 byte of scale for 64 weights; 4 bytes of scale for 256 of those bytes.
 BYTES_OF_NF4 = 1 / 2 + (1 + 4 / 256) / 64
 
@@ -83,8 +86,25 @@ def bytes_of_scores(config: RunConfig, count: int) -> int:
 
 def bytes_of_evaluation(config: RunConfig, heldout: int) -> int:
     """Bytes of the held-out results of θ_0, which holds its responses too; others need less."""
-    copies = 3 + len(config.evaluate.temperatures)
+    copies = 3 + len(config.evaluate.temperatures) * config.evaluate.samples
     return bytes_of_responses(config, heldout, copies=copies) if heldout else 0
+
+
+def bytes_of_critic(config: RunConfig, vocabulary: int) -> int:
+    """Bytes of the weights of a critic in fp32; 0 for another method.
+
+    Args:
+        config: the configuration of the run.
+        vocabulary: tokens of the run's vocabulary.
+    """
+    critic = config.critic
+    if config.method != "critic":
+        return 0
+    if critic.path is not None:  # 16-bit weights become twice as large; an adapter is smaller
+        return 2 * bytes_of_files(Path(critic.path), "*.safetensors")
+    layer = 10 * critic.width + 4  # attention has 4 width², its MLP 6 width²; and two norms
+    parameters = critic.width * (vocabulary + critic.layers * layer + critic.width + 8)
+    return BYTES_OF_WEIGHTS * parameters
 
 
 def bytes_of_checkpoint(size: ModelSize) -> int:
@@ -248,10 +268,15 @@ def plan_space(
             logprobs = bytes_of_files(run.root / "logprobs", f"*/iteration-{i}-*")
             log, training = bytes_of_files(run.training_log(i).parent, "training.jsonl"), 0
         heldout_results = bytes_of(paths.evaluation(i), evaluation)
-        total += responses + logprobs + log
+        critic = bytes_of_critic(config, size.vocabulary)
+        fitting = 0 if run and is_published(run.iteration(t).critic) else critic
+        judged = 8 * config.critic.team * plan.to_generate if critic else 0
+        total += responses + logprobs + log + critic + judged
         kept = sorted(kept_checkpoints(config, t, is_trained=False) & weights.keys())
         while_training = total + sum(weights[j] for j in kept)
-        peaks = [total + left, while_training + training]  # left: by the iteration before
+        # left: by the iteration before
+        fitted = total + left + 2 * WEIGHTS_PER_CRITIC_STEP * fitting
+        peaks = [fitted, while_training + training]
         # The other files of a checkpoint stay when its weights are removed.
         beside = bytes_of_checkpoint(size) - BYTES_OF_WEIGHTS * size.parameters
         total += bytes_of(folders[i], weights[i] + beside) - weights[i] + heldout_results
@@ -418,4 +443,5 @@ def _bytes_there(run: RunDirectory, iterations: int) -> int:
     for i in range(iterations + 1):
         folders += [run.responses(i), run.checkpoint(i), run.training(i), run.evaluation(i)]
         size += bytes_of_files(run.training_log(i).parent, "training.jsonl")
+        size += bytes_of_files(run.training_log(i).parent, "critic*/**/*")
     return size + sum(bytes_of_files(folder) for folder in folders)
