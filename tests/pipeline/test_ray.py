@@ -29,6 +29,7 @@ from ray.util.placement_group import (
 )
 from safetensors.torch import load_file, save_file
 
+import tpaw.pipeline.critic_task
 import tpaw.pipeline.players
 import tpaw.storage.artifacts
 from tpaw.config.schema import RunConfig
@@ -600,3 +601,31 @@ def test_a_folder_that_a_machine_does_not_see_is_named(cluster, settings, tmp_pa
     monkeypatch.setattr(ray_engine, "Place", elsewhere)
     with refused("--output", tmp_path / "elsewhere", "shares", error=InputError):
         self_play(RunConfig.load(settings), tmp_path / "r")
+
+
+def test_a_critic_that_a_worker_fits_is_that_of_one_process(cluster, tmp_path, monkeypatch):
+    changes = {
+        "iterations": 1,
+        "data": {"limit": 32},
+        "generate": {"samples": 2, "shard_size": 16},
+        "critic": {"steps": 8, "evaluate_every": 4, "heldout": 0.25, "at_chance": "go_on"},
+        "train": {"epochs": 1, "batch_size": 16, "weights": "fp32"},
+        "evaluate": {},
+    }
+    runs = []
+    for name, launch in (("alone", {}), ("r", {"engine": "ray", "workers": 2})):
+        config = RunConfig.load("starter", "critic", changes | {"launch": launch})
+        if launch:  # the process of the run fits none
+            monkeypatch.setattr(tpaw.pipeline.critic_task, "fit", None)
+        self_play(config, tmp_path / name)
+        runs.append(RunDirectory(tmp_path / name))
+    critics = [run.iteration(0).critic for run in runs]
+    for name in ("model.safetensors", "scores.npy"):
+        one, other = ((folder / name).read_bytes() for folder in critics)
+        assert one == other
+    results = [json.loads((folder / "results.json").read_text()) for folder in critics]
+    for found in results:
+        del found["seconds"]
+    assert results[0] == results[1]
+    assert results[0]["samples"] == 2
+    assert all(run.checkpoint(1).exists() for run in runs)

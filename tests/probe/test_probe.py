@@ -1,12 +1,67 @@
-"""The probe from the command line, and what it refuses."""
+"""The probe on the starter from the command line, and what it refuses."""
 
 from __future__ import annotations
 
-import pytest
-from messages import refused
-from typer.testing import CliRunner
+import math
 
-from tpaw.cli import app
+import pytest
+import yaml
+from messages import refused
+
 from tpaw.config.schema import RunConfig
-from tpaw.probe.measure import probe, shortened
+from tpaw.probe.measure import probe
 from tpaw.runtime.interrupt import StopSignal
+
+
+def test_it_measures_speaks_and_leaves_nothing_behind(tpaw_, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    code, out, _ = tpaw_("probe", "starter", "--rows", 64)
+    assert code == 0
+    assert not list(tmp_path.iterdir())
+    for line in ("share that is signal", "right responses", "small critic: AUC", "margin"):
+        assert line in out
+    text = " ".join(out.split())
+    # Four responses to each of 64 prompts; a sixteenth of the starter's 48 steps made one epoch.
+    assert "different ones of 4" in text
+    assert "try the 1500 of the data with --rows" in text
+    assert "Greedy decoding alone raises the share of right responses" in text
+
+
+def test_what_it_measures(settings):
+    """Random weights: responses are long and never right, and greedy ones are all truncated."""
+    settings["generate"] |= {"temperature": 0.0, "top_k": 0}
+    found = probe(RunConfig.load(settings), 16, StopSignal())
+    answers = found.answers
+    assert (answers.prompts, answers.samples, answers.temperature) == (16, 1, 0.0)
+    assert not answers.is_plain
+    assert answers.truncated_share == 1
+    assert answers.right_share == answers.greedy_right_share == 0
+    assert answers.response_tokens == 12  # generate.max_new_tokens
+    assert answers.different_share == 1
+    assert found.critic is None  # whole responses alone are compared
+    assert found.step.sft.batches == 16
+    assert found.step.norm_ratio > 0
+    # One epoch of 16 pairs in batches of 8; an iteration of the run has all 24 rows.
+    assert (found.margins.steps, found.margins.steps_of_iteration) == (2, 3)
+    assert 0 < found.margins.median <= found.margins.high < math.inf
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"method": "sft"}, ["method", "sft", "probe"]),
+        ({"launch": {"engine": "ray"}}, ["launch.engine", "ray", "in_process"]),
+    ],
+)
+def test_what_cannot_be_probed_is_refused(settings, changes, parts):
+    with refused(*parts):
+        probe(RunConfig.load(settings | changes), 64, StopSignal())
+
+
+def test_a_critic_has_its_own_method(tpaw_, settings, tmp_path):
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(settings))
+    code, _, err = tpaw_("probe", tmp_path / "mine.yaml", "critic")
+    assert code != 0
+    assert "leave method out" in " ".join(err.split())
