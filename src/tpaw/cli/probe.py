@@ -28,8 +28,8 @@ def probe(
     """
     settings = load(config, set_, trust)
     from tpaw.probe.measure import probe as measure
+    from tpaw.probe.table import probe_table
     from tpaw.probe.verdict import verdict
-    from tpaw.report.probe import probe_table
 
     with stoppable("tpaw probe") as stop:
         found = measure(settings, rows, stop)
