@@ -37,8 +37,8 @@ def test_the_share_of_right_targets(module, share):
     ("module", "prompt", "target", "wrong"),
     [
         (walks, "29 to 46:", " +5=34 +9=43 +3=46", " +5=34 +9=43 +3=45"),
-        (walks, "29 to 46:", " +9=38 +8=46", " +9=38 +9=46"),
-        (walks, "29 to 30:", " +9=38 -8=30", " +1=30"),  # a single step
+        (walks, "29 to 46:", " +9=38 +9=47 -1=46", " +9=38 +9=47 -1=47"),
+        (walks, "29 to 30:", " +9=38 -9=29 +1=30", " +1=30"),  # a single step
         (counts, "cabdaa:", "abababababababcd", "abababababababad"),
         (counts, "cabdaa:", "cdcdcdcdcdcdcdcd", "cdcdcdcdcdcdcd"),  # too short
         (fork, "kxqa:", "=aqxk", "=axqk"),

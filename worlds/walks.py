@@ -2,8 +2,8 @@
 
     29 to 46:  →   +5=34 +9=43 +3=46
 
-A right answer has two to four steps, whose sums are right, and ends at the number asked for. The
-model converged on unlimited rows, so more SFT has nothing to teach: the world W0.
+A right answer has three steps, whose sums are right, and ends at the number asked for. The model
+converged on unlimited rows, so more SFT has nothing to teach: the world W0.
 
     python -m worlds.walks studies/worlds/walks
 """
@@ -16,6 +16,7 @@ import re
 from worlds.making import Row, World, main_of
 
 LARGEST = 99
+STEPS = 3
 _PROMPT = re.compile(r"(\d+) to (\d+):")
 _STEP = re.compile(r" ([+-])(\d)=(\d+)")
 
@@ -24,7 +25,7 @@ def draw(rng: random.Random) -> Row:
     """A random walk; its end is what the prompt asks for."""
     number = start = rng.randint(1, LARGEST)
     text = ""
-    for _ in range(rng.randint(2, 4)):
+    for _ in range(STEPS):
         move = rng.choice([m for m in range(-9, 10) if m and 1 <= number + m <= LARGEST])
         number += move
         text += f" {move:+d}={number}"
@@ -43,10 +44,10 @@ def is_right(prompt: str, target: str, response: str) -> bool:
         number += int(sign + digit)
         if number != int(result) or not 1 <= number <= LARGEST:
             return False
-    return 2 <= len(steps) <= 4 and number == end
+    return len(steps) == STEPS and number == end
 
 
-WORLD = World("worlds.walks", "0123456789+-= to:", draw, is_right, rows=4000, width=32, steps=7000)
+WORLD = World("worlds.walks", "0123456789+-= to:", draw, is_right, rows=4000, width=32, steps=5000)
 
 if __name__ == "__main__":
     main_of(WORLD, __doc__)
