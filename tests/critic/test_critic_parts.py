@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 
@@ -16,7 +17,7 @@ from transformers import BertConfig
 from transformers import BertForSequenceClassification as Bert
 
 from tpaw.config.schema import CriticConfig
-from tpaw.critic.comparisons import comparisons, split
+from tpaw.critic.comparisons import comparisons, only_counts_tokens, split
 from tpaw.critic.encoding import encode_ids, encode_text
 from tpaw.critic.fit import fit
 from tpaw.critic.model import (
@@ -34,7 +35,7 @@ from tpaw.data.token_ids import token_ids
 from tpaw.errors import Interrupted
 from tpaw.generation.responses import Response, Responses
 from tpaw.runtime.interrupt import StopSignal
-from tpaw.statistics.auc import auc_within_prompts
+from tpaw.statistics.auc import Auc, auc_within_prompts
 
 END = 1
 
@@ -327,3 +328,20 @@ def test_a_lora_critic_over_a_decoder_trains_its_adapter_and_head_alone(tmp_path
     expected = scores_of(critic, sequences)
     np.testing.assert_allclose(scores_of(stored, sequences), expected, atol=1e-6)
     assert any(w.requires_grad for w in stored.parameters())
+
+
+def test_a_critic_that_only_counts_tokens_is_told():
+    of = lambda value, half: Auc(value, (value - half, value + half), 100, 50)  # noqa: E731
+    assert only_counts_tokens(of(0.51, 0.05), of(0.3, 0.02))
+    assert only_counts_tokens(of(0.51, 0.05), of(0.7, 0.02))
+    assert not only_counts_tokens(of(0.60, 0.05), of(0.3, 0.02))  # it knows more
+    assert not only_counts_tokens(of(0.51, 0.05), of(0.45, 0.02))  # lengths tell little
+    nothing = Auc(math.nan, (math.nan, math.nan), 0, 0)  # no pair is of like length
+    assert only_counts_tokens(nothing, of(0.9, 0.02))
+
+
+@pytest.mark.parametrize("value", [0.7, math.nan])
+def test_an_auc_comes_back_from_json(value):
+    auc = Auc(value, (value, 0.8), 7, 3)
+    text = json.dumps(auc.as_json(), allow_nan=False)
+    assert repr(Auc.from_json(json.loads(text))) == repr(auc)

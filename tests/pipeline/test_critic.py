@@ -195,6 +195,26 @@ def test_a_critic_at_chance_ends_the_run(critic_settings, tmp_path, monkeypatch)
     assert run.iteration(0).critic.exists()
 
 
+def test_a_critic_that_only_counts_tokens_ends_the_run(critic_settings, tmp_path, monkeypatch):
+    critic_settings["critic"] |= {"at_chance": "stop", "steps": 1}
+    monkeypatch.setattr(
+        "tpaw.pipeline.critic_task.scores_of",
+        lambda model, read: np.array([len(ids) for ids in read], dtype=float),
+    )
+    # So the AUC is that of the length; pairs of like length have equal scores or nearly so.
+    monkeypatch.setattr("tpaw.critic.comparisons.LIKE_LENGTH", 0.0)
+    with refused("iteration 1", "length", "critic.at_chance", "go_on"):
+        self_play(load(critic_settings), tmp_path / "r")
+    assert not RunDirectory(tmp_path / "r").checkpoint(1).exists()
+
+
+def test_responses_without_an_end_leave_nothing_to_compare(critic_settings, model_folder, tmp_path):
+    critic_settings["model"]["path"] = str(model_folder)  # random weights
+    critic_settings["generate"]["max_new_tokens"] = 2
+    with refused("iteration 1", "of 24 rows", "generate.max_new_tokens", "critic.heldout"):
+        self_play(load(critic_settings), tmp_path / "r")
+
+
 def test_the_sft_model_with_an_adapter_and_a_head_is_a_critic(
     critic_settings, model_that_ends, tmp_path
 ):

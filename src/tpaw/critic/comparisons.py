@@ -16,6 +16,14 @@ from tpaw.statistics.auc import Auc, auc_within_prompts
 
 # Two lengths are alike if they differ by at most this share of the longer one.
 LIKE_LENGTH = 0.05
+# An AUC of the length alone as far from one half as this tells targets from responses.
+TELLING_LENGTH = 0.1
+
+
+def only_counts_tokens(of_like_length: Auc, of_length_alone: Auc) -> bool:
+    """Whether nothing says that a critic knows more than how long targets are."""
+    is_telling = abs(of_length_alone.value - 0.5) > TELLING_LENGTH
+    return is_telling and not of_like_length.interval_95[0] > 0.5
 
 
 class Comparisons(NamedTuple):

@@ -27,12 +27,12 @@ from tpaw.critic.model import (
 from tpaw.critic.selection import choose, write_scores
 from tpaw.data.inputs import Inputs, load_inputs
 from tpaw.data.token_ids import TokenIds
+from tpaw.errors import InputError
 from tpaw.evaluation.checker import Checker, checker_of
 from tpaw.generation.responses import Responses, read_responses
 from tpaw.models.loading import pick_device
 from tpaw.runtime.progress import OnDone
 from tpaw.runtime.shards import Do
-from tpaw.statistics.auc import Auc
 from tpaw.storage.artifacts import publishing, remove_artifacts, write_json
 from tpaw.team import Player
 
@@ -85,6 +85,15 @@ class _CriticOfIteration:
             self.inputs.examples, [part for of in parts.values() for part in of], reader.encode
         )
         learned, held = split(pairs.prompts, config.critic.heldout, config.seed)
+        prompts = len(np.unique(pairs.prompts[held][pairs.counts[held].any(axis=1)]))
+        if not pairs.counts[learned].any() or prompts < 2:
+            raise InputError(
+                f"iteration {self.iteration.number}: the critic has too little to compare: whole "
+                "responses that differ from their target belong to "
+                f"{int(pairs.counts.any(axis=1).sum())} of {count} rows, and to {prompts} of the "
+                "prompts held out from it (at least 2 are needed); use more rows, raise "
+                "critic.heldout, or raise generate.max_new_tokens if responses are truncated"
+            )
         with publishing(self.iteration.critic, {"iteration": self.iteration.number}) as folder:
             model = self._started(reader).to(self.device)
             fitted = self._fitted(model, pairs, learned, held, reader, on_done)
@@ -162,11 +171,11 @@ class _CriticOfIteration:
         read = [pairs.responses[k * count + row] for k in range(samples) for row in held]
         responses[held] = scores_of(model, read).reshape(samples, len(held)).T
         return {
-            "auc": _described(pairs.auc(held, targets, responses)),
-            "auc_of_like_length": _described(
-                pairs.auc(held, targets, responses, of_like_length=True)
-            ),
-            "auc_of_length_alone": _described(pairs.auc_of_length(held)),
+            "auc": pairs.auc(held, targets, responses).as_json(),
+            "auc_of_like_length": pairs.auc(
+                held, targets, responses, of_like_length=True
+            ).as_json(),
+            "auc_of_length_alone": pairs.auc_of_length(held).as_json(),
         }
 
     def _judged(
@@ -235,15 +244,3 @@ class _CriticOfIteration:
             "right_share_heldout": float(right[:, held].mean()),
             "any_right_share": float(right.any(axis=0).mean()),
         }
-
-
-def _described(auc: Auc) -> dict[str, Any]:
-    def number(value: float) -> float | None:
-        return None if math.isnan(value) else value
-
-    return {
-        "value": number(auc.value),
-        "interval_95": [number(bound) for bound in auc.interval_95],
-        "pairs": auc.pairs,
-        "prompts": auc.prompts,
-    }

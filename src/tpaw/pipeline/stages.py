@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from tpaw.config.plan import check_steps, kept_checkpoints, optimizer_steps
 from tpaw.config.schema import RunConfig, at_iteration
+from tpaw.critic.comparisons import only_counts_tokens
 from tpaw.data.examples import Example
 from tpaw.data.inputs import Inputs, load_inputs, publish_inputs
 from tpaw.data.token_ids import TokenIds, TokenSequence
@@ -53,6 +54,7 @@ from tpaw.runtime.watch import Watch
 from tpaw.scoring.drift import server_drift
 from tpaw.scoring.score import fill_store
 from tpaw.scoring.sequences import DistinctSequences
+from tpaw.statistics.auc import Auc
 from tpaw.storage.artifacts import (
     is_published,
     read_listed_json,
@@ -219,17 +221,32 @@ class Stages:
             with self._progress(t, "fit the critic", steps, "steps") as on_done:
                 for _ in self.engine.do(CriticTask(tuple(opponents)), [t], on_done):
                     pass
-        auc = read_listed_json(folder, "results.json")["auc"]
-        low, high = auc["interval_95"]
-        number = self.run.iteration(t).number
-        shown = f"AUC {auc['value']:.3f} [{low:.3f}, {high:.3f}]"
-        note(f"iteration {number}: the critic tells targets from responses with {shown}")
-        if low <= 0.5 and self.config.critic.at_chance == "stop":
+        found = read_listed_json(folder, "results.json")
+        auc, alike, length = (
+            Auc.from_json(found[name])
+            for name in ("auc", "auc_of_like_length", "auc_of_length_alone")
+        )
+        low, high = auc.interval_95
+        iteration = f"iteration {self.run.iteration(t).number}"
+        shown = f"AUC {auc.value:.3f} [{low:.3f}, {high:.3f}]"
+        note(f"{iteration}: the critic tells targets from responses with {shown}")
+        if self.config.critic.at_chance == "go_on":
+            return
+        advice = (
+            "Use more rows or a better critic (critic.path, critic.steps), or set critic.at_chance "
+            "to go_on and begin anew"
+        )
+        if not low > 0.5:
             raise InputError(
-                f"iteration {number}: the critic cannot tell targets from responses: {shown} on "
-                f"{auc['prompts']} held-out prompts. What it would choose is chance. Use more rows "
-                "or a better critic (critic.path, critic.steps), or set critic.at_chance to go_on "
-                "and begin anew"
+                f"{iteration}: the critic cannot tell targets from responses: {shown} on "
+                f"{auc.prompts} held-out prompts. What it would choose is chance. {advice}"
+            )
+        if only_counts_tokens(alike, length):
+            known = f"of like length {alike.value:.3f}" if alike.pairs else "none of like length"
+            raise InputError(
+                f"{iteration}: the critic tells targets from responses by their length: {shown}, "
+                f"of length alone {length.value:.3f}, {known}. What it would "
+                f"choose is {'long' if length.value > 0.5 else 'short'}, not good. {advice}"
             )
 
     def choose(self, t: int) -> Chosen:

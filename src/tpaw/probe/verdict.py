@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from tpaw.critic.comparisons import only_counts_tokens
 from tpaw.probe.gradients import FirstStep
 from tpaw.statistics.auc import Auc
 
@@ -17,8 +18,6 @@ SATURATED_FROM = 3.0
 # From these shares on, they decide what self-play can do.
 MANY_IDENTICAL = 0.5
 MANY_TRUNCATED = 0.1
-# An AUC of the length alone as far from one half as this.
-TELLING_LENGTH = 0.1
 
 
 class Answers(NamedTuple):
@@ -169,7 +168,7 @@ def _about_critic(critic: CriticFound) -> Iterator[str]:
         )
         return
     length, alike = critic.auc_of_length_alone.value, critic.auc_of_like_length
-    if abs(length - 0.5) > TELLING_LENGTH and not alike.interval_95[0] > 0.5:
+    if only_counts_tokens(alike, critic.auc_of_length_alone):
         yield (
             f"A small critic tells targets from responses ({shown}), but by their length (AUC of "
             f"length alone {length:.3f}; of like length {alike.value:.3f}). What it chooses would "

@@ -7,7 +7,8 @@ whole changes nothing. The prompts are the independent units of the interval.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,19 @@ class Auc(NamedTuple):
     interval_95: tuple[float, float]
     pairs: int
     prompts: int
+
+    def as_json(self) -> dict[str, Any]:
+        """As the values of a JSON file: null in place of NaN."""
+        numbers = [None if math.isnan(x) else x for x in (self.value, *self.interval_95)]
+        return self._asdict() | {"value": numbers[0], "interval_95": numbers[1:]}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Auc:
+        """The inverse of `as_json`."""
+        value, low, high = (
+            math.nan if x is None else float(x) for x in (found["value"], *found["interval_95"])
+        )
+        return cls(value, (low, high), int(found["pairs"]), int(found["prompts"]))
 
 
 def auc_within_prompts(
