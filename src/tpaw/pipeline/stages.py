@@ -232,8 +232,9 @@ class Stages:
         note(f"{iteration}: the critic tells targets from responses with {shown}")
         if self.config.critic.at_chance == "go_on":
             return
+        kept = f"θ_{t} stays. " if t else ""
         advice = (
-            "Use more rows or a better critic (critic.path, critic.steps), or set critic.at_chance "
+            f"{kept}Use more rows or a better critic (critic.path, critic.steps), or set critic.at_chance "
             "to go_on and begin anew"
         )
         if not low > 0.5:
