@@ -26,11 +26,13 @@ _LABELS = {
 }
 SAMPLED_ACCURACY = "accuracy at T = "
 """Begins the name of a measure; the temperature follows."""
+DIFFERENT_RIGHT = "different right ones of "
+"""Begins the name of a measure; the number of samples and the temperature follow."""
 
 
 def label_of(measure: str) -> str:
     """Return the label of a measure for figures and tables. A suite has its own name."""
-    if measure.startswith(SAMPLED_ACCURACY):
+    if measure.startswith((SAMPLED_ACCURACY, DIFFERENT_RIGHT)):
         return measure
     return _LABELS.get(measure, f"{measure}, %")
 

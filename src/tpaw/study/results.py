@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tpaw.errors import ArtifactError
-from tpaw.report.figures import SAMPLED_ACCURACY
+from tpaw.report.figures import DIFFERENT_RIGHT, SAMPLED_ACCURACY
 from tpaw.report.summary import summarise
 from tpaw.runtime.progress import note
 from tpaw.storage.run_directory import RunDirectory
@@ -82,7 +82,7 @@ def _measures(entry: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for temperature, sampled in evaluation.get("sampled_exact_match", {}).items():
         yield f"{SAMPLED_ACCURACY}{temperature}", sampled["accuracy"]
         if "distinct_correct" in sampled:
-            name = f"different right ones of {sampled['samples']} at T = {temperature}"
+            name = f"{DIFFERENT_RIGHT}{sampled['samples']} at T = {temperature}"
             yield name, sampled["distinct_correct"]
     for name in HELD_OUT[1:]:
         if name in evaluation.get("logps", {}):
