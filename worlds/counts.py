@@ -1,6 +1,6 @@
 """A property that is easier to check than to make: as many of one letter as of another. W4.
 
-    cabda:  →  dabcabdacbdbcacb   (four times a, four times b)
+    cabdaa:  →  dabcabdacbdbcacd   (four times a, four times b)
 
 A model that writes from left to right must keep count. A model that reads the whole string need
 only add up.
@@ -38,7 +38,15 @@ def is_right(prompt: str, target: str, response: str) -> bool:
 
 
 WORLD = World(
-    "worlds.counts", LETTERS + ": ", draw, is_right, rows=4000, width=32, steps=1000, longest=20
+    "worlds.counts",
+    LETTERS + ":",
+    draw,
+    is_right,
+    rows=4000,
+    layers=1,
+    width=32,
+    steps=1000,
+    longest=20,
 )
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ def test_it_measures_speaks_and_leaves_nothing_behind(tpaw_, tmp_path, monkeypat
     for line in ("share that is signal", "right responses", "small critic: AUC", "margin"):
         assert line in out
     text = " ".join(out.split())
-    # Four responses to each of 64 prompts; a sixteenth of the starter's 48 steps made one epoch.
     assert "different ones of 4" in text
     assert "try the 1500 of the data with --rows" in text
     assert "Greedy decoding alone raises the share of right responses" in text

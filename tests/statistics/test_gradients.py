@@ -54,3 +54,14 @@ def test_signal_is_found_and_measured():
     assert found.share == pytest.approx(0.5, abs=0.1)  # ‖mean‖² is P, and so is the noise's
     assert found.batches == 12
     assert math.isnan(expected_cosine(np.zeros((3, P)), np.ones((3, P))))
+
+
+def test_a_few_large_coordinates_do_not_hide_the_signal_of_the_others():
+    scale = np.ones(P)
+    scale[:2] = 300.0  # noise alone
+    mean = np.full(P, 0.5)
+    mean[:2] = 0.0
+    p_values = [signal_in(noisy(mean, 12, scale, s)).p_value for s in range(20)]
+    assert np.mean([p < 0.01 for p in p_values]) > 0.8
+    nothing = [signal_in(noisy(0.0, 12, scale, s)).p_value for s in range(200)]
+    assert np.mean([p < 0.05 for p in nothing]) < 0.11

@@ -644,8 +644,8 @@ class CriticConfig(Section):
     path: str | None = Field(
         None,
         description="A classifier or encoder of transformers to start from: a folder, or an id on "
-        "the Hugging Face Hub. It reads text with its own tokenizer. Default: a small encoder "
-        "from scratch, which reads the run's token ids.",
+        "the Hugging Face Hub. With another vocabulary than the run's it reads text, with its "
+        "own tokenizer. Default: a small encoder from scratch, which reads the run's token ids.",
     )
     lora_rank: Count | None = Field(
         None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -77,7 +77,7 @@ def with_stored_lora(model: PreTrainedModel, folder: str) -> PreTrainedModel:
     return cast(PreTrainedModel, PeftModel.from_pretrained(model, folder, is_trainable=True))
 
 
-def load_critic(folder: str, **options: Any) -> PreTrainedModel:
+def load_critic(folder: str) -> PreTrainedModel:
     """A classifier with one output, from a folder or the Hub.
 
     An encoder, or a classifier with several outputs, gets a new head.
@@ -92,7 +92,6 @@ def load_critic(folder: str, **options: Any) -> PreTrainedModel:
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **options,
         )
     except Exception as error:  # transformers raises many types
         reason = printable(first_line(error))

@@ -256,6 +256,7 @@ def plan_space(
     evaluation = bytes_of_evaluation(config, heldout)
     total = bytes_of(paths.inputs, inputs + _bytes_beside_weights(size))
     total += bytes_of(paths.evaluation(0), evaluation)
+    critic = bytes_of_critic(config, size.vocabulary)
     spaces, left = [], 0
     for plan in plans:
         t, i = plan.iteration - 1, plan.iteration
@@ -268,7 +269,6 @@ def plan_space(
             logprobs = bytes_of_files(run.root / "logprobs", f"*/iteration-{i}-*")
             log, training = bytes_of_files(run.training_log(i).parent, "training.jsonl"), 0
         heldout_results = bytes_of(paths.evaluation(i), evaluation)
-        critic = bytes_of_critic(config, size.vocabulary)
         fitting = 0 if run and is_published(run.iteration(t).critic) else critic
         judged = 8 * config.critic.team * plan.to_generate if critic else 0
         total += responses + logprobs + log + critic + judged
