@@ -236,9 +236,12 @@ def test_a_fit_that_gets_worse_ends_early(tmp_path):
     assert found.best_step <= found.steps - 20
 
 
-def test_an_interrupted_fit_ends_with_the_same_weights(tmp_path):
+@pytest.mark.parametrize("changes", [{}, {"learning_rate": 3.0, "patience": 100}])
+def test_an_interrupted_fit_ends_with_the_same_weights(tmp_path, changes):
     whole = new_model()
-    expected = fitted(whole, tmp_path / "whole")
+    expected = fitted(whole, tmp_path / "whole", **changes)
+    if changes:  # the best weights are from before the interruption
+        assert expected.best_step <= 20
     stop, steps = StopSignal(), itertools.count()
 
     def advance(count, note=""):
@@ -246,9 +249,9 @@ def test_an_interrupted_fit_ends_with_the_same_weights(tmp_path):
             stop.signal_number = 15
 
     with pytest.raises(Interrupted):
-        fitted(new_model(), tmp_path / "cut", stop=stop, advance=advance)
+        fitted(new_model(), tmp_path / "cut", stop=stop, advance=advance, **changes)
     model = new_model()
-    found = fitted(model, tmp_path / "cut")
+    found = fitted(model, tmp_path / "cut", **changes)
     assert (found.steps, found.best_step) == (expected.steps, expected.best_step)
     for name, weight in whole.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], weight, rtol=0, atol=0)
