@@ -89,6 +89,7 @@ def fine_tune(
     steps: int,
     batch_size: int = 128,
     stop_at: int | None = None,
+    learning_rate: float = LEARNING_RATE,
 ) -> None:
     """Train on targets with AdamW, a warmup and a cosine to 0.
 
@@ -96,16 +97,18 @@ def fine_tune(
         rows: a source of rows without end.
         steps: length of the schedule.
         stop_at: a step at which training ends, before the schedule does.
+        learning_rate: the highest one.
     """
+    warmup = min(WARMUP_STEPS, steps // 10 + 1)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01
     )
     for step in range(stop_at or steps):
         cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / steps)).item())
-        rate = LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * cosine
+        rate = learning_rate * min(1.0, (step + 1) / warmup) * cosine
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = model(**_batch(tokenizer, [next(rows) for _ in range(batch_size)])).loss
+        loss = model(**batch_of(tokenizer, [next(rows) for _ in range(batch_size)])).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -114,7 +117,8 @@ def fine_tune(
             print(f"step {step:5d}  loss {loss.item():.4f} nats per token", flush=True)
 
 
-def _batch(tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> dict[str, torch.Tensor]:
+def batch_of(tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> dict[str, torch.Tensor]:
+    """Padded token ids of prompts and targets; labels for the targets and their ends."""
     ids, labels = [], []
     for row in rows:
         prompt = tokenizer(row.prompt, add_special_tokens=False).input_ids
@@ -192,6 +196,8 @@ class World(NamedTuple):
         module: the checker's module, for the recipe.
         characters: of all prompts and targets.
         draw: a row of the population that SFT saw.
+        draw_row: a row for self-play. Default: of the same population.
+        draw_heldout: a held-out row or one for tuning. Default: of the same population.
         is_right: whether a response is right, from the texts of prompt, target and response.
         rows: rows for self-play.
         layers, width: of the model.
@@ -205,6 +211,8 @@ class World(NamedTuple):
     characters: str
     draw: Callable[[random.Random], Row]
     is_right: Callable[[str, str, str], bool]
+    draw_row: Callable[[random.Random], Row] | None = None
+    draw_heldout: Callable[[random.Random], Row] | None = None
     rows: int = 2000
     layers: int = 2
     width: int = 64
@@ -220,20 +228,22 @@ def make(world: World, folder: Path, *, steps: int | None = None) -> None:
     Prompts of held-out and tuning rows are not among those of self-play.
 
     Args:
-        steps: of SFT. Default: the world's.
+        steps: of SFT, all of them. Default: as the world says.
     """
     torch.set_num_threads(1)
     tokenizer = character_tokenizer(world.characters)
     model = small_model(tokenizer, seed=0, layers=world.layers, width=world.width)
     population = _without_end(world.draw, seed=0)
-    fine_tune(model, tokenizer, population, steps=steps or world.steps, stop_at=world.stop_at)
+    stop_at = None if steps else world.stop_at
+    fine_tune(model, tokenizer, population, steps=steps or world.steps, stop_at=stop_at)
     model.eval()
     used: set[str] = set()
     rows: dict[str, list[Row]] = {
-        name: distinct(world.draw, HELDOUT_ROWS, seed, used)
+        name: distinct(world.draw_heldout or world.draw, HELDOUT_ROWS, seed, used)
         for name, seed in (("heldout", 1), ("tuning", 2))
     }
-    others = (row for row in _without_end(world.draw, seed=3) if row.prompt not in used)
+    source = _without_end(world.draw_row or world.draw, seed=3)
+    others = (row for row in source if row.prompt not in used)
     rows["train"] = list(itertools.islice(others, world.rows))
     say_accuracy(model, tokenizer, rows["tuning"], world)
     folder.mkdir(parents=True, exist_ok=True)
