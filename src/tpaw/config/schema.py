@@ -664,7 +664,7 @@ class CriticConfig(Section):
         description="Width of the small encoder, a multiple of 32. It has no effect with path.",
     )
     steps: PerIteration[Count] = Field(
-        1000,
+        2000,
         description="Optimizer steps of a fit, at most; patience may end it earlier. One value, or "
         "a list with one value for each iteration.",
     )
@@ -674,18 +674,19 @@ class CriticConfig(Section):
         64, description="Pairs of a target and a response in one step of the critic."
     )
     heldout: float = Field(
-        0.1,
+        0.2,
         gt=0,
         lt=1,
-        description="Share of the prompts that the critic does not learn from. Its AUC is measured "
-        "there, and the weights with the lowest loss there are kept.",
+        description="Share of the prompts that the critic does not learn from. Half of them decide "
+        "which weights are kept: those that order most pairs rightly. Its AUC is measured on the "
+        "other half.",
     )
     evaluate_every: Count = Field(
-        100, description="Steps of the critic between two evaluations on the held-out prompts."
+        200, description="Steps of the critic between two evaluations on the held-out prompts."
     )
     patience: Count = Field(
         5,
-        description="The fit ends after this many evaluations in a row without a lower loss.",
+        description="The fit ends after this many evaluations in a row without a gain.",
     )
     each_iteration: Literal["continue", "fresh"] = Field(
         "continue",

@@ -131,3 +131,14 @@ def split(prompts: NDArray[np.int64], share: float, seed: int) -> tuple[
     held = distinct[order[: max(round(share * len(distinct)), 1)]]
     is_held = np.isin(prompts, held)
     return np.flatnonzero(~is_held), np.flatnonzero(is_held)
+
+
+def halves(
+    prompts: NDArray[np.int64], held: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The held-out rows in two: those that decide which weights are kept, and those that measure.
+
+    Rows with the same prompt stay together.
+    """
+    watched = np.isin(prompts[held], np.unique(prompts[held])[::2])
+    return held[watched], held[~watched]

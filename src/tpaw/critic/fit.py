@@ -2,8 +2,8 @@
 
     loss = −log σ(score of target − score of response)
 
-the Bradley-Terry loss of a reward model. The weights with the lowest loss on the held-out prompts
-are kept.
+the Bradley-Terry loss of a reward model. The weights that order most pairs of other prompts rightly
+are kept. Their loss is no guide: it rises long before the order gets worse (docs/log.md).
 """
 
 from __future__ import annotations
@@ -56,20 +56,20 @@ class Fitted(NamedTuple):
     Attributes:
         steps: optimizer steps.
         best_step: the step whose weights were kept.
-        heldout_loss: nats, on the held-out pairs at that step.
+        accuracy: share of the watched pairs in which the target had the higher score at that step.
         seconds: of fitting, those before an interruption included.
     """
 
     steps: int
     best_step: int
-    heldout_loss: float
+    accuracy: float
     seconds: float
 
 
 def fit(
     model: PreTrainedModel,
     pairs: Pairs,
-    heldout: Pairs,
+    watched: Pairs,
     config: CriticConfig,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -87,7 +87,8 @@ def fit(
     Args:
         model: the critic.
         pairs: what it reads of targets, each with what it reads of a response.
-        heldout: the same of prompts that are not in `pairs`.
+        watched: the same of prompts that are not in `pairs`. They decide which weights are kept,
+            so what the critic is worth must be measured on others.
         config: learning rate, batch size and patience.
         tokenizer: of the critic's ids; TRL pads with its padding token.
         steps: number of steps at most.
@@ -134,7 +135,7 @@ def fit(
         model=model,
         args=arguments,
         train_dataset=_dataset(pairs),
-        eval_dataset=_dataset(heldout),
+        eval_dataset=_dataset(watched),
         processing_class=copy.deepcopy(tokenizer),  # TRL gives it a padding token
     )
     best = _BestWeights(model, config.patience, resume_from)
@@ -145,11 +146,11 @@ def fit(
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     stop.check()
     model.load_state_dict(best.weights, strict=False)  # what is not trained has not changed
-    return Fitted(trainer.state.global_step, best.step, best.loss, recorder.seconds)
+    return Fitted(trainer.state.global_step, best.step, best.accuracy, recorder.seconds)
 
 
 class _BestWeights(TrainerCallback):
-    """Keeps the weights of the lowest held-out loss, and ends the fit when it rises.
+    """Keeps the weights of the highest accuracy, and ends the fit when it rises no more.
 
     It stores them beside each saved step, so that a resumed fit ends with the same weights.
     """
@@ -157,12 +158,15 @@ class _BestWeights(TrainerCallback):
     def __init__(self, model: PreTrainedModel, patience: int, resume_from: Path | None) -> None:
         self.model = model
         self.patience = patience
-        self.step, self.loss, self.misses = 0, float("inf"), 0
+        self.step, self.accuracy, self.misses = 0, -1.0, 0
         self.weights: dict[str, torch.Tensor] = {}
         if resume_from is not None:
             found = json.loads((resume_from / "best.json").read_text(encoding="utf-8"))
-            self.step, self.misses = found["step"], found["misses"]
-            self.loss = float("inf") if found["loss"] is None else found["loss"]
+            self.step, self.accuracy, self.misses = (
+                found["step"],
+                found["accuracy"],
+                found["misses"],
+            )
             self.weights = load_file(resume_from / "best.safetensors")
 
     def on_evaluate(
@@ -174,9 +178,9 @@ class _BestWeights(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Compare the weights with the best ones so far."""
-        loss = (metrics or {})["eval_loss"]
-        if loss < self.loss:
-            self.step, self.loss, self.misses = state.global_step, loss, 0
+        accuracy = (metrics or {})["eval_accuracy"]
+        if accuracy > self.accuracy:
+            self.step, self.accuracy, self.misses = state.global_step, accuracy, 0
             trained = [(n, w) for n, w in self.model.named_parameters() if w.requires_grad]
             self.weights = {name: weight.detach().cpu().clone() for name, weight in trained}
             return
@@ -189,8 +193,8 @@ class _BestWeights(TrainerCallback):
     ) -> None:
         """Store what a resumed fit needs."""
         folder = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
-        loss = self.loss if self.weights else None  # saved before the first evaluation
-        write_json(folder / "best.json", {"step": self.step, "loss": loss, "misses": self.misses})
+        found = {"step": self.step, "accuracy": self.accuracy, "misses": self.misses}
+        write_json(folder / "best.json", found)
         save_file(self.weights, folder / "best.safetensors")
 
 

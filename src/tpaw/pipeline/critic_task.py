@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from tpaw.config.schema import RunConfig, at_iteration
-from tpaw.critic.comparisons import Comparisons, comparisons, split
+from tpaw.critic.comparisons import Comparisons, comparisons, halves, split
 from tpaw.critic.encoding import Reader
 from tpaw.critic.fit import Fitted, fit
 from tpaw.critic.model import (
@@ -85,24 +85,25 @@ class _CriticOfIteration:
             self.inputs.examples, [part for of in parts.values() for part in of], reader.encode
         )
         learned, held = split(pairs.prompts, config.critic.heldout, config.seed)
-        prompts = len(np.unique(pairs.prompts[held][pairs.counts[held].any(axis=1)]))
-        if not pairs.counts[learned].any() or prompts < 2:
+        watched, measured = halves(pairs.prompts, held)
+        prompts = len(np.unique(pairs.prompts[measured][pairs.counts[measured].any(axis=1)]))
+        if not (pairs.counts[learned].any() and pairs.counts[watched].any()) or prompts < 2:
             raise InputError(
                 f"iteration {self.iteration.number}: the critic has too little to compare: whole "
                 "responses that differ from their target belong to "
                 f"{int(pairs.counts.any(axis=1).sum())} of {count} rows, and to {prompts} of the "
-                "prompts held out from it (at least 2 are needed); use more rows, raise "
+                "prompts that it is measured on (at least 2 are needed); use more rows, raise "
                 "critic.heldout, or raise generate.max_new_tokens if responses are truncated"
             )
         with publishing(self.iteration.critic, {"iteration": self.iteration.number}) as folder:
             model = self._started(reader).to(self.device)
-            fitted = self._fitted(model, pairs, learned, held, reader, on_done)
+            fitted = self._fitted(model, pairs, learned, watched, reader, on_done)
             model.save_pretrained(str(folder))
-            facts = fitted._asdict() | self._measured(model, pairs, held)
+            facts = fitted._asdict() | self._measured(model, pairs, measured)
             newest = parts[self.t]
             scores = self._judged(model, newest, reader)
             write_scores(folder, scores)
-            facts |= self._of_responses(newest, scores, held)
+            facts |= self._of_responses(newest, scores, measured)
             facts |= self._by_first_critic(newest, scores, reader)
             write_json(folder / "results.json", facts)
         remove_artifacts(self.iteration.critic_training)
@@ -140,7 +141,7 @@ class _CriticOfIteration:
         model: PreTrainedModel,
         pairs: Comparisons,
         learned: NDArray[np.int64],
-        held: NDArray[np.int64],
+        watched: NDArray[np.int64],
         reader: Reader,
         on_done: OnDone,
     ) -> Fitted:
@@ -148,7 +149,7 @@ class _CriticOfIteration:
         return fit(
             model,
             pairs.pairs(learned),
-            pairs.pairs(held),
+            pairs.pairs(watched),
             self.config.critic,
             reader.tokenizer,
             steps=at_iteration(self.config.critic.steps, self.t),
@@ -162,20 +163,20 @@ class _CriticOfIteration:
         )
 
     def _measured(
-        self, model: PreTrainedModel, pairs: Comparisons, held: NDArray[np.int64]
+        self, model: PreTrainedModel, pairs: Comparisons, measured: NDArray[np.int64]
     ) -> dict[str, Any]:
-        """The AUC on the prompts that the critic has not learned from."""
+        """The AUC on prompts that had no part in the fit."""
         count, samples = pairs.counts.shape
         targets, responses = np.full(count, math.nan), np.full((count, samples), math.nan)
-        targets[held] = scores_of(model, [pairs.targets[row] for row in held])
-        read = [pairs.responses[k * count + row] for k in range(samples) for row in held]
-        responses[held] = scores_of(model, read).reshape(samples, len(held)).T
+        targets[measured] = scores_of(model, [pairs.targets[row] for row in measured])
+        read = [pairs.responses[k * count + row] for k in range(samples) for row in measured]
+        responses[measured] = scores_of(model, read).reshape(samples, len(measured)).T
         return {
-            "auc": pairs.auc(held, targets, responses).as_json(),
+            "auc": pairs.auc(measured, targets, responses).as_json(),
             "auc_of_like_length": pairs.auc(
-                held, targets, responses, of_like_length=True
+                measured, targets, responses, of_like_length=True
             ).as_json(),
-            "auc_of_length_alone": pairs.auc_of_length(held).as_json(),
+            "auc_of_length_alone": pairs.auc_of_length(measured).as_json(),
         }
 
     def _judged(
@@ -210,7 +211,7 @@ class _CriticOfIteration:
         return {"score_by_first_critic": float(own.mean()), "spread_of_scores": float(own.std())}
 
     def _of_responses(
-        self, newest: Sequence[Responses], scores: NDArray[np.float64], held: NDArray[np.int64]
+        self, newest: Sequence[Responses], scores: NDArray[np.float64], measured: NDArray[np.int64]
     ) -> dict[str, Any]:
         """What there is to choose from, and how right the choice is where that can be checked."""
         examples = self.inputs.examples
@@ -236,11 +237,11 @@ class _CriticOfIteration:
             ]
         )
         best = right[number, kept]
-        unseen = np.isin(kept, held)
+        unseen = np.isin(kept, measured)
         return found | {
             "right_share": float(right.mean()),
             "best_right_share": float(best.mean()),
             "best_right_share_heldout": float(best[unseen].mean()) if unseen.any() else None,
-            "right_share_heldout": float(right[:, held].mean()),
+            "right_share_heldout": float(right[:, measured].mean()),
             "any_right_share": float(right.any(axis=0).mean()),
         }

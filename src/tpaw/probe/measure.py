@@ -22,7 +22,7 @@ from tpaw.config.schema import (
     RunConfig,
     at_iteration,
 )
-from tpaw.critic.comparisons import comparisons, split
+from tpaw.critic.comparisons import comparisons, halves, split
 from tpaw.critic.fit import fit
 from tpaw.critic.model import reader_of, scores_of, small_critic
 from tpaw.critic.selection import choose
@@ -221,11 +221,12 @@ class _Measuring:
 
     def _critic(self, parts: Sequence[Responses]) -> CriticFound | None:
         """What a small critic learns from these rows."""
-        settings, inputs = CriticConfig(heldout=0.25, patience=4), self.stages.inputs
+        settings, inputs = CriticConfig(heldout=0.3, patience=4), self.stages.inputs
         reader = reader_of(settings, inputs.tokenizer, inputs.stop_ids, self.short.max_length)
         pairs = comparisons(self.examples, parts, reader.encode)
         learned, held = split(pairs.prompts, settings.heldout, self.short.seed)
-        if not pairs.counts[learned].any() or not pairs.counts[held].any():
+        watched, measured = halves(pairs.prompts, held)
+        if not all(pairs.counts[rows].any() for rows in (learned, watched, measured)):
             return None
         epoch = pairs.counts[learned].sum() / settings.batch_size
         steps = int(np.clip(round(EPOCHS_OF_CRITIC * epoch), *STEPS_OF_CRITIC))
@@ -240,7 +241,7 @@ class _Measuring:
             fit(
                 critic,
                 pairs.pairs(learned),
-                pairs.pairs(held),
+                pairs.pairs(watched),
                 settings,
                 reader.tokenizer,
                 steps=steps,
@@ -258,13 +259,13 @@ class _Measuring:
         if self.checker.can_check(self.examples) and len(parts) > 1:
             are_right = np.array([self._are_right(part.texts) for part in parts])
             kept, number = choose(scores.T.reshape(1, -1), parts, "mean")
-            unseen = np.isin(kept, held)
-            right = float(are_right[:, held].mean())
+            unseen = np.isin(kept, measured)
+            right = float(are_right[:, measured].mean())
             best = float(are_right[number, kept][unseen].mean()) if unseen.any() else None
         return CriticFound(
-            pairs.auc(held, targets, scores),
-            pairs.auc(held, targets, scores, of_like_length=True),
-            pairs.auc_of_length(held),
+            pairs.auc(measured, targets, scores),
+            pairs.auc(measured, targets, scores, of_like_length=True),
+            pairs.auc_of_length(measured),
             right,
             best,
             samples=len(parts),

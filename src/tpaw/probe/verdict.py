@@ -51,7 +51,7 @@ class CriticFound(NamedTuple):
     """What a critic learns from the probe's rows.
 
     Attributes:
-        auc, auc_of_like_length, auc_of_length_alone: on prompts that it has not learned from.
+        auc, auc_of_like_length, auc_of_length_alone: on prompts that had no part in the fit.
         right_share, best_right_share: of the responses to these prompts, and of the critic's best
             ones; None if it cannot be told.
         samples: responses to a prompt.

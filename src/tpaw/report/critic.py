@@ -28,7 +28,7 @@ def critic_tables(summary: Mapping[str, Any]) -> list[Table]:
         return []
     caption = (
         "AUC: share of pairs in which the critic likes the target better than a response, on "
-        "prompts that it has not learned from; 0.5 is chance. Right: share of right responses, and "
+        "prompts that had no part in the fit; 0.5 is chance. Right: share of right responses, and "
         "of the critic's best ones, on those prompts. Different: share of different responses. "
         "Log-prob: of held-out targets, after the iteration."
     )
