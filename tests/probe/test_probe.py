@@ -10,6 +10,7 @@ from messages import refused
 
 from tpaw.config.schema import RunConfig
 from tpaw.probe.measure import probe
+from tpaw.probe.verdict import verdict
 from tpaw.runtime.interrupt import StopSignal
 
 
@@ -17,6 +18,8 @@ def test_it_measures_speaks_and_leaves_nothing_behind(tpaw_, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    for module in ("measure", "verdict"):
+        monkeypatch.setattr(f"tpaw.probe.{module}.ROWS_FOR_CRITIC", 64)
     code, out, _ = tpaw_("probe", "starter", "--rows", 64)
     assert code == 0
     assert not list(tmp_path.iterdir())
@@ -26,6 +29,14 @@ def test_it_measures_speaks_and_leaves_nothing_behind(tpaw_, tmp_path, monkeypat
     assert "different ones of 4" in text
     assert "try the 1500 of the data with --rows" in text
     assert "Greedy decoding alone raises the share of right responses" in text
+
+
+def test_a_critic_is_not_tried_on_few_rows(settings):
+    settings["generate"] |= {"temperature": 1.0}
+    found = probe(RunConfig.load(settings), 16, StopSignal())
+    assert found.critic is None
+    assert found.answers.samples == 2
+    assert "a critic needs 1,000 rows or more" in " ".join(verdict(*found))
 
 
 def test_what_it_measures(settings):

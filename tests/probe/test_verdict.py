@@ -99,7 +99,13 @@ def test_more_rows_may_make_a_critic():
 
 
 def test_responses_that_all_equal_their_targets_leave_no_critic():
-    assert "critic" not in said(critic=None)
+    assert "critic" not in said(answers=ANSWERS._replace(prompts=1000), critic=None)
+
+
+def test_few_rows_make_no_critic():
+    assert "Ask with --rows 1000 or more" in said(
+        answers=ANSWERS._replace(prompts=999), critic=None
+    )
 
 
 @pytest.mark.parametrize(

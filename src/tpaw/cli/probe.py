@@ -16,15 +16,20 @@ app = typer.Typer()
 def probe(
     config: Sources,
     rows: Annotated[
-        int, typer.Option(min=64, help="Rows to measure on: the first ones of the data.")
+        int,
+        typer.Option(
+            min=64,
+            help="Rows to measure on: the first ones of the data. From 1000 on a critic is fitted "
+            "too.",
+        ),
     ] = 256,
     set_: Overrides = [],  # noqa: B006
     trust: Trust = False,
 ) -> None:
     """Say what self-play can be expected to add, before a run is paid for.
 
-    It answers a few hundred prompts, compares the first step with that of SFT, fits a small critic
-    and trains for one epoch on these rows. Nothing of it is kept.
+    It answers a few hundred prompts, compares the first step with that of SFT, and trains for one
+    epoch on these rows. With many rows it fits a small critic too. Nothing of it is kept.
     """
     settings = load(config, set_, trust)
     from tpaw.probe.measure import probe as measure

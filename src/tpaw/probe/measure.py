@@ -39,7 +39,7 @@ from tpaw.pipeline.players import LoadedPlayers
 from tpaw.pipeline.preflight import read_inputs
 from tpaw.pipeline.stages import Stages, opened_stages
 from tpaw.probe.gradients import FirstStep, batch_gradients, first_step
-from tpaw.probe.verdict import Answers, CriticFound, Margins
+from tpaw.probe.verdict import ROWS_FOR_CRITIC, Answers, CriticFound, Margins
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.progress import progress
 from tpaw.runtime.watch import Watch
@@ -49,9 +49,10 @@ from tpaw.team import Player, Team
 
 # Gradients of this many batches can tell signal from noise.
 BATCHES = 16
-# The small critic: passes over its pairs, at least so many steps and at most so many.
-EPOCHS_OF_CRITIC, STEPS_OF_CRITIC = 10, (100, 2000)
-SAMPLES = 4
+# The small critic: passes over its pairs, and at most so many steps.
+EPOCHS_OF_CRITIC, STEPS_OF_CRITIC = 10, 2000
+# Responses to a prompt. A critic needs several, and costs more than everything else together.
+SAMPLES, SAMPLES_FOR_CRITIC = 2, 4
 
 
 class Probe(NamedTuple):
@@ -60,7 +61,8 @@ class Probe(NamedTuple):
     Attributes:
         step: the gradients of the first step.
         answers: what the model answers.
-        critic: what a small critic learns; None if the responses leave nothing to compare.
+        critic: what a small critic learns; None if it was not fitted: there are fewer than
+            `ROWS_FOR_CRITIC` rows, or the responses leave nothing to compare.
         margins: after a few steps of training.
     """
 
@@ -105,7 +107,8 @@ def shortened(config: RunConfig, rows: int) -> RunConfig:
         )
     limit = min(rows, config.data.limit or rows)
     several = config.generate.temperature > 0 and not config.objective.needs.one_response
-    samples = max(SAMPLES, config.generate.samples) if several else config.generate.samples
+    wanted = SAMPLES_FOR_CRITIC if limit >= ROWS_FOR_CRITIC else SAMPLES
+    samples = max(wanted, config.generate.samples) if several else config.generate.samples
     changes: dict[str, object] = {
         "iterations": 1,
         "data": config.data.model_copy(update={"limit": limit, "chunks": 1}),
@@ -152,7 +155,7 @@ class _Measuring:
         parts = read_responses(self.run.responses(1)).in_parts_of(len(self.examples))
         answers = self._answers(start, parts)
         step = self._first_step(start, parts)
-        critic = self._critic(parts)
+        critic = self._critic(parts) if len(self.examples) >= ROWS_FOR_CRITIC else None
         return Probe(step, answers, critic, self._margins(start))
 
     def _answers(self, start: Player, parts: Sequence[Responses]) -> Answers:
@@ -229,7 +232,7 @@ class _Measuring:
         if not all(pairs.counts[rows].any() for rows in (learned, watched, measured)):
             return None
         epoch = pairs.counts[learned].sum() / settings.batch_size
-        steps = int(np.clip(round(EPOCHS_OF_CRITIC * epoch), *STEPS_OF_CRITIC))
+        steps = min(round(EPOCHS_OF_CRITIC * epoch), STEPS_OF_CRITIC)
         settings = settings.model_copy(update={"evaluate_every": steps // 12})
         with torch.random.fork_rng():
             torch.manual_seed(self.short.seed)

@@ -15,6 +15,8 @@ SIGNIFICANT = 0.05
 LINEAR_TO = 0.5
 # From this margin on its slope is below a tenth of that at 0.
 SATURATED_FROM = 3.0
+# With fewer rows a critic has learned nothing in any world that was tried.
+ROWS_FOR_CRITIC = 1000
 # From these shares on, they decide what self-play can do.
 MANY_IDENTICAL = 0.5
 MANY_TRUNCATED = 0.1
@@ -94,7 +96,7 @@ def verdict(
     return [
         *_about_sft(step),
         *_about_responses(step, answers),
-        *(_about_critic(critic) if critic is not None else ()),
+        *(_about_no_critic(answers) if critic is None else _about_critic(critic)),
         *(_about_margins(margins) if margins is not None else ()),
     ]
 
@@ -150,6 +152,14 @@ def _about_responses(step: FirstStep, answers: Answers) -> Iterator[str]:
         yield (
             f"Greedy decoding alone raises the share of right responses from {sampled:.1%} to "
             f"{greedy:.1%}. It costs nothing; a method must beat it."
+        )
+
+
+def _about_no_critic(answers: Answers) -> Iterator[str]:
+    if answers.prompts < ROWS_FOR_CRITIC:
+        yield (
+            f"Method critic was not tried: a critic needs {ROWS_FOR_CRITIC:,} rows or more. Ask "
+            f"with --rows {ROWS_FOR_CRITIC} or more; it costs what a first fit costs."
         )
 
 
