@@ -685,7 +685,7 @@ class CriticConfig(Section):
         200, description="Steps of the critic between two evaluations on the held-out prompts."
     )
     patience: Count = Field(
-        5,
+        10,
         description="The fit ends after this many evaluations in a row without a gain.",
     )
     each_iteration: Literal["continue", "fresh"] = Field(
