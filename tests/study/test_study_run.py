@@ -18,7 +18,7 @@ from messages import says
 import tpaw.study.runner
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.study.config import read_study
-from tpaw.study.runner import launch_process, run_study, runs_of
+from tpaw.study.runner import launch_process, run_study, runs_of, threads_of
 
 STUDY = {
     "recipe": "recipe.yaml",
@@ -143,6 +143,17 @@ def test_a_run_that_fails_does_not_stop_the_others(study, tmp_path, tpaw_, monke
     says(said, "train.learning_rate", tmp_path / "out", "--restart-iteration 1")
     assert len(found["conditions"]["tpaw"]["runs"]) == 1
     assert found["conditions"]["hopeless"]["runs"] == {}
+
+
+def test_the_cores_are_divided_unless_the_user_says_how_many_threads(monkeypatch):
+    monkeypatch.setattr(tpaw.study.runner, "cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [threads_of(jobs) for jobs in (1, 3, 20)] == [8, 2, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert [threads_of(jobs) for jobs in (1, 3, 20)] == [5, 5, 5]
+    for no_number in ("", "0", "4,2", "many"):
+        monkeypatch.setenv("OMP_NUM_THREADS", no_number)
+        assert threads_of(1) == 8
 
 
 @pytest.mark.parametrize("trusts", [True, False])

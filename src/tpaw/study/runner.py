@@ -106,7 +106,7 @@ def run_study(
     """Do what is not done yet.
 
     Args:
-        jobs: processes at a time; torch's threads are divided among them.
+        jobs: processes at a time; see `threads_of`.
         launch: starts one of them.
 
     Returns:
@@ -185,11 +185,23 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def threads_of(jobs: int) -> int:
+    """Threads of each process: OMP_NUM_THREADS if it is set, or its part of the cores.
+
+    A user sets it where other work uses the cores: threads that wait for each other there are many
+    times as slow as one.
+    """
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdecimal() and int(wanted) > 0:
+        return int(wanted)
+    return max(1, cores() // jobs)
+
+
 class Pool:
     """Processes of the command line, so many at a time.
 
     Args:
-        jobs: how many; torch's threads are divided among them.
+        jobs: how many.
         logs: folder of what they print.
         look: called again and again. It may raise to stop the work.
         launch: starts a process.
@@ -229,9 +241,8 @@ class Pool:
                     held.add(name)
                     waiting.append(name)
                 else:
-                    threads = max(1, cores() // self.jobs)
                     self.running[name] = self.launch(
-                        *arguments, log=self._log(name), threads=threads
+                        *arguments, log=self._log(name), threads=threads_of(self.jobs)
                     )
             time.sleep(SECONDS_BETWEEN_LOOKS)
         self.look()
