@@ -668,7 +668,9 @@ class CriticConfig(Section):
         description="Optimizer steps of a fit, at most; patience may end it earlier. One value, or "
         "a list with one value for each iteration.",
     )
-    learning_rate: Positive = Field(1e-3, description="Learning rate of the critic.")
+    learning_rate: Positive = Field(
+        1e-3, description="Highest learning rate of the critic. It falls to 0 along a cosine."
+    )
     weight_decay: float = Field(0.01, ge=0, le=10, description="Weight decay of the critic.")
     batch_size: Count = Field(
         64, description="Pairs of a target and a response in one step of the critic."

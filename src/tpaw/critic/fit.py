@@ -112,7 +112,7 @@ def fit(
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
         learning_rate=config.learning_rate,
-        lr_scheduler_type="constant_with_warmup",
+        lr_scheduler_type="cosine",
         warmup_steps=min(50, steps // 10),
         weight_decay=config.weight_decay,
         max_length=None,
