@@ -12,7 +12,17 @@ from transformers import AutoTokenizer
 from tpaw.config.schema import RunConfig
 from tpaw.evaluation.checker import checker_of
 from tpaw.pipeline.preflight import read_inputs
-from worlds import counts, endings, few_answers, fork, noisy_walks, old_skills, unequal, walks
+from worlds import (
+    by_kind,
+    counts,
+    endings,
+    few_answers,
+    fork,
+    noisy_walks,
+    old_skills,
+    unequal,
+    walks,
+)
 from worlds.making import END, PAD, Row, character_tokenizer, make, small_model
 
 WORLDS = [counts, endings, fork, noisy_walks, old_skills, unequal, walks]
@@ -154,3 +164,29 @@ def test_what_is_written_can_be_run(tmp_path):
     assert not prompts[0] & prompts[1]
     assert not prompts[0] & prompts[2]
     assert not prompts[1] & prompts[2]
+
+
+def test_right_responses_by_kind(tmp_path, monkeypatch, capsys):
+    rows = ["back a:", "sort b:", "sort c:", "back d:", "sort e:"]
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in rows))
+    right = {  # seed, iteration: of each row
+        (0, 0): [1, 0, 0, 0, 0], (0, 2): [1, 1, 0, 1, 0],
+        (1, 0): [1, 0, 0, 0, 0], (1, 2): [1, 1, 1, 0, 0],
+    }  # fmt: skip
+    for (seed, iteration), found in right.items():
+        run = tmp_path / "study" / "runs" / "tpaw" / f"seed-{seed}"
+        folder = run / "iterations" / str(iteration) / "evaluation"
+        folder.mkdir(parents=True)
+        lines = [json.dumps({"id": f"{i}-x", "correct": bool(c)}) for i, c in enumerate(found)]
+        for name in ("exact_match", "exact_match_at_1"):
+            (folder / f"{name}.jsonl").write_text("\n".join(reversed(lines)))
+        (run / "config.yaml").write_text(
+            json.dumps({"iterations": 2, "evaluate": {"data": {"path": str(heldout)}}})
+        )
+    monkeypatch.setattr("sys.argv", ["by_kind", str(tmp_path / "study")])
+    by_kind.main()
+    start, last = capsys.readouterr().out.splitlines()
+    assert start.startswith("θ_0: back, greedy 0.500 ± 0.000  sort, greedy 0.000 ± 0.000")
+    # 2/2 and 1/2 of back, 1/3 and 2/3 of sort.
+    assert last.startswith("tpaw: back, greedy 0.750 ± 0.354  sort, greedy 0.500 ± 0.236")

@@ -47,7 +47,9 @@ def is_right(prompt: str, target: str, response: str) -> bool:
     return len(steps) == STEPS and number == end
 
 
-WORLD = World("worlds.walks", "0123456789+-= to:", draw, is_right, rows=16_000, width=32, steps=5000)
+WORLD = World(
+    "worlds.walks", "0123456789+-= to:", draw, is_right, rows=16_000, width=32, steps=5000
+)
 
 if __name__ == "__main__":
     main_of(WORLD, __doc__)
