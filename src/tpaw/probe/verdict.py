@@ -159,7 +159,7 @@ def _about_no_critic(answers: Answers) -> Iterator[str]:
     if answers.prompts < ROWS_FOR_CRITIC:
         yield (
             f"Method critic was not tried: a critic needs {ROWS_FOR_CRITIC:,} rows or more. Ask "
-            f"with --rows {ROWS_FOR_CRITIC} or more; it costs what a first fit costs."
+            f"with --rows {ROWS_FOR_CRITIC} or more; this takes longer."
         )
 
 
