@@ -61,3 +61,16 @@ def test_the_alarm_needs_all_three_signs():
     assert exploited(run(1.5, -10.4, 0.7)) == []  # targets lost four percent
     assert exploited(run(1.5, -11.0, 0.85)) == []  # still as different
     assert exploited([player(0, -10.0)]) == []
+
+
+def test_the_alarm_when_fewer_responses_are_right():
+    def run(score, right):
+        first = player(1, -10.0, 1.0, right_share=0.874, prompts=4000)
+        return [player(0, -10.0), first, player(2, -10.0, score, right_share=right, prompts=4000)]
+
+    # Two standard errors: 2 √((.874 · .126 + .86 · .14) / 4000) = .0152.
+    [text] = exploited(run(1.5, 0.858))
+    for part in ("θ_1", "0.25 standard deviations", "85.8%, of θ_0's 87.4%", "critic.team"):
+        assert part in text
+    assert exploited(run(1.5, 0.86)) == []
+    assert exploited(run(1.1, 0.7)) == []  # liked as before

@@ -15,6 +15,9 @@ HIGHER_SCORE = 0.1
 LOWER_LOGP = 0.05
 # … and its responses to a prompt become alike, by this share of the different ones.
 FEWER_DIFFERENT = 0.1
+# Or fewer of its responses are right, by this many standard errors of the difference.
+FEWER_RIGHT = 2.0
+ADVICE = "Use an earlier checkpoint, fewer iterations or a team of critics (critic.team)."
 
 
 def critic_tables(summary: Mapping[str, Any]) -> list[Table]:
@@ -72,21 +75,35 @@ def exploited(players: Sequence[Mapping[str, Any]]) -> list[str]:
             continue
         critic = entry["critic"]
         rise = critic["score_by_first_critic"] - first["score_by_first_critic"]
+        if rise <= HIGHER_SCORE * first["spread_of_scores"]:
+            continue
+        liked = (
+            f"θ_{before['iteration']} may exploit its critic: the critic of iteration 1 likes its "
+            f"responses better (by {rise / first['spread_of_scores']:.2f} standard deviations), but"
+        )
+        if (right := _fewer_right(first, critic)) is not None:
+            return [f"{liked} fewer of them are right: {right}. {ADVICE}"]
         fall = start["target_logp"] - logps["target_logp"]
         loss = 1 - critic["different_share"] / first["different_share"]
-        if (
-            rise > HIGHER_SCORE * first["spread_of_scores"]
-            and fall > LOWER_LOGP * abs(start["target_logp"])
-            and loss > FEWER_DIFFERENT
-        ):
+        if fall > LOWER_LOGP * abs(start["target_logp"]) and loss > FEWER_DIFFERENT:
             return [
-                f"θ_{before['iteration']} may exploit its critic: the critic of iteration 1 likes "
-                f"its responses better (by {rise / first['spread_of_scores']:.2f} standard "
-                f"deviations), but held-out targets lost {fall:.2f} nats, and {loss:.0%} fewer "
-                "responses to a prompt differ. Use an earlier checkpoint, fewer iterations or a "
-                "team of critics (critic.team)."
+                f"{liked} held-out targets lost {fall:.2f} nats, and {loss:.0%} fewer responses to "
+                f"a prompt differ. {ADVICE}"
             ]
     return []
+
+
+def _fewer_right(first: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Both shares of right responses, if the second one is lower by more than chance."""
+    shares = [critic.get("right_share") for critic in (first, now)]
+    if None in shares:
+        return None
+    before, after = shares
+    # As if each prompt had one response: those to the same prompt are not independent.
+    variance = (before * (1 - before) + after * (1 - after)) / now["prompts"]
+    if before - after <= FEWER_RIGHT * variance**0.5:
+        return None
+    return f"{after:.1%}, of θ_0's {before:.1%}"
 
 
 def _number(value: float | None) -> str:
