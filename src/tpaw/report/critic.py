@@ -95,10 +95,9 @@ def exploited(players: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _fewer_right(first: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """Both shares of right responses, if the second one is lower by more than chance."""
-    shares = [critic.get("right_share") for critic in (first, now)]
-    if None in shares:
+    before, after = first.get("right_share"), now.get("right_share")
+    if before is None or after is None:
         return None
-    before, after = shares
     # As if each prompt had one response: those to the same prompt are not independent.
     variance = (before * (1 - before) + after * (1 - after)) / now["prompts"]
     if before - after <= FEWER_RIGHT * variance**0.5:
