@@ -193,7 +193,8 @@ def _about_critic(critic: CriticFound) -> Iterator[str]:
         )
     yield (
         f"A small critic tells targets from responses ({shown}). Method critic may gain what SFT "
-        f"cannot.{gain}"
+        f"cannot.{gain} Compare it with SFT of as many steps: where it was tried so far, it did "
+        "not gain."
     )
 
 
