@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from worlds import walks
-from worlds.making import IGNORED_LABEL, Row, batch_of, distinct, fine_tune, responses
+from worlds.making import IGNORED_LABEL, Row, batch_of, distinct, fine_tune, responses, without_end
 
 TARGETS, PROMPTS, HELDOUT, SAMPLES = 200, 8000, 600, 4
 BATCH, AT_ONCE = 64, 500
@@ -126,7 +126,7 @@ def measure(folder: Path, seed: int) -> dict[str, dict[str, float]]:
     used: set[str] = set()
     heldout = distinct(walks.draw, HELDOUT, 1, used)
     targets = distinct(walks.draw, TARGETS, 100 + seed, used)
-    others = (walks.draw(rng) for rng in itertools.repeat(random.Random(200 + seed)))
+    others = without_end(walks.draw, 200 + seed)
     prompts = list(
         itertools.islice((row.prompt for row in others if row.prompt not in used), PROMPTS)
     )

@@ -233,7 +233,7 @@ def make(world: World, folder: Path, *, steps: int | None = None) -> None:
     torch.set_num_threads(1)
     tokenizer = character_tokenizer(world.characters)
     model = small_model(tokenizer, seed=0, layers=world.layers, width=world.width)
-    population = _without_end(world.draw, seed=0)
+    population = without_end(world.draw, seed=0)
     stop_at = None if steps else world.stop_at
     fine_tune(model, tokenizer, population, steps=steps or world.steps, stop_at=stop_at)
     model.eval()
@@ -242,7 +242,7 @@ def make(world: World, folder: Path, *, steps: int | None = None) -> None:
         name: distinct(world.draw_heldout or world.draw, HELDOUT_ROWS, seed, used)
         for name, seed in (("heldout", 1), ("tuning", 2))
     }
-    source = _without_end(world.draw_row or world.draw, seed=3)
+    source = without_end(world.draw_row or world.draw, seed=3)
     others = (row for row in source if row.prompt not in used)
     rows["train"] = list(itertools.islice(others, world.rows))
     say_accuracy(model, tokenizer, rows["tuning"], world)
@@ -266,7 +266,8 @@ def main_of(world: World, about: str | None) -> None:
     make(world, arguments.folder, steps=arguments.steps)
 
 
-def _without_end(draw: Callable[[random.Random], Row], seed: int) -> Iterator[Row]:
+def without_end(draw: Callable[[random.Random], Row], seed: int) -> Iterator[Row]:
+    """Rows, as many as are wanted."""
     rng = random.Random(seed)
     while True:
         yield draw(rng)

@@ -226,6 +226,18 @@ def new_model():
     return small_critic(CriticConfig(), make_tokenizer())
 
 
+def history_of(folder):
+    last = max(folder.glob("steps/checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    return json.loads((last / "trainer_state.json").read_text())["log_history"]
+
+
+def test_the_weights_of_the_highest_accuracy_are_kept(tmp_path):
+    found = fitted(new_model(), tmp_path, learning_rate=3.0, patience=100)  # goes up and down
+    accuracies = {e["step"]: e["eval_accuracy"] for e in history_of(tmp_path) if "eval_loss" in e}
+    assert found.accuracy == max(accuracies.values()) > min(accuracies.values())
+    assert accuracies[found.best_step] == found.accuracy
+
+
 def test_a_critic_learns_what_can_be_told_and_keeps_its_best_weights(tmp_path):
     model = new_model()
     found = fitted(model, tmp_path)
@@ -234,8 +246,7 @@ def test_a_critic_learns_what_can_be_told_and_keeps_its_best_weights(tmp_path):
     responses = scores_of(model, [r for _, r in watched])
     assert found.accuracy == pytest.approx((targets > responses).mean())  # of what was kept
     assert found.accuracy > 0.9
-    last = max(tmp_path.glob("steps/checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    history = history_of(tmp_path)
     losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     # Bradley and Terry's loss, of the weights that were kept.
     loss = np.log1p(np.exp(responses - targets)).mean()

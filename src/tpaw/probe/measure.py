@@ -49,8 +49,8 @@ from tpaw.team import Player, Team
 
 # Gradients of this many batches can tell signal from noise.
 BATCHES = 16
-# The small critic: passes over its pairs, and at most so many steps.
-EPOCHS_OF_CRITIC, STEPS_OF_CRITIC = 10, 2000
+# The small critic: passes over its pairs, at least so many steps and at most so many.
+EPOCHS_OF_CRITIC, STEPS_OF_CRITIC = 10, (100, 2000)
 # Responses to a prompt. A critic needs several, and costs more than everything else together.
 SAMPLES, SAMPLES_FOR_CRITIC = 2, 4
 
@@ -232,7 +232,7 @@ class _Measuring:
         if not all(pairs.counts[rows].any() for rows in (learned, watched, measured)):
             return None
         epoch = pairs.counts[learned].sum() / settings.batch_size
-        steps = min(round(EPOCHS_OF_CRITIC * epoch), STEPS_OF_CRITIC)
+        steps = int(np.clip(round(EPOCHS_OF_CRITIC * epoch), *STEPS_OF_CRITIC))
         settings = settings.model_copy(update={"evaluate_every": steps // 12})
         with torch.random.fork_rng():
             torch.manual_seed(self.short.seed)

@@ -15,7 +15,7 @@ SIGNIFICANT = 0.05
 LINEAR_TO = 0.5
 # From this margin on its slope is below a tenth of that at 0.
 SATURATED_FROM = 3.0
-# With fewer rows a critic has learned nothing in any world that was tried.
+# With 256 rows a critic learned nothing from any model that was tried.
 ROWS_FOR_CRITIC = 1000
 # From these shares on, they decide what self-play can do.
 MANY_IDENTICAL = 0.5
