@@ -18,7 +18,7 @@ import tpaw.runtime.memory
 from tpaw.data.token_ids import token_ids
 from tpaw.errors import NonFiniteError
 from tpaw.generation.batching import Batching, choose_batching
-from tpaw.generation.continuous_batching import SPARE_COLUMNS, draw
+from tpaw.generation.continuous_batching import SPARE_COLUMNS, TopP, draw
 from tpaw.generation.generator import finish
 from tpaw.generation.hf import HFGenerator
 from tpaw.generation.slot_cache import SlotCache
@@ -181,7 +181,9 @@ def oracle_greedy(model, prompt, stop_ids, limit):
     """One row, no batch, no cache: the likeliest token again and again."""
     ids = prompt.tolist()
     for _ in range(limit):
-        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+        logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[
+            0, -1
+        ]
         ids.append(int(logits.argmax()))
         if ids[-1] in stop_ids:
             break
@@ -334,7 +336,9 @@ def test_a_model_whose_cache_gives_other_logits_is_asked_without_it(monkeypatch)
     forward = model.transformer.forward
 
     def misplaced(input_ids, **kwargs):
-        kwargs["position_ids"] = torch.arange(input_ids.shape[1])[None].expand(input_ids.shape)
+        kwargs["position_ids"] = torch.arange(input_ids.shape[1], device=input_ids.device).expand(
+            input_ids.shape
+        )
         return forward(input_ids, **kwargs)
 
     monkeypatch.setattr(model.transformer, "forward", misplaced)
@@ -446,8 +450,8 @@ def test_sampling_is_the_models_distribution_at_temperature_one(make_generator):
     prompt = prompts(1)[0]
     with torch.no_grad():
         expected = torch.softmax(
-            model(input_ids=torch.tensor(prompt)[None].long()).logits[0, -1], 0
-        )
+            model(input_ids=torch.tensor([prompt.tolist()], device=model.device)).logits[0, -1], 0
+        ).cpu()
     count = 4000
     sampling = SAMPLING._replace(max_new_tokens=1)
     drawn = make_generator(model, 30_000).generate([prompt] * count, sampling, 0, ignore)
@@ -468,7 +472,8 @@ def test_temperature_top_p_and_top_k_shape_the_distribution(change, make_generat
         model.lm_head.weight[:300] *= 0
         model.lm_head.weight *= 30
         prompt = prompts(1)[0]
-        logits = model(input_ids=torch.tensor(prompt)[None].long()).logits[0, -1].double()
+        ids = torch.tensor([prompt.tolist()], device=model.device)
+        logits = model(input_ids=ids).logits[0, -1].double().cpu()
     likeliest = torch.softmax(logits, 0).sort(descending=True)
     kept = likeliest.indices[: change.get("top_k", 320)].tolist()
     if "top_p" in change:  # as many of the likeliest as it takes to reach top_p
@@ -485,6 +490,19 @@ def test_temperature_top_p_and_top_k_shape_the_distribution(change, make_generat
     assert torch.all(
         (frequency - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt() + 1e-3
     )
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.999])
+def test_the_deterministic_top_p_keeps_what_transformers_keeps(top_p):
+    torch.manual_seed(0)
+    logits = 4 * torch.randn(40, 700, dtype=torch.float64)
+    logits[0, 3:] = -torch.inf  # as top_k leaves them
+    expected = transformers.TopPLogitsWarper(top_p)(None, logits)
+    found = TopP(top_p)(None, logits)
+    assert torch.equal(found, expected)
+    kept = found.isfinite().sum(1)
+    assert kept.min() >= 1
+    assert (top_p == 0.01) == (kept.max() == 1)
 
 
 def test_top_k_0_leaves_every_token_possible(make_generator):

@@ -195,8 +195,8 @@ def test_a_head_learns_the_scale_and_the_cap_of_its_model(name, logit_map, dtype
         lambda logits: logits.clamp(max=4),
         lambda logits: logits * torch.nn.Parameter(torch.tensor(2.0)),  # training changes it
         lambda logits: logits[..., :-1],
-        lambda logits: logits + torch.linspace(0, 1, 320)[None],
-        lambda logits: logits.index_fill(2, torch.tensor([7]), -100),
+        lambda logits: logits + torch.linspace(0, 1, 320, device=logits.device),
+        lambda logits: logits.index_fill(2, torch.tensor([7], device=logits.device), -100),
     ],
     ids=["shift", "absolute value", "clamp", "trained scale", "fewer logits", "bias", "no image"],
 )

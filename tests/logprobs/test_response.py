@@ -9,6 +9,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from builders import LAYOUTS, logps_of, make_model
 from messages import refused
 from oracles import expected_logps, ragged_team
@@ -30,7 +31,7 @@ def test_values_and_gradients_equal_the_oracle_on_ragged_rows(kind, players, lay
     sequences = ragged_team(players, seed=players)
     reference = make_model(kind, seed=players).double()
     expected_S = expected_logps(reference, sequences)
-    weights_S = torch.linspace(-1, 1, len(sequences), dtype=torch.float64)
+    weights_S = torch.linspace(-1, 1, len(sequences), dtype=torch.float64).to(expected_S.device)
     expected = torch.autograd.grad((weights_S * expected_S).sum(), list(reference.parameters()))
 
     model = make_model(kind, seed=players)
@@ -176,7 +177,7 @@ def test_a_wrapper_that_rounds_what_the_model_returns_does_not_round_log_probs()
     heard = []
     model = make_model("llama")
     prepare_for_logprobs(model, 99)
-    rows = packed_batch(ragged_team(2, seed=0))
+    rows = send_to_device(packed_batch(ragged_team(2, seed=0)), model.device)
     results = []
     for entered in (model, Rounding(model)):
         logps_S = response_logps(entered, rows)

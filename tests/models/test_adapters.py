@@ -65,7 +65,7 @@ def with_deltas(base_folder, changes):
 
 def logits(model, ids=IDS):
     with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits
+        return model(input_ids=ids.to(model.device), use_cache=False).logits.cpu()
 
 
 def player(folder, base_folder):
@@ -241,7 +241,7 @@ def test_a_base_that_is_gone_is_named(adapters, tmp_path):
 def test_merged_is_the_base_with_deltas(base, base_folder, adapters):
     model = merged(base, str(adapters[1]))
     for layer, change in deltas(adapters[1], 2).items():
-        original = make_model().get_submodule(layer).weight.double()
+        original = make_model().cpu().get_submodule(layer).weight.double()
         assert torch.allclose(
             model.get_submodule(layer).weight.double(), original + change, atol=1e-6
         )

@@ -373,7 +373,7 @@ def test_pickled_weights_need_permission(settings, tmp_path):
     allowed = ModelConfig(path=str(folder), allow_pickle=True)
     check_model(allowed, is_trained=True)
     model = load_model(player, allowed, dtype=torch.float32, device=CPU)
-    assert torch.equal(model.lm_head.weight, make_model("llama").lm_head.weight)
+    assert torch.equal(model.lm_head.weight, make_model("llama").cpu().lm_head.weight)
     code = b"cposix\nsystem\n(S'touch %s'\ntR." % bytes(tmp_path / "touched")
     (folder / "pytorch_model.bin").write_bytes(code)
     with refused(folder, "not run"):

@@ -197,7 +197,7 @@ def test_a_model_that_gives_a_token_probability_zero_does_not_score_it():
     model = make_model("llama", seed=1)
     prepared = scorer(model)
     with torch.no_grad():
-        model.lm_head.bias = torch.nn.Parameter(torch.zeros(320))
+        model.lm_head.bias = torch.nn.Parameter(torch.zeros(320, device=model.device))
         model.lm_head.bias[7] = -torch.inf
     allowed = TokenSequence(token_ids([5, 7, 9]), token_ids([6, 8]))
     forbidden = TokenSequence(token_ids([5, 9]), token_ids([6, 7]))

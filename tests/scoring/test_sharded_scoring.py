@@ -12,7 +12,7 @@ from sharding_driver import SEED, SEQUENCES, TOKENS_PER_ROW
 
 import tpaw.scoring.score
 
-pytestmark = [pytest.mark.process, pytest.mark.usefixtures("forks")]
+pytestmark = [pytest.mark.process, pytest.mark.cpu, pytest.mark.usefixtures("forks")]
 
 
 @pytest.mark.parametrize("size", [2, 3])

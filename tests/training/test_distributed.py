@@ -99,6 +99,7 @@ def test_accumulation_does_not_change_a_step(one_process, tmp_path):
 
 
 @pytest.mark.process
+@pytest.mark.cpu
 @pytest.mark.usefixtures("forks")
 def test_fsdp2_in_mixed_precision_computes_in_bf16_and_moves_fp32_weights(tmp_path):
     """At a learning rate at which no bf16 weight would move."""

@@ -248,7 +248,7 @@ def test_the_processes_average_is_the_mean_over_all_triples(tmp_path, monkeypatc
     trainer.model.eval()
 
     def loss(part):
-        row = collate_triples(part, PACKED_LAYOUT)
+        row = trainer._prepare_inputs(collate_triples(part, PACKED_LAYOUT))
         return trainer.compute_loss(trainer.model, row, num_items_in_batch=6)
 
     whole = loss(rows).item()

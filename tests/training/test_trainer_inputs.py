@@ -308,6 +308,7 @@ def test_ids_may_be_of_any_integer_type_and_the_first_and_last_of_the_vocabulary
     assert len(set(found)) == 1
 
 
+@pytest.mark.cpu
 def test_fsdp1_and_deepspeed_are_refused(tmp_path, monkeypatch):
     rows = triples(2, [make_model(seed=1)])
     args = arguments(tmp_path)

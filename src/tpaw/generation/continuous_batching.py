@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import (
     DynamicCache,
     GenerationMixin,
+    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     TemperatureLogitsWarper,
@@ -313,10 +314,31 @@ def _choose(
     if params.top_k:
         warpers.append(TopKLogitsWarper(params.top_k))
     if params.top_p < 1:
-        if torch.are_deterministic_algorithms_enabled():
-            logits_NV = logits_NV.cpu()  # a GPU has no deterministic sum of the sorted shares
-        warpers.append(TopPLogitsWarper(params.top_p))
+        # A GPU has no deterministic cumulative sum, which transformers' own needs.
+        is_strict = logits_NV.is_cuda and torch.are_deterministic_algorithms_enabled()
+        warpers.append((TopP if is_strict else TopPLogitsWarper)(params.top_p))
     return draw(torch.softmax(warpers(None, logits_NV), -1), draws)
+
+
+class TopP(LogitsProcessor):  # type: ignore[misc]
+    """The same as `TopPLogitsWarper` but for rounding, and deterministic on a GPU.
+
+    The last token that is kept is the one that a draw of p finds among the sorted probabilities.
+    """
+
+    def __init__(self, top_p: float) -> None:
+        self.top_p = top_p
+
+    def __call__(self, input_ids: Any, logits_NV: Tensor) -> Tensor:
+        """Set the logits to -inf of all tokens but the likeliest that sum to p."""
+        sorted_NV, order_NV = logits_NV.sort(stable=True, dim=-1, descending=True)
+        p_N1 = torch.full((len(logits_NV), 1), self.top_p, dtype=torch.float64)
+        last = draw(torch.softmax(sorted_NV, -1), p_N1)
+        last_N1 = torch.tensor(last, device=logits_NV.device)[:, None]
+        ranks_V = torch.arange(logits_NV.shape[1], device=logits_NV.device)
+        is_removed_NV = torch.zeros_like(order_NV, dtype=torch.bool)
+        is_removed_NV.scatter_(1, order_NV, ranks_V > last_N1)
+        return logits_NV.masked_fill(is_removed_NV, -torch.inf)
 
 
 def draw(probabilities_NV: Tensor, draws_N1: Tensor) -> list[int]:

@@ -193,7 +193,8 @@ class Endpoint:
 def _read(response: http.client.HTTPResponse, connected: socket.socket, deadline: float) -> bytes:
     """Read a reply to its end. The timeout of a socket would only limit each part."""
     parts, size = [], 0
-    while True:
+    # Since Python 3.11.8 and 3.12.2 the last part closes the socket, and a timeout cannot be set.
+    while not response.isclosed():
         left = deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError("timed out")
