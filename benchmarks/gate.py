@@ -27,7 +27,10 @@ class Tolerance(NamedTuple):
 
 
 FP32 = Tolerance(loss=2e-5, gradient=1e-4, update=1e-3)
-BF16 = Tolerance(loss=5e-3, gradient=5e-2, update=2e-1)
+# RMSprop's first step moves each weight by the sign of its gradient. An error of ε in the gradient
+# turns a share of arctan(ε)/π of the signs where both are normal, and the update differs by twice
+# its root: .25 at 5e-2. Gradients with long tails gave .33 at 3.6e-2 (1.5B parameters).
+BF16 = Tolerance(loss=5e-3, gradient=5e-2, update=5e-1)
 
 STEPS = 2
 
