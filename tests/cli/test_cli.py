@@ -533,3 +533,25 @@ def test_memory_that_runs_out_while_a_model_is_loaded_is_one_line(
     assert code == 1
     assert "Traceback" not in err
     complains(err, "memory has run out", str(error) or "MemoryError")
+
+
+def test_env_says_what_a_bug_report_needs(tpaw_, monkeypatch):
+    import importlib.metadata
+
+    code, out, _ = tpaw_("env")
+    assert code == 0
+    found = dict(line.split(None, 1) for line in out.splitlines())
+    for name in ("tpaw", "torch", "transformers", "trl"):
+        assert found[name] == importlib.metadata.version(name)
+    assert found["python"].startswith("3.")
+    assert {"system", "cores", "CUDA", "GPUs"} <= found.keys()
+    real = importlib.metadata.version
+
+    def without_ray(name):
+        if name == "ray":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr("tpaw.cli.main.version", without_ray)
+    _, out, _ = tpaw_("env")
+    assert "ray           not installed\n" in out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
@@ -28,7 +29,6 @@ from tpaw.storage.failures import storage_failure
 app = typer.Typer(
     help="Fine-tune an SFT model by self-play with TPAW (arXiv 2605.09922).",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(run_app)
@@ -39,12 +39,44 @@ app.add_typer(study_app)
 
 @app.callback(invoke_without_command=True)
 def top(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     """Fine-tune an SFT model by self-play with TPAW (arXiv 2605.09922)."""
-    if version:
+    if show_version:
         print(f"tpaw {tpaw.__version__}")
         raise typer.Exit
+
+
+@app.command("env")
+def env() -> None:
+    """Print versions and hardware, for a bug report."""
+    import platform
+
+    import torch
+
+    from tpaw.storage.run_directory import environment
+
+    found = environment()
+    lines = {
+        **found["versions"],
+        **{name: _version(name) for name in ("peft", "trl", "bitsandbytes", "ray", "lm_eval")},
+        "python": found["python"],
+        "system": f"{platform.system()} {platform.release()}, {found['machine']}",
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else "?"),
+        "CUDA": str(torch.version.cuda),
+        "GPUs": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        or "none",
+    }
+    width = max(map(len, lines))
+    for name, value in lines.items():
+        print(f"{name:{width}}  {value}")
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def main() -> None:

@@ -76,6 +76,34 @@ def run(
 
 
 @app.command(cls=Command)
+def new(
+    config: Annotated[Path, typer.Argument(metavar="FILE", help="The YAML file to write.")],
+    model: Annotated[str, typer.Option(help="The SFT model: a folder or a Hub id.")],
+    data: Annotated[str, typer.Option(help="Its records: a file, a folder or a Hub id.")],
+    heldout: Annotated[
+        str | None,
+        typer.Option(help="Records to evaluate on. Default: a tenth of the prompts, split off."),
+    ] = None,
+) -> None:
+    """Look at a model and its data, and write a configuration that runs.
+
+    For example: tpaw new mine.yaml --model ./sft-model --data train.jsonl
+    """
+    from tpaw.pipeline.proposal import propose, write_proposal
+    from tpaw.runtime.progress import progress
+
+    with progress("read and tokenize", None, "records") as advance:
+        proposal = propose(config, model, data, heldout, advance)
+    write_proposal(config, proposal)
+    console = console_of_stdout()
+    for text in (*proposal.reasons, *proposal.first_rows):
+        console.print_text(text)
+    console.print_text(f"Written: {', '.join(map(str, (config, *proposal.files)))}")
+    name = shlex.quote(str(config))
+    console.print_text(f"Next: tpaw plan {name}; tpaw probe {name}; tpaw run {name}")
+
+
+@app.command(cls=Command)
 def sft(
     config: Sources,
     output: Output = None,
@@ -123,6 +151,30 @@ def status(
     console.print_text(f"next  {upcoming}" if upcoming else "finished")
     if done:
         _print_summary(run, settings)
+
+
+@app.command(cls=Command)
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The file to write. Default: RUN/report.html."),
+    ] = None,
+) -> None:
+    """Write the report of a run: one HTML file, which needs no network.
+
+    `tpaw run` writes it too, whenever a stage ends.
+    """
+    run = RunDirectory(directory)
+    if not run.has_begun():
+        raise InputError(f"{directory}: not a run directory; it has no run.json")
+    if output is not None and not output.parent.is_dir():
+        raise InputError(f"--output {output}: no such folder: {output.parent}")
+    settings = run.load_config()
+    from tpaw.report.html.page import write_report
+
+    path = write_report(run, settings, output)
+    console_of_stdout().print_text(f"Report: {path}")
 
 
 @app.command(cls=Command)
@@ -248,6 +300,7 @@ def _default_output(sources: list[str]) -> Path:
 
 
 def _print_summary(run: RunDirectory, settings: RunConfig) -> None:
+    from tpaw.report.alarms import Alarm
     from tpaw.report.critic import critic_tables
     from tpaw.report.summary import summarise
     from tpaw.report.tables import suites_of_run, summary_table
@@ -256,5 +309,8 @@ def _print_summary(run: RunDirectory, settings: RunConfig) -> None:
     summary = summarise(run, settings)
     for table in (summary_table(summary), *critic_tables(summary), *suites_of_run(summary)):
         console.print(table)
-    for text in (*summary["notes"], f"Results: {run.root}"):
+    lines = [Alarm(**alarm).line() for alarm in summary["alarms"]]
+    for text in (*lines, *summary["notes"], f"Results: {run.root}"):
         console.print_text(text)
+    if run.report_file.exists():
+        console.print_text(f"Report: {run.report_file}")

@@ -46,10 +46,12 @@ from tpaw.pipeline.worker import (
     SuitesTask,
     Worker,
 )
+from tpaw.report.alarms import Alarm
+from tpaw.report.html.page import Report
 from tpaw.report.summary import write_summary
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.isolation import isolated
-from tpaw.runtime.progress import OnDone, note, progress
+from tpaw.runtime.progress import OnDone, note, note_once, progress
 from tpaw.runtime.watch import Watch
 from tpaw.scoring.drift import server_drift
 from tpaw.scoring.score import fill_store
@@ -162,6 +164,7 @@ class Stages:
         self.published = data.published
         self.engine = engine
         self.watch = watch
+        self._report = Report(data.published.run, data.config)
         self.params = SamplingParams.of(
             self.config.generate, self.config.max_length, self.inputs.stop_ids
         )
@@ -199,6 +202,7 @@ class Stages:
                 seed=self.config.seed,
                 on_done=on_done,
             )
+        self._report.write_unless_recent()
 
     def build_triples(self, examples: Sequence[Example], opponents: Sequence[Player]) -> Triples:
         """D_O: every example with the responses of every opponent, or those that are right.
@@ -330,6 +334,7 @@ class Stages:
                 params=self.params,
                 watch=self.watch,
             ).publish(player)
+            self._report.write_unless_recent()
         if missing_suites(self.run, player.index, self.config.evaluate.suites):
             stop = lambda _: self.watch.stop.check()  # noqa: E731
             for _ in self.engine.do(SuitesTask(), [player.index], stop):
@@ -338,8 +343,11 @@ class Stages:
             self._remove_weights(player.index - 1, is_trained=True)
 
     def report(self) -> None:
-        """summary.json, from what is published."""
-        write_summary(self.run, self.config)
+        """summary.json and report.html, from what is published."""
+        summary = write_summary(self.run, self.config)
+        for alarm in summary["alarms"]:
+            note_once(Alarm(**alarm).line())
+        self._report.write()
 
     def _check_kept(self, triples: Triples, t: int) -> None:
         """Say how many responses are right, before training begins; refuse too few."""
@@ -368,6 +376,7 @@ class Stages:
         if not is_published(folder):
             title = self._title(job.t, f"train θ_{iteration.number}")
             self.engine.train(job, triples, progress(title, job.steps, "steps"))
+            self._report.write_unless_recent()
         remove_artifacts(iteration.training)
         return Player(iteration.number, str(folder), read_manifest(folder)["fingerprint"], base)
 

@@ -41,6 +41,8 @@ def label_of(measure: str) -> str:
 # lines in black-and-white print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^vPX*"
+# Of the legend, at its size of font.
+INCHES_OF_LINE, INCHES_OF_LETTER, INCHES_OF_ROW = 0.5, 0.067, 0.17
 LOGARITHMIC_FROM = 20
 """The x axis is logarithmic if the largest value of the setting is more than this many times the
 smallest one."""
@@ -192,7 +194,7 @@ def _style(i: int) -> dict[str, Any]:
 
 
 def _figure(panels: int) -> Figure:
-    figure = Figure(figsize=(5.2 * panels, 3.6), layout="constrained")
+    figure = Figure(figsize=(5.2 * panels, 3.3), layout="constrained")
     for axes in np.atleast_1d(figure.subplots(1, panels)):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6)
@@ -200,12 +202,18 @@ def _figure(panels: int) -> Figure:
 
 
 def _legend(figure: Figure, study: Study, band: str = "95 % t-interval over seeds") -> None:
+    """Put the legend below the axes, which keep their size and the whole width."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     seeds = max(len(c["runs"]) for c in study["conditions"].values())
-    shown = f"{seeds} seeds\nband: {band}" if seeds > 1 else "1 seed"
+    shown = f"{seeds} seeds, band: {band}" if seeds > 1 else "1 seed"
+    width = figure.get_figwidth()
+    longest = max(map(len, labels), default=1)
+    columns = max(1, min(len(labels), int(width / (INCHES_OF_LINE + longest * INCHES_OF_LETTER))))
+    rows = -(-len(labels) // columns)
+    figure.set_figheight(figure.get_figheight() + INCHES_OF_ROW * (rows + 1))
     figure.legend(
-        handles, labels, loc="outside right center", frameon=False, fontsize=8, title=shown,
-        title_fontsize=7,
+        handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8,
+        title=shown, title_fontsize=7,
     )  # fmt: skip
 
 

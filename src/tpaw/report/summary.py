@@ -10,6 +10,7 @@ from typing import Any
 from tpaw.config.schema import RunConfig
 from tpaw.errors import ArtifactError
 from tpaw.generation.responses import response_facts
+from tpaw.report.alarms import alarms
 from tpaw.report.critic import exploited
 from tpaw.storage.artifacts import (
     is_published,
@@ -24,8 +25,8 @@ from tpaw.storage.run_directory import RunDirectory
 from tpaw.storage.seals import SEAL
 
 
-def write_summary(run: RunDirectory, config: RunConfig) -> None:
-    """Write summary.json of a run; see `summarise`. A file with the same content stays."""
+def write_summary(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
+    """Write summary.json of a run, and return it; see `summarise`. The same content stays."""
     summary = summarise(run, config)
     try:
         known = json.loads(run.summary_file.read_text(encoding="utf-8"))
@@ -33,6 +34,7 @@ def write_summary(run: RunDirectory, config: RunConfig) -> None:
         known = None
     if known != summary:
         write_json(run.summary_file, summary)
+    return summary
 
 
 def summarise(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def summarise(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
         (a path relative to the run) with `weights_removed_by`, the setting, if its weights were
         removed.
         `notes` names these checkpoints, each damaged training.jsonl, whose metrics are absent, and
-        a checkpoint that exploits its critic.
+        a checkpoint that exploits its critic. `alarms` is what `report/alarms.py` finds.
 
     Raises:
         ArtifactError: a manifest or a results.json is damaged.
@@ -69,6 +71,7 @@ def summarise(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
         "iterations": config.iterations,
         "skipped_rows": skipped,
         "players": iterations,
+        "alarms": [alarm._asdict() for alarm in alarms(iterations)],
         "notes": notes,
     }
 
@@ -159,5 +162,5 @@ def _late_means(lines: list[dict[str, Any]]) -> dict[str, float]:
     return {
         name: sum(weight * float(line[name]) for weight, line in late) / total
         for name in late[-1][1]
-        if name.startswith(("loss", "rewards/", "weights/", "logps/", "share/"))
+        if name.startswith(("loss", "grad_norm", "rewards/", "weights/", "logps/", "share/"))
     }

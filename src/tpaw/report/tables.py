@@ -28,10 +28,20 @@ def summary_table(summary: dict[str, Any]) -> Table:
     for heading in ("margin", "identical", "truncated", "seconds"):
         table.add_column(heading, justify="right")
     for entry in summary["players"]:
-        if entry["iteration"] > 0 and "checkpoint" not in entry:
-            continue
-        table.add_row(*_summary_row(entry))
+        if (cells := summary_cells(entry)) is not None:
+            table.add_row(*cells)
     return table
+
+
+def summary_cells(entry: dict[str, Any]) -> list[str] | None:
+    """The line of a checkpoint, None if it does not exist yet.
+
+    Args:
+        entry: one of the entries `players` of summary.json.
+    """
+    if entry["iteration"] > 0 and "checkpoint" not in entry:
+        return None
+    return _summary_row(entry)
 
 
 def suite_table(results: Sequence[dict[str, Any]]) -> Table:

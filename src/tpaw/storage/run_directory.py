@@ -52,6 +52,7 @@ NAMES = (
     "lock",
     "run.json",
     "config.yaml",
+    "report.html",
     "summary.json",
     "players",
     "inputs",
@@ -173,6 +174,11 @@ class RunDirectory:
     def inputs(self) -> Path:
         """Artifact: the tokenised examples, the held-out examples and the tokenizer."""
         return self.root / "inputs"
+
+    @property
+    def report_file(self) -> Path:
+        """HTML file: what the run did, for people."""
+        return self.root / "report.html"
 
     @property
     def summary_file(self) -> Path:

@@ -1,0 +1,135 @@
+"""Alarms: what a person should know before the next iteration is paid for, and what to do about it.
+
+`docs/reference/alarms.md` has the thresholds in one table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+TRUNCATED = 0.10
+IDENTICAL = 0.50
+SATURATED = 5.0
+"""Mean margin m, with λ. There the loss has less than 2 % of its first gradient left."""
+LESS_LIKELY = 0.05
+"""Share of the log-prob of held-out targets."""
+OTHER_LENGTH = 1 / 3
+P_VALUE = 0.05
+
+
+class Alarm(NamedTuple):
+    """One line for a person.
+
+    Attributes:
+        iteration: the checkpoint or the iteration that it is about.
+        name: of the alarm, as in the table of the documentation.
+        text: what was seen.
+        advice: what to do.
+    """
+
+    iteration: int
+    name: str
+    text: str
+    advice: str
+
+    def line(self) -> str:
+        """The alarm in one line."""
+        return f"alarm: {self.text} {self.advice}"
+
+
+def alarms(players: Sequence[Mapping[str, Any]]) -> list[Alarm]:
+    """Return the newest alarm of each name.
+
+    Args:
+        players: the entries `players` of summary.json.
+    """
+    found: list[Alarm] = []
+    for entry in players:
+        found += [Alarm(entry["iteration"], *alarm) for alarm in _of_responses(entry, players)]
+        found += [Alarm(entry["iteration"], *alarm) for alarm in _of_training(entry)]
+        found += [Alarm(entry["iteration"], *alarm) for alarm in _of_evaluation(entry, players[0])]
+    return list({alarm.name: alarm for alarm in found}.values())
+
+
+def _of_responses(
+    entry: Mapping[str, Any], players: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[str, str, str]]:
+    responses = entry.get("responses")
+    if not responses:
+        return
+    who = f"θ_{entry['iteration'] - 1}"
+    if (share := responses["truncated_share"]) > TRUNCATED:
+        yield (
+            "truncated",
+            f"{share:.0%} of the responses of {who} were cut at the length limit.",
+            "Raise generate.max_new_tokens or max_length.",
+        )
+    if (share := responses["identical_share"]) > IDENTICAL:
+        yield (
+            "identical",
+            f"{share:.0%} of the responses of {who} equal their target.",
+            "Little is left to learn from these rows: expect less of further iterations.",
+        )
+    first = next((p["responses"] for p in players if "responses" in p), responses)
+    before, now = (r["tokens"] / max(1, r["rows"]) for r in (first, responses))
+    if before and abs(now / before - 1) > OTHER_LENGTH:
+        yield (
+            "length",
+            f"The responses of {who} have {now:.0f} tokens in the mean, those of the first "
+            f"iteration had {before:.0f}.",
+            "Look at the samples: the model may loop, or leave something out.",
+        )
+
+
+def _of_training(entry: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    training = entry.get("training", {})
+    where = f"iteration {entry['iteration']}"
+    if (reward := training.get("rewards/target", 0.0)) < 0:
+        yield (
+            "target reward",
+            f"In {where} the target reward is {reward:+.3f}: the targets lose likelihood.",
+            "Lower train.learning_rate, or raise objective.eta.",
+        )
+    if (margin := training.get("rewards/margins", 0.0)) > SATURATED:
+        yield (
+            "saturated",
+            f"In {where} the mean margin is {margin:.1f}, and the loss hardly has a gradient.",
+            "Lower objective.lambda or train.learning_rate, or train fewer epochs.",
+        )
+    if not all(math.isfinite(training.get(name, 0.0)) for name in ("loss", "grad_norm")):
+        yield (
+            "not finite",
+            f"In {where} the loss or the norm of the gradient is not finite.",
+            "Lower train.learning_rate and use `tpaw run … --restart-iteration`.",
+        )
+
+
+def _of_evaluation(
+    entry: Mapping[str, Any], start: Mapping[str, Any]
+) -> Iterator[tuple[str, str, str]]:
+    if entry["iteration"] == 0:
+        return
+    who = f"θ_{entry['iteration']}"
+    exact, first_exact = (e.get("evaluation", {}).get("exact_match") for e in (entry, start))
+    if exact and first_exact:
+        first = first_exact["accuracy"]
+        p = exact["versus_start"]["p_value"]
+        if exact["accuracy"] < first and p < P_VALUE:
+            yield (
+                "worse",
+                f"{who} answers {exact['accuracy']:.1%} of the held-out problems right, θ_0 "
+                f"{first:.1%} (p = {p:.1g}).",
+                "Use an earlier checkpoint, and a lower train.learning_rate.",
+            )
+    logps, first_logps = (e.get("evaluation", {}).get("logps") for e in (entry, start))
+    if logps and first_logps:
+        fall = first_logps["target_logp"] - logps["target_logp"]
+        if logps["margin"] > 0 and fall > LESS_LIKELY * abs(first_logps["target_logp"]):
+            yield (
+                "less likely",
+                f"Held-out targets are {fall:.2f} nats less likely under {who} than under θ_0, "
+                "although the margin grows.",
+                "Lower train.learning_rate, or raise objective.eta.",
+            )

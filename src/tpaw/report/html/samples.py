@@ -1,0 +1,221 @@
+"""Prompts with their target and the responses of every checkpoint, for report.html.
+
+A large run has more of them than fit into the file. Then each kind of sample gets its share, and
+the file says how many there are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tpaw.storage.artifacts import MANIFEST, is_published, read_files
+from tpaw.storage.run_directory import RunDirectory
+
+KINDS = (
+    "wrong to right", "right to wrong", "always wrong", "always right", "changed", "truncated",
+    "identical",
+)  # fmt: skip
+LOOKED_AT = 20_000
+"""Of more prompts than this, the first ones are looked at."""
+LONGEST_TEXT = 20_000
+"""Characters of a text that is shown; the rest is cut."""
+FIRST_COLUMNS = ("id", "prompt", "target")
+
+
+class Samples(NamedTuple):
+    """Some of the prompts of one file.
+
+    Attributes:
+        items: what is shown, in the order of the file; see `_sample`.
+        players: the index of each checkpoint whose responses the items have.
+        of_kind: how many prompts are of each kind, of those that were looked at.
+        looked_at, total: numbers of prompts.
+        problems: files that could not be read, each with the reason.
+    """
+
+    items: list[dict[str, Any]]
+    players: list[int]
+    of_kind: dict[str, int]
+    looked_at: int
+    total: int
+    problems: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """The part of the page's data that its script reads."""
+        return {
+            "items": self.items,
+            "players": self.players,
+            "of_kind": self.of_kind,
+            "looked_at": self.looked_at,
+            "total": self.total,
+        }
+
+
+def heldout_samples(run: RunDirectory, iterations: int, budget: int) -> Samples:
+    """Held-out prompts with the greedy responses of every checkpoint that was evaluated.
+
+    Args:
+        run: the run directory.
+        iterations: of the run.
+        budget: bytes that the items may have as JSON.
+    """
+    problems: list[str] = []
+    answers: dict[int, dict[str, dict[str, Any]]] = {}
+    for i in range(iterations + 1):
+        folder = run.evaluation(i)
+        if not is_published(folder):
+            continue
+        found: dict[str, dict[str, Any]] = {}
+        for item in _read(folder / "exact_match.jsonl", problems):
+            found[item["id"]] = _answer(item["completion"], item["finish_reason"], item["correct"])
+        for item in _read(folder / "logps.jsonl", problems):
+            known = found.setdefault(item["id"], {})
+            names = ("target_logp", "initial_answer_logp")
+            known["logps"] = [f"{item[name]:.2f}" for name in names]
+        answers[i] = found
+    return _chosen(run.inputs / "heldout.parquet", answers, budget, problems)
+
+
+def training_samples(run: RunDirectory, iterations: int, budget: int) -> Samples:
+    """Training prompts with the responses that each iteration trained against.
+
+    The responses of iteration t + 1 are those of θ_t. Of several to a prompt, the first is shown.
+
+    Args:
+        run: the run directory.
+        iterations: of the run.
+        budget: bytes that the items may have as JSON.
+    """
+    problems: list[str] = []
+    answers: dict[int, dict[str, dict[str, Any]]] = {}
+    for t in range(iterations):
+        folder = run.iteration(t).responses
+        if not is_published(folder):
+            continue
+        answers[t] = {}
+        for row in islice(_responses(folder, problems), LOOKED_AT):
+            answers[t].setdefault(row["example_id"], _answer(row["text"], row["finish_reason"]))
+    return _chosen(run.inputs / "train.parquet", answers, budget, problems)
+
+
+def _responses(folder: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
+    columns = ["example_id", "text", "finish_reason"]
+    for entry in read_files(folder / MANIFEST):
+        path = folder / entry["path"]
+        try:
+            yield from pq.read_table(path, columns=columns).to_pylist()
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            problems.append(f"{path.name}: {error}")
+
+
+def _read(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """The first items of a file, none if it is absent: then nobody could tell right responses."""
+    if not path.exists():
+        return []
+    try:
+        with path.open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in islice(lines, LOOKED_AT)]
+    except (OSError, ValueError) as error:
+        problems.append(f"{path.name}: {error}")
+        return []
+
+
+def _answer(text: str, finish_reason: str, is_right: bool | None = None) -> dict[str, Any]:
+    answer: dict[str, Any] = {"text": text[:LONGEST_TEXT]}
+    if finish_reason == "length":
+        answer["truncated"] = True
+    if is_right is not None:
+        answer["right"] = is_right
+    return answer
+
+
+def _chosen(
+    inputs: Path, answers: dict[int, dict[str, dict[str, Any]]], budget: int, problems: list[str]
+) -> Samples:
+    players = sorted(answers)
+    try:
+        file = pq.ParquetFile(inputs)
+        total = file.metadata.num_rows
+        rows = islice(_rows(file), LOOKED_AT)
+        items = [_sample(row, [answers[i].get(row["id"]) for i in players]) for row in rows]
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        if inputs.exists():
+            problems.append(f"{inputs.name}: {error}")
+        return Samples([], players, {}, 0, 0, problems)
+    counts = Counter(KINDS[kind] for item in items for kind in item["kinds"])
+    chosen = within_budget(items, budget)
+    return Samples(chosen, players, dict(counts), len(items), total, problems)
+
+
+def _rows(file: pq.ParquetFile) -> Iterator[dict[str, Any]]:
+    for batch in file.iter_batches(4096, columns=list(FIRST_COLUMNS)):
+        yield from batch.to_pylist()
+
+
+def _sample(row: dict[str, Any], answers: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
+    """A prompt with its target and one response of each player, None where there is none."""
+    target = row["target"][:LONGEST_TEXT]
+    return {
+        "id": row["id"],
+        "prompt": row["prompt"][:LONGEST_TEXT],
+        "target": target,
+        "answers": list(answers),
+        "kinds": [
+            KINDS.index(kind) for kind in _kinds(target, [a for a in answers if a and "text" in a])
+        ],
+    }
+
+
+def _kinds(target: str, answers: Sequence[dict[str, Any]]) -> list[str]:
+    if not answers:
+        return []
+    right = [answer["right"] for answer in answers if "right" in answer]
+    first, last = answers[0]["text"], answers[-1]["text"]
+    applies = {
+        "wrong to right": bool(right) and not right[0] and right[-1],
+        "right to wrong": bool(right) and right[0] and not right[-1],
+        "always wrong": bool(right) and not any(right),
+        "always right": bool(right) and all(right),
+        "changed": first != last,
+        "truncated": any("truncated" in answer for answer in answers),
+        "identical": last.strip() == target.strip(),
+    }
+    return [kind for kind in KINDS if applies[kind]]
+
+
+def within_budget(items: Iterable[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
+    """Choose items of every kind, in turn, until their JSON would have more bytes than allowed.
+
+    Args:
+        items: in the order of the file.
+        budget: bytes.
+
+    Returns:
+        The chosen items, in the order of the file.
+    """
+    items = list(items)
+    of_kind: dict[int | None, list[int]] = {kind: [] for kind in (None, *range(len(KINDS)))}
+    for number, item in enumerate(items):
+        for place in item["kinds"] or [None]:
+            of_kind[place].append(number)
+    queues = [iter(numbers) for numbers in of_kind.values() if numbers]
+    chosen: set[int] = set()
+    while queues:
+        for queue in list(queues):
+            candidate = next((n for n in queue if n not in chosen), None)
+            if candidate is None:
+                queues.remove(queue)
+                continue
+            budget -= len(json.dumps(items[candidate], ensure_ascii=False).encode())
+            if budget < 0:
+                return [items[n] for n in sorted(chosen)]
+            chosen.add(candidate)
+    return [items[n] for n in sorted(chosen)]

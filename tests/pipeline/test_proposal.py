@@ -1,0 +1,178 @@
+"""`tpaw new`: what it proposes runs, and why it proposes it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from builders import save_model, sums, write_jsonl
+
+import tpaw.pipeline.proposal
+from tpaw.config.schema import RunConfig
+from tpaw.pipeline.preflight import read_inputs
+from tpaw.selfplay import self_play
+
+STARTER = "tpaw://starter/model"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def problems(count, **more):
+    """Distinct questions, as the starter knows them."""
+    return [
+        {
+            "question": f"Leo has {i} toys and buys {i + 3} more. How many toys are there?",
+            "answer": f"There are {i}+{i + 3}={2 * i + 3} toys.\n#### {2 * i + 3}",
+            **more,
+        }
+        for i in range(count)
+    ]
+
+
+def test_what_it_writes_runs(here, tpaw_):
+    write_jsonl(here / "data.jsonl", problems(40))
+    code, out, err = tpaw_("new", "mine.yaml", "--model", STARTER, "--data", "data.jsonl")
+    assert code == 0, err
+    assert "Every held-out target ends with `#### answer`" in out
+    assert "first example of data:" in out
+    config = RunConfig.load("mine.yaml", {"iterations": 1})
+    assert config.train.batch_size == 4
+    inputs = read_inputs(config)
+    assert (len(inputs.examples), len(inputs.heldout)) == (36, 4)
+    assert inputs.heldout_prompts_in_training() == 0
+    assert inputs.skipped == {"data": {}, "evaluate.data": {}}
+    self_play(config, here / "run")
+    summary = json.loads((here / "run" / "summary.json").read_text())
+    assert summary["iterations_done"] == 1
+    assert "exact_match" in summary["players"][1]["evaluation"]
+
+
+def test_no_record_is_lost_or_changed_and_a_prompt_stays_together(here, tpaw_):
+    records = problems(30, note=None) + problems(30)  # every prompt twice
+    records += [{"question": "", "answer": "nobody asked"}]
+    write_jsonl(here / "data.jsonl", records)
+    code, out, err = tpaw_("new", "mine.yaml", "--model", STARTER, "--data", "data.jsonl")
+    assert code == 0, err
+    train, heldout = lines(here / "mine-train.jsonl"), lines(here / "mine-heldout.jsonl")
+    assert len(heldout) == 6
+    assert not {r["question"] for r in train} & {r["question"] for r in heldout}
+    wanted = [{"question": r["question"], "answer": r["answer"]} for r in records]
+    key = lambda record: (record["question"], record["answer"])  # noqa: E731
+    assert sorted(train + heldout, key=key) == sorted(wanted, key=key)
+    assert "Records: 60 usable, 1 not" in out
+    assert yaml.safe_load((here / "mine.yaml").read_text())["data"]["max_skipped"] >= 1 / 55
+
+
+def test_lengths_leave_almost_all_records_whole_and_the_long_ones_are_not_held_out(here, tpaw_):
+    records = problems(250)
+    records[17]["answer"] = "toys " * 90 + "\n#### 5"
+    write_jsonl(here / "data.jsonl", records)
+    code, _, err = tpaw_("new", "mine.yaml", "--model", STARTER, "--data", "data.jsonl")
+    assert code == 0, err
+    config = RunConfig.load("mine.yaml")
+    inputs = read_inputs(config)  # refuses more than 1 % that are too long
+    assert inputs.skipped["evaluate.data"] == {}
+    assert sum(inputs.skipped["data"].values()) == 1
+    longest = max(len(e.prompt_ids) + len(e.target_ids) for e in inputs.examples)
+    assert longest <= config.max_length <= longest + 80
+    answers = max(len(e.target_ids) for e in inputs.examples)
+    assert answers <= config.generate.max_new_tokens < config.max_length
+
+
+def test_own_heldout_records_are_used_as_they_are(here, tpaw_):
+    write_jsonl(here / "data.jsonl", problems(20))
+    texts = [{"prompt": "Say something.", "completion": "Something."}]
+    write_jsonl(here / "other.jsonl", texts)
+    code, out, err = tpaw_(
+        *("new", "mine.yaml", "--model", STARTER, "--data", "data.jsonl"),
+        *("--heldout", "other.jsonl"),
+    )
+    assert code == 0, err
+    assert "only log-probs are measured" in out
+    assert sorted(p.name for p in here.iterdir()) == ["data.jsonl", "mine.yaml", "other.jsonl"]
+    assert RunConfig.load("mine.yaml").evaluate.data.path == "other.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("room", "device", "found"),
+    [
+        (100.0, "cpu", {}),
+        (0.5, "cpu", {"adapter": {"rank": 64}}),
+        (100.0, "cuda", {}),
+        (10.0, "cuda", {"weights": "split"}),
+        (0.1, "cuda", {"adapter": {"rank": 64}, "quantization": "nf4"}),
+    ],
+)
+def test_what_fits_is_trained(here, monkeypatch, room, device, found):
+    """Full fine-tuning needs 12 bytes a parameter in fp32 and 14 in bf16, split weights need 8."""
+    import torch
+
+    model = save_model(here / "model")
+    write_jsonl(here / "data.jsonl", sums(30))
+    parameters = sum(p.numel() for p in make_parameters(model))
+    free = int(room * parameters / tpaw.pipeline.proposal.MEMORY_SHARE)
+    monkeypatch.setattr(tpaw.pipeline.proposal, "free_memory", lambda _: free)
+    monkeypatch.setattr(tpaw.pipeline.proposal, "pick_device", lambda _: torch.device(device))
+    proposal = tpaw.pipeline.proposal.propose(here / "a.yaml", str(model), "data.jsonl", None)
+    tree = yaml.safe_load(proposal.text)
+    chosen = {k: v for k, v in tree["model"].items() if k != "path"}
+    chosen |= {k: v for k, v in tree["train"].items() if k == "weights"}
+    assert chosen == found
+    assert tree["precision"] == ("bf16" if device == "cuda" else "fp32")
+    [reason] = [r for r in proposal.reasons if r.startswith("Training:")]
+    assert ("may not be enough" in reason) == (room < 1)
+
+
+@pytest.mark.parametrize(
+    ("records", "size"), [(10, 4), (100, 4), (400, 16), (1279, 32), (1280, None)]
+)
+def test_few_records_get_small_batches(records, size):
+    assert tpaw.pipeline.proposal._batch_size(records) == size
+
+
+def make_parameters(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder).parameters()
+
+
+@pytest.mark.parametrize(
+    ("records", "part"),
+    [
+        ([{"a": "b"}] * 3, "must have chosen/rejected"),
+        ([{"question": "one", "answer": str(i)} for i in range(3)], "same prompt"),
+        ([{"question": "one", "answer": ""}] * 3, "no record is left"),
+    ],
+)
+def test_data_that_cannot_be_used(here, tpaw_, records, part):
+    write_jsonl(here / "data.jsonl", records)
+    code, _, err = tpaw_("new", "mine.yaml", "--model", STARTER, "--data", "data.jsonl")
+    assert code == 2
+    assert part in err
+    assert [p.name for p in here.iterdir()] == ["data.jsonl"]
+
+
+def test_nothing_is_overwritten(here, tpaw_):
+    write_jsonl(here / "data.jsonl", problems(20))
+    for name in ("mine.yaml", "mine-train.jsonl", "mine-heldout.jsonl"):
+        (here / name).write_text("mine")
+        code, _, err = tpaw_("new", "mine.yaml", "--model", STARTER, "--data", "data.jsonl")
+        assert code == 2
+        assert f"{name}: exists already" in err
+        assert (here / name).read_text() == "mine"
+        (here / name).unlink()
+    code, _, err = tpaw_("new", "no/mine.yaml", "--model", STARTER, "--data", "data.jsonl")
+    assert code == 2
+    assert "no such folder" in err
+    code, _, err = tpaw_("new", "mine.yaml", "--model", "./gone", "--data", "data.jsonl")
+    assert code == 2
+    assert "gone" in err

@@ -1,0 +1,129 @@
+"""Each alarm, provoked and narrowly not; and where a person sees it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from tpaw.report.alarms import Alarm, alarms
+from tpaw.storage.run_directory import RunDirectory
+
+GOOD = [
+    {
+        "iteration": 0,
+        "evaluation": {
+            "exact_match": {"accuracy": 0.5, "versus_start": {"p_value": 1.0}},
+            "logps": {"target_logp": -20.0, "margin": 0.0},
+        },
+    },
+    {
+        "iteration": 1,
+        "responses": {
+            "rows": 100, "tokens": 3000, "identical_share": 0.2, "truncated_share": 0.01,
+        },
+        "training": {"rewards/target": 0.1, "rewards/margins": 0.4, "loss": 0.6, "grad_norm": 2.0},
+        "evaluation": {
+            "exact_match": {"accuracy": 0.6, "versus_start": {"p_value": 0.001}},
+            "logps": {"target_logp": -19.0, "margin": 2.0},
+        },
+    },
+]  # fmt: skip
+GOOD.append({**copy.deepcopy(GOOD[1]), "iteration": 2})
+
+
+def changed(path, value, at=2):
+    """The good run, but for one value; `path` is written with dots."""
+    players = copy.deepcopy(GOOD)
+    *keys, last = path.split(".")
+    place = players[at]
+    for key in keys:
+        place = place[key]
+    place[last] = value
+    return players
+
+
+def names(players):
+    return [(alarm.name, alarm.iteration) for alarm in alarms(players)]
+
+
+def test_a_good_run_has_none():
+    assert alarms(GOOD) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "too_much", "just_right"),
+    [
+        ("truncated", "responses.truncated_share", 0.101, 0.1),
+        ("identical", "responses.identical_share", 0.501, 0.5),
+        ("length", "responses.tokens", 4001, 4000),
+        ("length", "responses.tokens", 1999, 2001),
+        ("target reward", "training.rewards/target", -1e-9, 0.0),
+        ("saturated", "training.rewards/margins", 5.01, 5.0),
+        ("not finite", "training.grad_norm", math.nan, 1e30),
+        ("not finite", "training.loss", math.inf, 1e30),
+    ],
+)
+def test_each_is_provoked_and_narrowly_not(name, path, too_much, just_right):
+    assert names(changed(path, too_much)) == [(name, 2)]
+    assert names(changed(path, just_right)) == []
+
+
+def test_at_the_threshold_of_margins_the_gradient_is_a_fiftieth():
+    """The gradient of log(1 + e^−m) is 1 / (1 + e^m), and 1/2 at the start."""
+    assert 2 / (1 + math.exp(5.0)) < 0.02
+
+
+def test_worse_than_the_sft_model_needs_a_test_that_says_so():
+    exact = {"accuracy": 0.45, "versus_start": {"p_value": 0.049}}
+    assert names(changed("evaluation.exact_match", exact)) == [("worse", 2)]
+    exact = {"accuracy": 0.45, "versus_start": {"p_value": 0.051}}
+    assert names(changed("evaluation.exact_match", exact)) == []
+    exact = {"accuracy": 0.55, "versus_start": {"p_value": 0.049}}
+    assert names(changed("evaluation.exact_match", exact)) == []
+
+
+def test_targets_that_get_less_likely_while_the_margin_grows():
+    assert names(changed("evaluation.logps.target_logp", -21.01)) == [("less likely", 2)]
+    assert names(changed("evaluation.logps.target_logp", -20.99)) == []
+    players = changed("evaluation.logps.target_logp", -25.0)
+    players[2]["evaluation"]["logps"]["margin"] = -1.0
+    assert names(players) == []
+
+
+def test_only_the_newest_of_each_name_is_shown():
+    players = changed("responses.truncated_share", 0.5, at=1)
+    players[2]["responses"]["truncated_share"] = 0.7
+    [alarm] = alarms(players)
+    assert alarm.iteration == 2
+    assert "70% of the responses of θ_1" in alarm.text
+    assert alarm.advice
+
+
+def test_entries_without_results_have_none():
+    assert alarms([{"iteration": 0}, {"iteration": 1}]) == []
+    assert alarms([{"iteration": 0}, *GOOD[1:]]) == []
+
+
+def test_a_person_sees_it_everywhere(finished, tpaw_):
+    """The run of the tests has answers that reach the limit."""
+    run, _ = finished
+    summary = json.loads(run.summary_file.read_text())
+    found = [Alarm(**alarm) for alarm in summary["alarms"]]
+    [truncated] = [alarm for alarm in found if alarm.name == "truncated"]
+    assert truncated.text in run.report_file.read_text(encoding="utf-8")
+    _, out, _ = tpaw_("status", str(run.root))
+    assert "".join(truncated.line().split()) in "".join(out.split())
+    assert RunDirectory(run.root).summary_file.exists()
+
+
+def test_the_documentation_has_every_threshold():
+    text = (Path(__file__).parents[2] / "docs/reference/alarms.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| **")]
+    assert {row[0].strip().strip("*") for row in rows} == {
+        "truncated", "identical", "length", "target reward", "saturated", "not finite", "worse",
+        "less likely",
+    }  # fmt: skip
