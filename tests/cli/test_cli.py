@@ -555,3 +555,47 @@ def test_env_says_what_a_bug_report_needs(tpaw_, monkeypatch):
     monkeypatch.setattr("tpaw.cli.main.version", without_ray)
     _, out, _ = tpaw_("env")
     assert "ray           not installed\n" in out
+
+
+def test_status_watches_a_run_until_it_is_finished(tpaw_, finished, tmp_path, monkeypatch):
+    """The files of a finished run appear one after another, as those of a running one do."""
+    import shutil
+
+    import tpaw.cli.run
+
+    source = finished[0].root
+    steps = [
+        ["run.json", "config.yaml", "players", "inputs", "iterations/0"],
+        ["iterations/1/responses"],
+        [],
+        ["iterations/1/training.jsonl"],
+        [p.relative_to(source).as_posix() for p in source.iterdir()],
+    ]
+    waited = []
+
+    def copy():
+        for name in steps.pop(0):
+            target = tmp_path / "run" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            kind = shutil.copytree if (source / name).is_dir() else shutil.copy
+            kind(source / name, target, **({"dirs_exist_ok": True} if kind != shutil.copy else {}))
+
+    def sleep(seconds):
+        waited.append(seconds)
+        copy()
+
+    copy()
+    monkeypatch.setattr(tpaw.cli.run.time, "sleep", sleep)
+    code, out, _ = tpaw_("status", str(tmp_path / "run"), "--watch")
+    assert code == 0
+    assert waited == [2.0] * 4
+    shown = [line for line in out.splitlines() if line.startswith(("next", "finished"))]
+    logged = (source / "iterations/1/training.jsonl").read_text().splitlines()[-1]
+    step = json.loads(logged)["step"]
+    assert shown == [
+        "next  [1/4] generate with θ_0",
+        "next  [1/4] score and train θ_1",
+        f"next  [1/4] score and train θ_1 (step {step})",
+        "finished",
+    ]
+    assert "\x1b" not in out

@@ -119,7 +119,7 @@ def test_the_plan_is_an_upper_bound_of_what_is_measured(last):
     assert size_of(run.root.rglob("*")) <= spaces[-1].after
     # What is left of a finished run is what is there, its log-probs and logs included.
     left = plan_space(config, plans, size, 10, 0, run)[-1].after
-    aside = ("lock", "run.json", "config.yaml", "summary.json", "0.json")
+    aside = ("lock", "run.json", "config.yaml", "summary.json", "report.html", "0.json")
     counted = [path for path in run.root.rglob("*") if path.name not in aside]
     manifests = size_of((run.root / "logprobs").rglob("manifest.json"))
     assert left == size_of(counted) - manifests

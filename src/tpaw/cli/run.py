@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
+import time
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -28,6 +30,7 @@ config_app = typer.Typer(
 )
 app.add_typer(config_app, name="config", no_args_is_help=True)
 
+SECONDS_BETWEEN_LOOKS = 2.0
 Dtype = Literal["fp32", "bf16", "fp16"]
 Sources = Annotated[
     list[str],
@@ -136,6 +139,14 @@ def _run(settings: RunConfig, output: Path) -> None:
 @app.command(cls=Command)
 def status(
     directory: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch",
+            help="Show it again whenever it changes, until the run is finished. Ctrl-C ends this "
+            "command and not the run.",
+        ),
+    ] = False,
 ) -> None:
     """Show which stages of a run are done and which stage is next."""
     run = RunDirectory(directory)
@@ -144,13 +155,21 @@ def status(
     settings = run.load_config()
     from tpaw.report.status import done_and_next
 
-    done, upcoming = done_and_next(run, settings)
-    console = console_of_stdout()
-    for stage in done:
-        console.print_text(f"done  {stage}")
-    console.print_text(f"next  {upcoming}" if upcoming else "finished")
-    if done:
-        _print_summary(run, settings)
+    console, shown = console_of_stdout(), None
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            done, upcoming = found = done_and_next(run, settings)
+            if found != shown:
+                console.clear()  # of a terminal; elsewhere nothing happens
+                for stage in done:
+                    console.print_text(f"done  {stage}")
+                console.print_text(f"next  {upcoming}" if upcoming else "finished")
+                if done:
+                    _print_summary(run, settings)
+            shown = found
+            if not watch or not upcoming:
+                return
+            time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 @app.command(cls=Command)

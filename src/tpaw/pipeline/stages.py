@@ -202,7 +202,7 @@ class Stages:
                 seed=self.config.seed,
                 on_done=on_done,
             )
-        self._report.write_unless_recent()
+        self._report.after_a_stage()
 
     def build_triples(self, examples: Sequence[Example], opponents: Sequence[Player]) -> Triples:
         """D_O: every example with the responses of every opponent, or those that are right.
@@ -334,7 +334,7 @@ class Stages:
                 params=self.params,
                 watch=self.watch,
             ).publish(player)
-            self._report.write_unless_recent()
+            self._report.after_a_stage()
         if missing_suites(self.run, player.index, self.config.evaluate.suites):
             stop = lambda _: self.watch.stop.check()  # noqa: E731
             for _ in self.engine.do(SuitesTask(), [player.index], stop):
@@ -347,7 +347,7 @@ class Stages:
         summary = write_summary(self.run, self.config)
         for alarm in summary["alarms"]:
             note_once(Alarm(**alarm).line())
-        self._report.write()
+        self._report.bring_up_to_date()
 
     def _check_kept(self, triples: Triples, t: int) -> None:
         """Say how many responses are right, before training begins; refuse too few."""
@@ -376,7 +376,7 @@ class Stages:
         if not is_published(folder):
             title = self._title(job.t, f"train θ_{iteration.number}")
             self.engine.train(job, triples, progress(title, job.steps, "steps"))
-            self._report.write_unless_recent()
+            self._report.after_a_stage()
         remove_artifacts(iteration.training)
         return Player(iteration.number, str(folder), read_manifest(folder)["fingerprint"], base)
 

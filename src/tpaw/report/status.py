@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+
 from tpaw.config.schema import RunConfig
 from tpaw.storage.artifacts import PARTIAL_MANIFEST, is_published, read_files, read_manifest
 from tpaw.storage.run_directory import RunDirectory
@@ -60,5 +63,10 @@ def _shards_note(run: RunDirectory, i: int) -> str:
 
 
 def _steps_note(run: RunDirectory, i: int) -> str:
+    """The last step that was logged, and the one that a stopped run would go on from."""
     saved = run.last_saved_step(i)
-    return f" (from saved step {saved.name.rpartition('-')[2]})" if saved else ""
+    notes = [f"from saved step {saved.name.rpartition('-')[2]}"] if saved else []
+    with contextlib.suppress(OSError, ValueError, IndexError, KeyError, TypeError):
+        lines = run.training_log(i).read_text(encoding="utf-8").splitlines()
+        notes.insert(0, f"step {json.loads(lines[-1])['step']}")
+    return f" ({', '.join(notes)})" if notes else ""

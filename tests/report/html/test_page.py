@@ -169,13 +169,15 @@ def test_a_report_never_ends_a_run_and_takes_little_of_its_time(finished, monkey
     monkeypatch.setattr(page_module.time, "monotonic", lambda: clock[0])
     report = Report(run, config)
     for _ in range(400):
-        report.write_unless_recent()
+        report.after_a_stage()
         clock[0] += 1.0
     assert "report.html was not written: no space" in capsys.readouterr().err
     spent = 3.0 * len(calls)
     assert len(calls) >= 4
     assert spent / (clock[0] - 100) < 0.05
-    report.write()
+    report.bring_up_to_date()
+    assert calls[-1] == clock[0] - 3.0
+    report.bring_up_to_date()  # nothing has happened since
     assert calls[-1] == clock[0] - 3.0
 
 

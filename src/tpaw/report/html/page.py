@@ -52,14 +52,19 @@ class Report:
         self._run = run
         self._config = config
         self._not_before = 0.0
+        self._is_old = not run.report_file.exists()
 
-    def write_unless_recent(self) -> None:
+    def after_a_stage(self) -> None:
         """Write it, unless that would take more than `SHARE_OF_TIME` of the run's time."""
+        self._is_old = True
         if time.monotonic() >= self._not_before:
-            self.write()
+            self.bring_up_to_date()
 
-    def write(self) -> None:
-        """Write it. If that fails, say so and go on."""
+    def bring_up_to_date(self) -> None:
+        """Write it if a stage has ended since. If that fails, say so and go on."""
+        if not self._is_old:
+            return
+        self._is_old = False
         began = time.monotonic()
         try:
             write_report(self._run, self._config)
