@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import threading
 import time
 
@@ -711,3 +712,17 @@ def test_an_error_in_a_thread_reaches_the_caller(serve, monkeypatch):
     monkeypatch.setattr(tpaw.generation.server, "completion_request", broken)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         answers(serve())
+
+
+def test_a_reply_whose_last_part_closes_the_connection(serve, monkeypatch):
+    """As http.client does since Python 3.11.8 and 3.12.2, on every Python."""
+    read1 = http.client.HTTPResponse.read1
+
+    def closing(self, n=-1):
+        part = read1(self, n)
+        if not self.length and not self.isclosed():
+            self._close_conn()
+        return part
+
+    monkeypatch.setattr(http.client.HTTPResponse, "read1", closing)
+    answers(serve(), prompts=[(7, 8, 9)])
