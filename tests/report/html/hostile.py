@@ -17,7 +17,7 @@ VERDICTS = ("00111", "11000", "00000", "11111")
 
 def hostile_run(finished: RunDirectory, folder) -> RunDirectory:
     """A copy whose prompts, targets, answers and name hold `ATTACK`."""
-    root = folder / "a <b> & 'run'"
+    root = folder / "a <b> & 'run' \x1b[31m"
     shutil.copytree(finished.root, root)
     run = RunDirectory(root)
     for name in ("train", "heldout"):
