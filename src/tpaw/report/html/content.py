@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,8 @@ CURVES = (
     ("learning rate", ("learning_rate",), False),
     ("share of triples", ("share/identical", "share/truncated"), True),
 )
+CHANGING = ("report.html", "summary.json", "lock")
+"""Small files of a run that change after a report."""
 STAGES = ("generate", "critic", "score", "train", "evaluate", "suites")
 
 
@@ -220,7 +222,7 @@ def cost_rows(run: RunDirectory, summary: Mapping[str, Any]) -> tuple[list[str],
                 "all",
                 *map(_seconds, sums),
                 _seconds(sum(sums)),
-                readable_size(_size(run.root, run.report_file)),
+                readable_size(_size(run.root, CHANGING)),
             ]
         )
     return headings, rows
@@ -243,10 +245,14 @@ def _seconds(value: float | None) -> str:
     return "–" if value is None else f"{value:,.1f}"
 
 
-def _size(folder: Path, without: Path | None = None) -> int:
-    """Bytes of the files in a folder, some of which may be removed meanwhile."""
+def _size(folder: Path, without: Collection[str] = ()) -> int:
+    """Bytes of the files in a folder, some of which may be removed meanwhile.
+
+    Args:
+        without: names of files that are not counted.
+    """
     total = 0
     for path in folder.rglob("*"):
         with contextlib.suppress(OSError):
-            total += path.stat().st_size if path != without and path.is_file() else 0
+            total += path.stat().st_size if path.name not in without and path.is_file() else 0
     return total
