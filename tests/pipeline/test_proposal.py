@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import yaml
 from builders import save_model, sums, write_jsonl
 
 import tpaw.pipeline.proposal
 from tpaw.config.schema import RunConfig
+from tpaw.data.columns import key_list
+from tpaw.data.examples import Example, Examples
 from tpaw.pipeline.preflight import read_inputs
 from tpaw.selfplay import self_play
 
@@ -74,7 +77,9 @@ def test_no_record_is_lost_or_changed_and_a_prompt_stays_together(here, tpaw_):
 
 def test_lengths_leave_almost_all_records_whole_and_the_long_ones_are_not_held_out(here, tpaw_):
     records = problems(250)
-    records[17]["answer"] = "toys " * 90 + "\n#### 5"
+    for i, record in enumerate(records):
+        record["answer"] = "toys " * (i % 8 * 4) + record["answer"]
+    records[17]["answer"] = "toys " * 130 + "\n#### 5"
     write_jsonl(here / "data.jsonl", records)
     code, _, err = tpaw_("new", "mine.yaml", "--model", STARTER, "--data", "data.jsonl")
     assert code == 0, err
@@ -86,6 +91,18 @@ def test_lengths_leave_almost_all_records_whole_and_the_long_ones_are_not_held_o
     assert longest <= config.max_length <= longest + 80
     answers = max(len(e.target_ids) for e in inputs.examples)
     assert answers <= config.generate.max_new_tokens < config.max_length
+
+
+def test_no_long_record_is_held_out():
+    ids = np.arange(1, 60, dtype=np.int32)
+    examples = Examples.of(
+        Example(f"{i}-x", ids[: 5 + i], ids[: 40 if i % 2 else 3], "p", "t") for i in range(40)
+    )
+    keys = [bytes(key) for key in key_list(examples.prompt_keys)]
+    chosen = tpaw.pipeline.proposal._heldout_prompts(examples, 44)
+    assert len(chosen) == 4
+    short = {key for key, e in zip(keys, examples, strict=True) if len(e.prompt_ids) + 3 <= 44}
+    assert chosen <= short & set(keys[::2])
 
 
 def test_own_heldout_records_are_used_as_they_are(here, tpaw_):
