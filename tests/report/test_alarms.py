@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tpaw.report.alarms import Alarm, alarms
+from tpaw.report.summary import write_summary
 from tpaw.storage.run_directory import RunDirectory
 
 GOOD = [
@@ -63,8 +65,7 @@ def test_a_good_run_has_none():
         ("length", "responses.tokens", 1999, 2001),
         ("target reward", "training.rewards/target", -1e-9, 0.0),
         ("saturated", "training.rewards/margins", 5.01, 5.0),
-        ("not finite", "training.grad_norm", math.nan, 1e30),
-        ("not finite", "training.loss", math.inf, 1e30),
+        ("not finite", "lines_not_finite", 1, 0),
     ],
 )
 def test_each_is_provoked_and_narrowly_not(name, path, too_much, just_right):
@@ -127,3 +128,18 @@ def test_the_documentation_has_every_threshold():
         "truncated", "identical", "length", "target reward", "saturated", "not finite", "worse",
         "less likely",
     }  # fmt: skip
+
+
+def test_a_gradient_that_is_not_finite_is_an_alarm_and_the_summary_is_written(
+    finished, tmp_path, monkeypatch
+):
+    run, config = RunDirectory(shutil.copytree(finished[0].root, tmp_path / "run")), finished[1]
+    read = RunDirectory.read_training_log
+
+    def with_inf(self, i):
+        return [line | {"grad_norm": "inf"} for line in read(self, i)]
+
+    monkeypatch.setattr(RunDirectory, "read_training_log", with_inf)
+    summary = write_summary(run, config)
+    assert json.loads(run.summary_file.read_text()) == summary
+    assert "not finite" in [alarm["name"] for alarm in summary["alarms"]]

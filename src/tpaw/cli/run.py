@@ -160,7 +160,8 @@ def status(
         while True:
             done, upcoming = found = done_and_next(run, settings)
             if found != shown:
-                console.clear()  # of a terminal; elsewhere nothing happens
+                if watch:
+                    console.clear()  # of a terminal; elsewhere nothing happens
                 for stage in done:
                     console.print_text(f"done  {stage}")
                 console.print_text(f"next  {upcoming}" if upcoming else "finished")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -98,7 +97,7 @@ def _of_training(entry: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
             f"In {where} the mean margin is {margin:.1f}, and the loss hardly has a gradient.",
             "Lower objective.lambda or train.learning_rate, or train fewer epochs.",
         )
-    if not all(math.isfinite(training.get(name, 0.0)) for name in ("loss", "grad_norm")):
+    if entry.get("lines_not_finite", 0):
         yield (
             "not finite",
             f"In {where} the loss or the norm of the gradient is not finite.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -107,7 +108,14 @@ def _iteration(run: RunDirectory, i: int, notes: list[str]) -> dict[str, Any]:
         if "triples" in manifest:  # of an objective that trains on right responses alone
             entry["right"] = {"triples": manifest["triples"], "responses": manifest["responses"]}
         try:
-            entry["training"] = _late_means(run.read_training_log(i))
+            log = run.read_training_log(i)
+            # A count, because JSON has no number that is not finite.
+            entry["lines_not_finite"] = sum(
+                not math.isfinite(float(line.get(name, 0)))
+                for line in log
+                for name in ("loss", "grad_norm")
+            )
+            entry["training"] = _late_means(log)
         except ArtifactError as error:  # nothing but these metrics needs the log
             notes.append(str(error))
     if is_published(run.evaluation(i)):
@@ -162,5 +170,5 @@ def _late_means(lines: list[dict[str, Any]]) -> dict[str, float]:
     return {
         name: sum(weight * float(line[name]) for weight, line in late) / total
         for name in late[-1][1]
-        if name.startswith(("loss", "grad_norm", "rewards/", "weights/", "logps/", "share/"))
+        if name.startswith(("loss", "rewards/", "weights/", "logps/", "share/"))
     }
