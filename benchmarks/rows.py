@@ -115,8 +115,9 @@ class Rows(Stages):
     def evaluate(self, player: Player) -> None:
         """Nothing is held out."""
 
-    def report(self) -> None:
+    def report(self) -> bool:
         """Nothing was evaluated."""
+        return True
 
     def generate(self, *args: Any) -> None:
         """Measured."""

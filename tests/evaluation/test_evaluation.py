@@ -139,18 +139,20 @@ def test_gap_and_margin_by_hand():
     start = logp_items(rows, np.array([-10.0, -20.0]), np.array([-4.0, -30.0]))
     now = logp_items(rows, np.array([-8.0, -20.0]), np.array([-7.0, -31.0]))
     # Gaps: -6 and 10 at the start, -1 and 11 now.
-    assert logp_results(start, start) == {
+    assert logp_results(start, start, 8) == {
         "target_logp": -15.0,
         "target_logp_per_token": -10.0,
         "gap": 2.0,
         "margin": 0.0,
         "nonpositive_gap_share": 0.5,
+        "drift": 0.0,
     }
-    assert logp_results(now, start)["gap"] == 5.0
-    assert logp_results(now, start)["margin"] == 3.0
+    found = logp_results(now, start, 8)
+    assert (found["gap"], found["margin"]) == (5.0, 3.0)
+    assert found["drift"] == 0.5  # −34 nats became −38, over 8 tokens
     # A gap of exactly 0 is not positive.
     even = logp_items(rows, np.array([-5.0, -5.0]), np.array([-5.0, -6.0]))
-    assert logp_results(even, start)["nonpositive_gap_share"] == 0.5
+    assert logp_results(even, start, 8)["nonpositive_gap_share"] == 0.5
 
 
 def test_wilsons_interval_by_its_formula():

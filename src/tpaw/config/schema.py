@@ -901,6 +901,12 @@ class EvaluateConfig(Section):
         description="Benchmark suites to evaluate θ_0 and every checkpoint on: names or YAML "
         "files, as in `tpaw evaluate --suite`. They need the extra `evaluate`. Default: none.",
     )
+    stop_when_worse: bool = Field(
+        False,
+        json_schema_extra=CHANGEABLE,
+        description="End the run after an iteration whose checkpoint is worse than θ_0 on the "
+        "held-out records (exact McNemar test, p < 0.05). It needs exact match.",
+    )
 
 
 class RunConfig(Section):
@@ -990,7 +996,7 @@ class RunConfig(Section):
         return name
 
     @model_validator(mode="after")
-    def _temperatures_are_checked(self) -> RunConfig:
+    def _what_needs_answers_has_them(self) -> RunConfig:
         found = self.evaluate.temperatures
         if self.evaluate.samples > 1 and not found:
             raise ValueError(
@@ -1006,6 +1012,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"evaluate.temperatures: {brief(list(found))}: nothing would be checked, because "
                 "exact_match is false; remove one of the two settings"
+            )
+        if self.evaluate.stop_when_worse and self.evaluate.exact_match is False:
+            raise ValueError(
+                "evaluate.stop_when_worse: true: there is no accuracy, because exact_match is "
+                "false; remove one of the two settings"
             )
         return self
 

@@ -158,7 +158,8 @@ class HeldoutEvaluation:
         count = len(self.heldout)
         items = logp_items(self.heldout, logps[:count], logps[count:])
         write_items(folder / "logps.jsonl", items)
-        return logp_results(items, read_items(initial_folder / "logps.jsonl"))
+        start = read_items(initial_folder / "logps.jsonl")
+        return logp_results(items, start, sum(map(len, initial)))
 
     def _generate(
         self, player: Player, params: SamplingParams, seed: int, what: str, times: int = 1
@@ -278,24 +279,31 @@ def logp_items(
     ]
 
 
-def logp_results(items: Sequence[Item], start: Sequence[Item]) -> dict[str, float]:
+def logp_results(
+    items: Sequence[Item], start: Sequence[Item], initial_tokens: int
+) -> dict[str, float]:
     """Compute means over the items. The module's docstring defines gap and margin.
 
     Args:
         items: items of the checkpoint.
         start: items of θ_0, in the same order.
+        initial_tokens: number of tokens of all of θ_0's responses.
 
     Returns:
-        `target_logp`, `target_logp_per_token`, `gap` and `margin` in nats, and
-        `nonpositive_gap_share` in [0, 1].
+        `target_logp`, `target_logp_per_token`, `gap` and `margin` in nats; `nonpositive_gap_share`
+        in [0, 1]; and `drift`, how much less likely a token of θ_0's responses is than under θ_0,
+        in nats. Where they were sampled at temperature 1, without top_p and top_k, it estimates
+        KL(θ_0 ‖ θ_i) per token.
     """
     target = np.array([item["target_logp"] for item in items])
     gap = target - np.array([item["initial_answer_logp"] for item in items])
     start_gap = np.array([item["target_logp"] - item["initial_answer_logp"] for item in start])
+    before, now = (sum(i["initial_answer_logp"] for i in found) for found in (start, items))
     return {
         "target_logp": float(target.mean()),
         "target_logp_per_token": float(target.sum() / sum(i["target_tokens"] for i in items)),
         "gap": float(gap.mean()),
         "margin": float((gap - start_gap).mean()),
         "nonpositive_gap_share": float((gap <= 0).mean()),
+        "drift": (before - now) / max(1, initial_tokens),
     }

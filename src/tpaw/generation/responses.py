@@ -34,6 +34,9 @@ _COLUMNS: dict[str, type[Column[Any]]] = {
 }
 
 _SERVER_LOGP = "server_logp"
+_COUNTS = ("rows", "identical", "truncated", "repeating", "repeating_targets", "tokens")
+NGRAM = 4
+"""Tokens of the sequences whose repetition is counted."""
 
 # A larger share of responses that were cut at the length limit is worth a warning.
 TRUNCATED_SHARE = 0.9
@@ -138,7 +141,8 @@ def generate_responses(
         artifact.receive(record)
     totals = {
         key: round(sum(entry[key] for entry in artifact.entries), 3)
-        for key in ("rows", "identical", "truncated", "tokens", "seconds")
+        for key in (*_COUNTS, "seconds")
+        if all(key in entry for entry in artifact.entries)  # an older version counted less
     }
     if totals["truncated"] > TRUNCATED_SHARE * totals["rows"]:
         note(
@@ -196,6 +200,8 @@ def deliver_responses(
         rows=len(shard.examples),
         identical=identical,
         truncated=sum(c.finish_reason == "length" for c in completions),
+        repeating=sum(repeats_itself(c.token_ids) for c in completions),
+        repeating_targets=sum(repeats_itself(example.target_ids) for example in shard.examples),
         tokens=sum(len(completion.token_ids) for completion in completions),
         seconds=seconds,
     )
@@ -291,10 +297,24 @@ def response_facts(folder: Path) -> dict[str, Any]:
 
     Returns:
         `rows` (responses), `identical` (responses equal to the target), `truncated` (responses cut
-        at the length limit), `tokens` (response tokens) and `seconds` (time of generation).
+        at the length limit), `repeating` and `repeating_targets` (see `repeats_itself`; absent if
+        an older version generated), `tokens` (response tokens) and `seconds` (time of generation).
     """
     manifest = read_manifest(folder)
-    return {k: manifest[k] for k in ("rows", "identical", "truncated", "tokens", "seconds")}
+    return {key: manifest[key] for key in (*_COUNTS, "seconds") if key in manifest}
+
+
+def repeats_itself(token_ids: TokenIds) -> bool:
+    """Whether more than half of the sequences of `NGRAM` tokens occurred before in the same text.
+
+    Args:
+        token_ids: integers, of shape (tokens,).
+    """
+    if len(token_ids) < NGRAM:
+        return False
+    ngrams = np.lib.stride_tricks.sliding_window_view(token_ids, NGRAM)
+    different = len(np.unique(ngrams, axis=0))
+    return different < len(ngrams) / 2
 
 
 def _server_logps(paths: Sequence[Path]) -> NDArray[np.float64] | None:

@@ -23,5 +23,6 @@ def baseline(config: RunConfig, stages: Stages) -> Player:
     for t in range(config.iterations):
         history.append(train(history[-1], t))
         stages.evaluate(history[-1])
-        stages.report()
+        if not stages.report():  # worse than θ_0, and evaluate.stop_when_worse
+            break
     return history[-1]

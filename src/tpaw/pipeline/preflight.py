@@ -160,7 +160,7 @@ def read_inputs(config: RunConfig, on_done: OnDone = ignore) -> Inputs:
             f"objective.name: {config.objective.name}: it trains on the responses that are right, "
             "but some target of data has no `#### number`"
         )
-    for setting in ("exact_match", "temperatures"):
+    for setting in ("exact_match", "temperatures", "stop_when_worse"):
         if getattr(config.evaluate, setting) and not heldout.examples:
             raise InputError(f"evaluate.{setting}: it needs held-out rows; set evaluate.data")
         if getattr(config.evaluate, setting) and not checker.can_check(heldout.examples):

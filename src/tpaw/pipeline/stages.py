@@ -342,12 +342,17 @@ class Stages:
         if player.index > 0:
             self._remove_weights(player.index - 1, is_trained=True)
 
-    def report(self) -> None:
-        """summary.json and report.html, from what is published."""
+    def report(self) -> bool:
+        """summary.json and report.html, from what is published.
+
+        Returns:
+            False if the run ends here: see `evaluate.stop_when_worse`.
+        """
         summary = write_summary(self.run, self.config)
         for alarm in summary["alarms"]:
             note_once(Alarm(**alarm).line())
         self._report.bring_up_to_date()
+        return summary["ended"] is None
 
     def _check_kept(self, triples: Triples, t: int) -> None:
         """Say how many responses are right, before training begins; refuse too few."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 TRUNCATED = 0.10
@@ -15,6 +16,12 @@ SATURATED = 5.0
 LESS_LIKELY = 0.05
 """Share of the log-prob of held-out targets."""
 OTHER_LENGTH = 1 / 3
+REPEATING = 0.10
+"""Share of the responses that repeat themselves, above that of the targets."""
+DRIFT = 0.2
+"""Nats per token of the responses of θ_0."""
+NEAR_LIMIT = 0.5
+"""Share of the difference that the first step may have."""
 P_VALUE = 0.05
 
 
@@ -45,11 +52,22 @@ def alarms(players: Sequence[Mapping[str, Any]]) -> list[Alarm]:
         players: the entries `players` of summary.json.
     """
     found: list[Alarm] = []
-    for entry in players:
+    for before, entry in pairwise([{}, *players]):
         found += [Alarm(entry["iteration"], *alarm) for alarm in _of_responses(entry, players)]
         found += [Alarm(entry["iteration"], *alarm) for alarm in _of_training(entry)]
         found += [Alarm(entry["iteration"], *alarm) for alarm in _of_evaluation(entry, players[0])]
+        found += [Alarm(entry["iteration"], *alarm) for alarm in _of_drift(entry, before)]
     return list({alarm.name: alarm for alarm in found}.values())
+
+
+def is_worse(exact_match: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is worse than θ_0 on the same held-out records, beyond chance.
+
+    Args:
+        exact_match: its entry `exact_match` of results.json.
+    """
+    test = exact_match["versus_start"]
+    return bool(test["only_first"] > test["only_second"] and test["p_value"] < P_VALUE)
 
 
 def _of_responses(
@@ -70,6 +88,14 @@ def _of_responses(
             "identical",
             f"{share:.0%} of the responses of {who} equal their target.",
             "Little is left to learn from these rows: expect less of further iterations.",
+        )
+    share, natural = (responses.get(f"repeating{of}_share", 0.0) for of in ("", "_targets"))
+    if share - natural > REPEATING:
+        yield (
+            "repeating",
+            f"{share:.0%} of the responses of {who} repeat themselves, and {natural:.0%} of the "
+            "targets do.",
+            "Look at the samples; lower train.learning_rate, or generate.temperature.",
         )
     first = next((p["responses"] for p in players if "responses" in p), responses)
     before, now = (r["tokens"] / max(1, r["rows"]) for r in (first, responses))
@@ -97,6 +123,15 @@ def _of_training(entry: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
             f"In {where} the mean margin is {margin:.1f}, and the loss hardly has a gradient.",
             "Lower objective.lambda or train.learning_rate, or train fewer epochs.",
         )
+    first_step = entry.get("first_step", {})
+    if first_step and first_step["difference"] > NEAR_LIMIT * first_step["limit"]:
+        yield (
+            "first step",
+            f"In {where} the policy's first log-probs differ from the stored ones by "
+            f"{first_step['difference']:.1g} nats per token, of {first_step['limit']:.1g} allowed.",
+            "Use precision fp32, or look for what differs between scoring and training: kernels, "
+            "dtypes, versions.",
+        )
     if entry.get("lines_not_finite", 0):
         yield (
             "not finite",
@@ -112,16 +147,13 @@ def _of_evaluation(
         return
     who = f"θ_{entry['iteration']}"
     exact, first_exact = (e.get("evaluation", {}).get("exact_match") for e in (entry, start))
-    if exact and first_exact:
-        first = first_exact["accuracy"]
-        p = exact["versus_start"]["p_value"]
-        if exact["accuracy"] < first and p < P_VALUE:
-            yield (
-                "worse",
-                f"{who} answers {exact['accuracy']:.1%} of the held-out problems right, θ_0 "
-                f"{first:.1%} (p = {p:.1g}).",
-                "Use an earlier checkpoint, and a lower train.learning_rate.",
-            )
+    if exact and first_exact and is_worse(exact):
+        yield (
+            "worse",
+            f"{who} answers {exact['accuracy']:.1%} of the held-out problems right, θ_0 "
+            f"{first_exact['accuracy']:.1%} (p = {exact['versus_start']['p_value']:.1g}).",
+            "Use an earlier checkpoint, and a lower train.learning_rate.",
+        )
     logps, first_logps = (e.get("evaluation", {}).get("logps") for e in (entry, start))
     if logps and first_logps:
         fall = first_logps["target_logp"] - logps["target_logp"]
@@ -132,3 +164,17 @@ def _of_evaluation(
                 "although the margin grows.",
                 "Lower train.learning_rate, or raise objective.eta.",
             )
+
+
+def _of_drift(
+    entry: Mapping[str, Any], before: Mapping[str, Any]
+) -> Iterator[tuple[str, str, str]]:
+    logps = (found.get("evaluation", {}).get("logps", {}) for found in (entry, before))
+    now, then = (of.get("drift", 0.0) for of in logps)
+    if now > max(DRIFT, then):
+        yield (
+            "drift",
+            f"θ_{entry['iteration']} finds the responses of θ_0 less likely by {now:.2f} nats per "
+            f"token; the checkpoint before by {then:.2f}.",
+            "Lower train.learning_rate or the number of iterations, if θ_0 had skills to keep.",
+        )

@@ -6,7 +6,14 @@ import contextlib
 import json
 
 from tpaw.config.schema import RunConfig
-from tpaw.storage.artifacts import PARTIAL_MANIFEST, is_published, read_files, read_manifest
+from tpaw.report.alarms import is_worse
+from tpaw.storage.artifacts import (
+    PARTIAL_MANIFEST,
+    is_published,
+    read_files,
+    read_listed_json,
+    read_manifest,
+)
 from tpaw.storage.run_directory import RunDirectory
 
 
@@ -30,6 +37,10 @@ def done_and_next(run: RunDirectory, config: RunConfig) -> tuple[list[str], str 
                 done.append(stage)
             elif upcoming is None:
                 upcoming = stage + note
+        if config.evaluate.stop_when_worse and upcoming is None and i > 0 and has_heldout:
+            found = read_listed_json(run.evaluation(i), "results.json").get("exact_match")
+            if found is not None and is_worse(found):
+                break
     return done, upcoming
 
 

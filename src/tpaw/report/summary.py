@@ -11,7 +11,7 @@ from typing import Any
 from tpaw.config.schema import RunConfig
 from tpaw.errors import ArtifactError
 from tpaw.generation.responses import response_facts
-from tpaw.report.alarms import alarms
+from tpaw.report.alarms import alarms, is_worse
 from tpaw.report.critic import exploited
 from tpaw.storage.artifacts import (
     is_published,
@@ -66,15 +66,30 @@ def summarise(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
     notes += _removed_weights(iterations)
     notes += exploited(iterations)
     done = sum("checkpoint" in entry for entry in iterations)
+    ended = _ended(config, iterations, done)
+    notes += [] if ended is None else [ended]
     return {
         "method": config.method,
         "iterations_done": done,
         "iterations": config.iterations,
+        "ended": ended,
         "skipped_rows": skipped,
         "players": iterations,
         "alarms": [alarm._asdict() for alarm in alarms(iterations)],
         "notes": notes,
     }
+
+
+def _ended(config: RunConfig, iterations: Sequence[dict[str, Any]], done: int) -> str | None:
+    """Why the run ends before its last iteration; None if it does not."""
+    newest = iterations[done].get("evaluation", {}).get("exact_match")
+    may_end = config.evaluate.stop_when_worse and 0 < done < config.iterations
+    if not may_end or newest is None or not is_worse(newest):
+        return None
+    return (
+        f"The run ended after iteration {done} of {config.iterations}: θ_{done} is worse than θ_0 "
+        "(evaluate.stop_when_worse). To go on, set it to false and run again."
+    )
 
 
 def _iteration(run: RunDirectory, i: int, notes: list[str]) -> dict[str, Any]:
@@ -88,6 +103,9 @@ def _iteration(run: RunDirectory, i: int, notes: list[str]) -> dict[str, Any]:
             "identical_share": facts["identical"] / facts["rows"],
             "truncated_share": facts["truncated"] / facts["rows"],
         }
+        if "repeating" in facts:
+            for key in ("repeating", "repeating_targets"):
+                entry["responses"][f"{key}_share"] = facts[key] / facts["rows"]
         seconds["generate"] = facts["seconds"]
     if i > 0 and (drift := run.iteration(i - 1).server_drift).exists():
         entry["server_drift"] = {k: v for k, v in read_sealed(drift).items() if k != SEAL}
@@ -116,6 +134,12 @@ def _iteration(run: RunDirectory, i: int, notes: list[str]) -> dict[str, Any]:
                 for name in ("loss", "grad_norm")
             )
             entry["training"] = _late_means(log)
+            # A step at a learning rate of 0 leaves the second one a first step too.
+            if compared := [line for line in log if "first_step/difference" in line]:
+                entry["first_step"] = {
+                    name: max(float(line[f"first_step/{name}"]) for line in compared)
+                    for name in ("difference", "limit")
+                }
         except ArtifactError as error:  # nothing but these metrics needs the log
             notes.append(str(error))
     if is_published(run.evaluation(i)):

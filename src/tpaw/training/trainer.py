@@ -168,6 +168,7 @@ class TeamTrainer(Trainer):
         self._metric_sums: Tensor | None = None
         self._is_finite: list[Tensor] = []
         self._differences: list[Tensor] = []
+        self._first_difference: float | None = None  # until it is logged
 
     def get_train_dataloader(self) -> DataLoader[TripleBatch]:
         """Batches of `per_device_train_batch_size` triples a process, divided into micro-batches.
@@ -282,6 +283,10 @@ class TeamTrainer(Trainer):
             for kind, count in tokens.items():
                 if count:
                     logs[f"logps/{kind}_per_token"] = total[f"logps/{kind}"] / count
+        if self._first_difference is not None:
+            logs["first_step/difference"] = self._first_difference
+            logs["first_step/limit"] = self.first_step_tolerance
+            self._first_difference = None
         super().log(logs, start_time)
 
     def _logps(self, model: nn.Module, inputs: TripleMicroBatch) -> PairLogps:
@@ -350,6 +355,7 @@ class TeamTrainer(Trainer):
     def _agree_or_raise(self) -> None:
         """Raise on every process what failed on any in this batch. Waits for the device."""
         is_finite, differences = torch.stack(self._is_finite), self._differences
+        is_compared = bool(differences)
         self._is_finite, self._differences = [], []
         has_changed = self._head.has_changed if self._head is not None else None
         facts = [
@@ -377,6 +383,8 @@ class TeamTrainer(Trainer):
                 f"{self.first_step_tolerance:.2g}. The two were computed from different weights, "
                 "token ids, masks, templates or dtypes."
             )
+        if is_compared:
+            self._first_difference = max(difference, self._first_difference or 0.0)
 
 
 def _are_finite(logps: PairLogps) -> Tensor:
