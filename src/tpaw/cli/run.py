@@ -6,8 +6,9 @@ import contextlib
 import json
 import shlex
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -23,6 +24,12 @@ from tpaw.storage.run_directory import (
     refuse_untrusted_server,
 )
 from tpaw.storage.run_directory import restart_iteration as discard_training
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from tpaw.config.plan import IterationPlan
+    from tpaw.data.inputs import Inputs
 
 app = typer.Typer()
 config_app = typer.Typer(
@@ -128,12 +135,16 @@ def sft(
 
 
 def _run(settings: RunConfig, output: Path) -> None:
+    from tpaw.report.live import live_view
+    from tpaw.runtime.progress import screen
     from tpaw.selfplay import self_play
 
     trust = " --trust" if needs_trust(settings) else ""
-    with stoppable(f"tpaw run {shlex.quote(str(output))}{trust}") as stop:
+    run = RunDirectory(output)
+    view = lambda: live_view(run, settings) if run.has_begun() else None  # noqa: E731
+    with stoppable(f"tpaw run {shlex.quote(str(output))}{trust}") as stop, screen(view):
         self_play(settings, output, stop)
-    _print_summary(RunDirectory(output), settings)
+    _print_summary(run, settings)
 
 
 @app.command(cls=Command)
@@ -155,22 +166,49 @@ def status(
     settings = run.load_config()
     from tpaw.report.status import done_and_next
 
+    if watch:
+        _watch(run, settings)
+    console = console_of_stdout()
+    done, upcoming = done_and_next(run, settings)
+    for stage in done:
+        console.print_text(f"done  {stage}")
+    console.print_text(f"next  {upcoming}" if upcoming else "finished")
+    if done:
+        _print_summary(run, settings)
+
+
+def _watch(run: RunDirectory, settings: RunConfig) -> None:
+    """Show a view of a run until it is finished, or until Ctrl-C."""
+    from rich.live import Live
+
     console, shown = console_of_stdout(), None
-    with contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
+        show: Callable[[RenderableType], None] = console.print
+        if console.is_terminal:
+            in_place = Live(console=console, transient=True, vertical_overflow="ellipsis")
+            show = stack.enter_context(in_place).update
         while True:
-            done, upcoming = found = done_and_next(run, settings)
+            found, view = _look(run, settings)
             if found != shown:
-                if watch:
-                    console.clear()  # of a terminal; elsewhere nothing happens
-                for stage in done:
-                    console.print_text(f"done  {stage}")
-                console.print_text(f"next  {upcoming}" if upcoming else "finished")
-                if done:
-                    _print_summary(run, settings)
+                show(view)
             shown = found
-            if not watch or not upcoming:
+            if found[1] is None:
                 return
             time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _look(
+    run: RunDirectory, settings: RunConfig
+) -> tuple[tuple[list[str], str | None], RenderableType]:
+    from tpaw.errors import ArtifactError
+    from tpaw.report.live import live_view
+    from tpaw.report.status import done_and_next
+
+    try:
+        return done_and_next(run, settings), live_view(run, settings)
+    except (ArtifactError, OSError):  # a file may be replaced while it is read
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+        return done_and_next(run, settings), live_view(run, settings)
 
 
 @app.command(cls=Command)
@@ -200,13 +238,29 @@ def report(
 @app.command(cls=Command)
 def plan(
     config: Sources,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="Run a few real steps of each stage on this device, and show what the run takes: "
+            "time, and peak memory. Nothing of it is kept.",
+        ),
+    ] = False,
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Price of one hour of the device, for --measure."),
+    ] = None,
     set_: Overrides = [],  # noqa: B006
     trust: Trust = False,
 ) -> None:
     """Show the players, the cost and the disk space of every iteration.
 
-    Nothing is trained or written.
+    Nothing is trained or written, but for --measure in a temporary folder.
+
+    For example: tpaw plan mine.yaml --measure --price-per-hour 2.50
     """
+    if price_per_hour is not None and not measure:
+        raise InputError(f"--price-per-hour {price_per_hour:g}: it needs --measure")
     settings = load(config, set_, trust)
     from tpaw.config.plan import plan_run
     from tpaw.models.size import model_size
@@ -230,6 +284,25 @@ def plan(
     console.print(space_table([space._asdict() for space in spaces]))
     space = described_space(settings, plans, *sizes)
     for text in (*space, *layout, inputs.described(), *inputs.first_rows()):
+        console.print_text(text)
+    if measure:
+        _print_costs(settings, inputs, plans, price_per_hour)
+
+
+def _print_costs(
+    settings: RunConfig, inputs: Inputs, plans: Sequence[IterationPlan], price: float | None
+) -> None:
+    from tpaw.pipeline.costs import measure_costs
+    from tpaw.report.costs import costs_table, described_costs
+
+    with stoppable("tpaw plan --measure") as stop:
+        found = measure_costs(settings, inputs, stop)
+    heldout = len(inputs.heldout)
+    costs = {"θ_0": {"evaluate": found.of_evaluation(heldout, is_first=True)}} if heldout else {}
+    costs |= {f"θ_{plan.iteration}": found.of_iteration(plan, heldout) for plan in plans}
+    console = console_of_stdout()
+    console.print(costs_table(costs))
+    for text in (*described_costs(costs, found.memory._asdict(), price), found.described()):
         console.print_text(text)
 
 

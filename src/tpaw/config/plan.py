@@ -8,9 +8,9 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from tpaw.config.schema import RunConfig, at_iteration
+from tpaw.config.schema import ObjectiveConfig, RunConfig, at_iteration
 from tpaw.errors import InputError
 from tpaw.team import PlayerOrIndex, Rule
 
@@ -131,6 +131,18 @@ def check_steps(config: RunConfig, triples: int, t: int) -> None:
             f"({triples} triples), and the warmup gives this step a learning rate of 0; set "
             "train.warmup to 0, lower train.batch_size, or use more records or epochs"
         )
+
+
+def as_in_the_first_iteration(config: RunConfig) -> RunConfig:
+    """The configuration with the per-iteration settings of the first iteration in all of them."""
+    rate, epochs = (at_iteration(v, 0) for v in (config.train.learning_rate, config.train.epochs))
+    train = config.train.model_copy(update={"learning_rate": rate, "epochs": epochs})
+    objective: Any = config.objective
+    if isinstance(objective, ObjectiveConfig):
+        lambda_ = at_iteration(objective.lambda_, 0)
+        objective = objective.model_copy(update={"lambda_": lambda_})
+    critic = config.critic.model_copy(update={"steps": at_iteration(config.critic.steps, 0)})
+    return config.model_copy(update={"train": train, "objective": objective, "critic": critic})
 
 
 def chunk_size(config: RunConfig, examples: int, t: int) -> int:

@@ -14,13 +14,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from tpaw.config.plan import optimizer_steps, plan_run, players_of
+from tpaw.config.plan import (
+    as_in_the_first_iteration,
+    optimizer_steps,
+    plan_run,
+    players_of,
+)
 from tpaw.config.schema import (
     CriticConfig,
     EvaluateConfig,
     ObjectiveConfig,
     RunConfig,
-    at_iteration,
 )
 from tpaw.critic.comparisons import comparisons, halves, split
 from tpaw.critic.fit import fit
@@ -109,23 +113,16 @@ def shortened(config: RunConfig, rows: int) -> RunConfig:
     several = config.generate.temperature > 0 and not config.objective.needs.one_response
     wanted = SAMPLES_FOR_CRITIC if limit >= ROWS_FOR_CRITIC else SAMPLES
     samples = max(wanted, config.generate.samples) if several else config.generate.samples
-    changes: dict[str, object] = {
-        "iterations": 1,
-        "data": config.data.model_copy(update={"limit": limit, "chunks": 1}),
-        "evaluate": EvaluateConfig(),
-        "generate": config.generate.model_copy(update={"samples": samples}),
-        "train": config.train.model_copy(
-            update={
-                "learning_rate": at_iteration(config.train.learning_rate, 0),
-                "epochs": 1,
-                "report_to": (),
-            }
-        ),
-    }
-    if isinstance(config.objective, ObjectiveConfig):
-        lambda_ = at_iteration(config.objective.lambda_, 0)
-        changes["objective"] = config.objective.model_copy(update={"lambda_": lambda_})
-    return config.model_copy(update=changes)
+    short = as_in_the_first_iteration(config)
+    return short.model_copy(
+        update={
+            "iterations": 1,
+            "data": config.data.model_copy(update={"limit": limit, "chunks": 1}),
+            "evaluate": EvaluateConfig(),
+            "generate": config.generate.model_copy(update={"samples": samples}),
+            "train": short.train.model_copy(update={"epochs": 1, "report_to": ()}),
+        }
+    )
 
 
 class _Measuring:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
+from rich.console import Group, RenderableType
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -67,28 +70,16 @@ def progress(
     Yields:
         A function that advances the bar.
     """
+    if console is None and _screen is not None:
+        with _screen.stage(description, total, unit) as advance:
+            yield advance
+        return
     console = console or TextConsole(stderr=True)
     started = time.monotonic()
     if console.is_terminal:
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            _RateColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
-        )
-        with Progress(*columns, console=console) as bars:
+        with Progress(*_columns(), console=console) as bars:
             task = bars.add_task(for_terminal(description), total=total, unit=unit, note="")
-
-            def advance(count: int, note: str = "") -> None:
-                bars.advance(task, count)
-                if note:
-                    bars.update(task, note=for_terminal(note))
-
-            yield advance
+            yield _advancing(bars, task)
         return
 
     done, last_line = 0, started
@@ -107,6 +98,88 @@ def progress(
     yield advance_quietly
     seconds = time.monotonic() - started
     console.print_text(f"{description}: {done} {unit} in {seconds:.1f} s")
+
+
+@contextlib.contextmanager
+def screen(
+    describe: Callable[[], RenderableType | None], console: TextConsole | None = None
+) -> Iterator[None]:
+    """Keep the running bar of this process, and a view below it, at the bottom of the terminal.
+
+    Lines that are printed meanwhile go above. Without a terminal nothing changes.
+
+    Args:
+        describe: the view. It is asked when a bar appears. If it fails, the old view stays.
+        console: where to print. Default: stderr.
+    """
+    global _screen
+    console = console or TextConsole(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    _screen = _Screen(describe, console)
+    try:
+        with _screen.live:
+            yield
+    finally:
+        _screen = None
+
+
+class _Screen:
+    def __init__(self, describe: Callable[[], RenderableType | None], console: TextConsole) -> None:
+        self.describe = describe
+        self.bars = Progress(*_columns(), console=console)
+        self.view: RenderableType | None = None
+        # A view that is higher than the terminal is cut, so that it never scrolls.
+        self.live = Live(
+            get_renderable=self._render,
+            console=console,
+            transient=True,
+            vertical_overflow="ellipsis",
+        )
+
+    def _render(self) -> RenderableType:
+        return Group(self.bars, *([] if self.view is None else [self.view]))
+
+    @contextlib.contextmanager
+    def stage(self, description: str, total: int | None, unit: str) -> Iterator[Advance]:
+        """A bar while the work goes on, and a line of what was done above the view."""
+        with contextlib.suppress(Exception):  # a view is no reason to lose a run
+            self.view = self.describe()
+        task = self.bars.add_task(for_terminal(description), total=total, unit=unit, note="")
+        try:
+            yield _advancing(self.bars, task)
+            [found] = [bar for bar in self.bars.tasks if bar.id == task]
+            seconds = found.elapsed or 0.0
+            text = f"{description}: {found.completed:.0f} {unit} in {seconds:.1f} s"
+            self.live.console.print(text, soft_wrap=True)
+        finally:
+            self.bars.remove_task(task)
+
+
+_screen: _Screen | None = None
+
+
+def _columns() -> Iterable[ProgressColumn]:
+    return (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+    )
+
+
+def _advancing(bars: Progress, task: TaskID) -> Advance:
+    def advance(count: int, note: str = "") -> None:
+        bars.advance(task, count)
+        if note:
+            bars.update(task, note=for_terminal(note))
+
+    return advance
 
 
 def _print_note(text: str) -> None:

@@ -1,0 +1,200 @@
+"""`tpaw plan --measure`: what a run takes, from a few real steps."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+
+import numpy as np
+import pytest
+import torch
+from messages import complains, refused
+
+import tpaw.pipeline.costs
+import tpaw.pipeline.training
+from tpaw.config.plan import plan_run
+from tpaw.config.schema import RunConfig
+from tpaw.data.examples import Examples
+from tpaw.errors import InputError, MemoryShortageError
+from tpaw.pipeline.costs import STEPS, Costs, Memory, measure_costs
+from tpaw.pipeline.engines import InProcess
+from tpaw.pipeline.preflight import read_inputs
+from tpaw.pipeline.stages import Stages
+from tpaw.report.costs import described_costs, readable_time
+from tpaw.runtime.interrupt import StopSignal
+
+
+@pytest.fixture
+def config(finished):
+    return finished[1]
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """The folder for temporary files."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def test_the_seconds_of_an_iteration_by_hand(config):
+    costs = Costs(
+        records=8,
+        loading=3.0,
+        response=0.5,
+        sequence=0.25,
+        distinct=0.8,
+        steps={1: 2.0, 3: 4.0},
+        around_training=10.0,
+        heldout=(0.3, 0.2),
+        memory=Memory("this machine", 1, 2),
+    )
+    first, second, third, fourth = plan_run(config, 24)  # batches of 8, epochs 2, 1, 1, 1
+    assert costs.of_iteration(first, 100) == {
+        "generate": 12.0,
+        "score": pytest.approx(3 + 0.25 * 0.8 * 48),
+        "train": 10 + 2.0 * 6,  # one opponent, 24 triples twice
+        "evaluate": 3 + 20.0,
+    }
+    assert costs.of_iteration(second, 0)["evaluate"] == 0
+    assert costs.of_iteration(second, 0)["train"] == 10 + 3.0 * 6  # between one and three
+    assert costs.of_iteration(third, 0)["train"] == 10 + 4.0 * 9
+    assert fourth.main_players == (3, 2, 1)  # θ_3 scores all, the two others what is new
+    assert costs.of_iteration(fourth, 0)["score"] == pytest.approx(
+        3 * 3 + 0.25 * 0.8 * (4 * 24 + 2 * 24)
+    )
+    assert costs.of_evaluation(100, is_first=True) == 3 + 30.0
+
+
+def test_what_takes_known_times(config, monkeypatch):
+    """Stages that sleep as long as they have work."""
+    naps = {"generate": 0.004, "step": 0.03, "around": 0.2}
+    sleep = time.sleep
+
+    def generate(self, player, examples, t):
+        real(self, player, examples, t)
+        sleep(naps["generate"] * len(examples))
+
+    def train(self, job, triples, progress):
+        asked.append((len(job.opponents), job.steps))
+        with progress as advance:
+            advance(0)
+            for _ in range(job.steps):
+                sleep(naps["step"] * len(job.opponents))
+                advance(1)
+        sleep(naps["around"])
+
+    asked, real = [], Stages.generate
+    monkeypatch.setattr(Stages, "generate", generate)
+    monkeypatch.setattr(InProcess, "train", train)
+    costs = measure_costs(config, read_inputs(config), StopSignal())
+    assert asked == [(1, 3), (3, 9)]  # epochs count for nothing here
+    assert costs.records == 24
+    assert naps["generate"] < costs.response < naps["generate"] + 0.05
+    assert costs.steps[1] == pytest.approx(naps["step"], rel=0.5)
+    assert costs.steps[3] == pytest.approx(3 * naps["step"], rel=0.5)
+    assert costs.around_training == pytest.approx(naps["around"], rel=0.5)
+
+
+def test_a_large_team_is_tried_for_a_few_steps(config, monkeypatch):
+    ends, timed = [], tpaw.pipeline.costs._timed
+
+    def noting(title, steps, found, *, is_whole):
+        ends.append(found)
+        return timed(title, steps, found, is_whole=is_whole)
+
+    monkeypatch.setattr(tpaw.pipeline.costs, "_timed", noting)
+    costs = measure_costs(config, read_inputs(config), StopSignal())
+    assert [len(found) for found in ends] == [3, STEPS]
+    assert set(costs.steps) == {1, 3}
+    assert all(seconds > 0 for seconds in (costs.sequence, costs.response, *costs.heldout))
+    assert 0 < costs.distinct <= 1
+
+
+def test_the_longest_records_are_among_those_that_are_tried(config):
+    inputs = read_inputs(config)
+    examples = list(inputs.examples)
+    asked = config.model_copy(
+        update={
+            "train": config.train.model_copy(update={"batch_size": 2}),
+            "generate": config.generate.model_copy(update={"tokens_per_batch": 1}),
+        }
+    )
+    chosen = list(tpaw.pipeline.costs._chosen(asked, inputs).examples)
+    assert len(chosen) == 2 * STEPS
+    assert len({e.id for e in chosen}) == len(chosen)
+    assert max(len(e.prompt_ids) for e in chosen) == max(len(e.prompt_ids) for e in examples)
+    both = [[len(e.prompt_ids) + len(e.target_ids) for e in some] for some in (chosen, examples)]
+    assert max(both[0]) == max(both[1])
+    assert np.mean(both[0]) < max(both[1])  # and not they alone
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_other_methods(config, method, monkeypatch):
+    inputs = read_inputs(config)
+    changed = config.model_copy(update={"method": method})
+    if method == "dpo":
+        pairs = [e._replace(rejected_ids=e.target_ids[:1]) for e in inputs.examples]
+        inputs = inputs._replace(examples=Examples.of(pairs))
+    costs = measure_costs(changed, inputs, StopSignal())
+    assert costs.response == 0
+    assert (costs.sequence > 0) is (method == "dpo")
+    assert set(costs.steps) == {0}
+    [plan] = plan_run(changed, 24)[:1]
+    assert costs.of_iteration(plan, 0)["train"] > 0
+
+
+def test_the_command_measures_and_keeps_nothing(tpaw_, config, tmp_path, temporary, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    from tpaw.config.files import to_yaml
+
+    (tmp_path / "config.yaml").write_text(to_yaml(config, comments=False))
+    command = ("plan", str(tmp_path / "config.yaml"), "--measure", "--price-per-hour", "3600")
+    code, out, _ = tpaw_(*command)
+    assert code == 0
+    assert "generate" in out
+    assert "device hours" in out
+    [paid] = [line for line in out.splitlines() if line.startswith("In all")]
+    price = float(paid.partition("hours, ")[2].partition(" ")[0])
+    shown = float(paid.partition("In all: ")[2].partition(" s")[0])
+    assert price == pytest.approx(shown, abs=0.06)  # 3600 an hour is 1 a second
+    assert "Peak memory:" in out
+    assert list(temporary.iterdir()) == []
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_memory_that_runs_out_is_found_now(config, temporary, monkeypatch):
+    def too_large(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(tpaw.pipeline.training, "train_iteration", too_large)
+    with refused("train.tokens_per_row: 256", error=MemoryShortageError):
+        measure_costs(config, read_inputs(config), StopSignal())
+    assert list(temporary.iterdir()) == []
+
+
+def test_what_is_refused(tpaw_, config, tmp_path):
+    with refused("method: critic", "--measure"):
+        measure_costs(
+            config.model_copy(update={"method": "critic"}), read_inputs(config), StopSignal()
+        )
+    code, _, err = tpaw_("plan", "starter", "--price-per-hour", "2")
+    assert code != 0
+    complains(err, "--price-per-hour 2", "--measure")
+    right_ones = RunConfig.load(
+        config.model_dump(mode="json", by_alias=True) | {"objective": {"name": "self_training"}}
+    )
+    with pytest.raises(InputError, match="none of the 24 responses that were tried is right"):
+        measure_costs(right_ones, read_inputs(right_ones), StopSignal())
+
+
+def test_for_people():
+    assert [readable_time(s) for s in (0.04, 99.9, 100, 5999, 6001, 90_000)] == [
+        "0.0 s", "99.9 s", "2 min", "1 h 40 min", "1 h 40 min", "25 h 00 min",
+    ]  # fmt: skip
+    memory = Memory("a GPU", 5 * 10**9, 8 * 10**10)._asdict()
+    texts = described_costs({"θ_1": {"generate": 1800.0, "train": 5400.0}}, memory, 2.5)
+    assert texts[0] == "In all: 2 h 00 min, 2 device hours, 5.00 at 2.5 an hour."
+    assert texts[1] == "Peak memory: 5.0 GB of 80.0 GB on a GPU."

@@ -1,0 +1,136 @@
+"""What a person sees while a run goes on: the view, the time left, and the place for both."""
+
+from __future__ import annotations
+
+import io
+import shutil
+
+import pytest
+from rich.console import Group
+
+import tpaw.runtime.progress
+from tpaw.config.plan import plan_run
+from tpaw.report.forecast import seconds_left
+from tpaw.report.live import live_view
+from tpaw.runtime.console import TextConsole
+from tpaw.runtime.progress import note, progress, screen
+from tpaw.storage.run_directory import RunDirectory
+
+HOSTILE = "\x1b[31mred\x07 [bold]x[/bold] :smile:"
+
+
+def terminal():
+    return TextConsole(file=io.StringIO(), width=100, height=30, force_terminal=True)
+
+
+def seconds(*entries, method="self_play", ended=None):
+    players = [{"iteration": i, "seconds": entry} for i, entry in enumerate(entries)]
+    return {"players": players, "method": method, "ended": ended}
+
+
+def test_the_time_left_by_hand(finished):
+    _, config = finished
+    plans = plan_run(config, 24)  # epochs 2, 1, 1, 1 of 24, 48, 72, 72 triples in batches of 8
+    assert [plan.optimizer_steps for plan in plans] == [6, 6, 9, 9]
+    assert [plan.to_score for plan in plans] == [48, 96, 144, 144]
+    first = {"generate": 2.0, "score": 4.8, "train": 12.0, "evaluate": 3.0}
+    start = {"evaluate": 5.0}
+    assert seconds_left(seconds({}, {}, {}, {}, {}), plans) is None
+    assert seconds_left(seconds(start, {}, {}, {}, {}), plans) is None
+    done = seconds(start, first, {}, {}, {})
+    # 3 × 2 to generate, 384 pairs at .1, 24 steps at 2, 3 evaluations at 4
+    assert seconds_left(done, plans) == pytest.approx(6 + 38.4 + 48 + 12)
+    half = seconds(start, first, {"generate": 4.0, "score": 4.8}, {}, {})
+    # 2 × 3; 288 pairs at 9.6/144; 24 steps; 3 evaluations
+    assert seconds_left(half, plans) == pytest.approx(6 + 288 * 9.6 / 144 + 48 + 12)
+    assert seconds_left(seconds(start, *[first] * 4), plans) == 0
+    assert (
+        seconds_left(seconds({}, *[{"generate": 1.0, "score": 1.0, "train": 1.0}] * 4), plans) == 0
+    )
+    assert seconds_left({**done, "ended": "worse"}, plans) == 0
+
+
+def test_a_critic_that_was_not_fitted_yet_is_not_guessed(finished):
+    _, config = finished
+    plans = plan_run(config, 24)
+    first = {"generate": 2.0, "score": 4.8, "train": 12.0}
+    assert seconds_left(seconds({}, first, {}, {}, {}, method="critic"), plans) is None
+    with_critic = seconds({}, first | {"critic": 7.0}, {}, {}, {}, method="critic")
+    without = seconds({}, first, {}, {}, {})
+    assert seconds_left(with_critic, plans) == pytest.approx(seconds_left(without, plans) + 21)
+
+
+def shown(view):
+    console = TextConsole(file=io.StringIO(), width=140)
+    console.print(view)
+    return console.file.getvalue()
+
+
+def test_the_view_of_a_run_half_done_and_finished(finished, tmp_path):
+    run, config = finished
+    text = shown(live_view(run, config))
+    assert "finished" in text
+    assert "next" not in text
+    assert "alarm: " in text
+    half = RunDirectory(shutil.copytree(run.root, tmp_path / "run"))
+    for i in (3, 4):
+        shutil.rmtree(half.iteration(i - 1).folder)
+    lines = shown(live_view(half, config)).splitlines()
+    assert "stages done, about " in " ".join(lines[:2])
+    assert any("next  [3/4] generate with θ_2" in line for line in lines)
+    assert any("θ_2" in line for line in lines)
+    assert not any("│       θ_3" in line for line in lines)
+
+
+def test_one_place_for_the_bar_and_the_view(monkeypatch):
+    console, asked = terminal(), []
+    monkeypatch.setattr("sys.stderr", console.file)
+
+    def describe():
+        asked.append(1)
+        return Group(f"view {len(asked)}", HOSTILE)
+
+    with screen(describe, console):
+        for name in ("generate", HOSTILE):
+            with progress(name, 3, "prompts") as advance:
+                advance(1, HOSTILE)
+                advance(2)
+        note("a note")
+    text = console.file.getvalue()
+    assert len(asked) == 2
+    assert "generate: 3 prompts in 0.0 s" in text
+    assert "view 2" in text
+    assert text.count(r"[31mred\x07 [bold]x[/bold] :smile:") >= 2
+    assert not set(text) & set("\x07")
+    assert "\x1b[31mred" not in text
+    assert tpaw.runtime.progress._screen is None
+    with progress("alone", 1, "rows", console) as advance:
+        advance(1)
+    assert len(asked) == 2
+
+
+def test_a_view_that_fails_costs_nothing_and_an_error_in_the_work_comes_through():
+    console = terminal()
+
+    def describe():
+        raise RuntimeError("no view")
+
+    def work():
+        with progress("first", 1, "rows") as advance:
+            advance(1)
+        with progress("second", 1, "rows"):
+            raise KeyError("work")
+
+    with pytest.raises(KeyError, match="work"), screen(describe, console):
+        work()
+    text = console.file.getvalue()
+    assert "first: 1 rows in" in text
+    assert "second: " not in text
+    assert tpaw.runtime.progress._screen is None
+
+
+def test_without_a_terminal_nothing_changes(capsys):
+    here = screen(lambda: pytest.fail("nobody sees it"), TextConsole(file=io.StringIO()))
+    with here, progress("work", 2, "rows") as advance:
+        advance(2)
+    assert "work: 2 rows in 0.0 s" in capsys.readouterr().err
