@@ -6,7 +6,7 @@ BIN := .venv/bin
 PARALLEL := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 READY := .venv/.installed
 
-.PHONY: architectures demo faults test quick messages fuzz lowest vllm check format lint types starter clean
+.PHONY: architectures demo docs reference faults test quick messages fuzz lowest vllm check format lint types starter clean
 
 demo: $(READY)  ## The starter: four iterations of self-play, ending with the table.
 	$(BIN)/tpaw run starter --output runs/starter
@@ -51,11 +51,22 @@ vllm: .venv-vllm/.installed  ## vLLM in an environment of its own, for checks/vl
 	fi
 	@touch $@
 
+docs: .venv-docs/.installed  ## The site in build/website/site, every link checked.
+	.venv-docs/bin/python website/build.py
+
+.venv-docs/.installed: website/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --requirement website/requirements.txt
+	@touch $@
+
+reference: $(READY)  ## Write the pages of settings and commands again from the code.
+	$(BIN)/python -m website.reference
+
 format: $(READY)
-	$(BIN)/ruff format --check src tests checks benchmarks worlds
+	$(BIN)/ruff format --check src tests checks benchmarks website worlds
 
 lint: $(READY)
-	$(BIN)/ruff check src tests checks benchmarks worlds
+	$(BIN)/ruff check src tests checks benchmarks website worlds
 
 types: $(READY)
 	$(BIN)/mypy
@@ -69,4 +80,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 clean:
-	rm -rf .venv .venv-lowest .venv-vllm runs
+	rm -rf .venv .venv-docs .venv-lowest .venv-vllm build/website runs
