@@ -52,6 +52,17 @@ def test_links_and_anchors_resolve(page):
         assert not anchor or anchor in anchors(target), link
 
 
+def test_lists_are_lists_in_a_site_too(page):
+    """Python-Markdown wants a blank line before a list, and four spaces before a list in a list."""
+    before = ""
+    for line in prose(page).split("\n"):
+        if item := re.match(r"( *)(?:[-*]|\d+\.) ", line):
+            assert len(item[1]) % 4 == 0, line
+            in_list = re.match(r" *(?:[-*]|\d+\.) |  ", before)
+            assert not before or in_list or item[1], line
+        before = line
+
+
 def test_named_files_and_tests_exist(page):
     defined = {
         name
