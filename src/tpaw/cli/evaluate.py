@@ -35,10 +35,23 @@ def compare(
     json_: Annotated[
         Path | None, typer.Option("--json", help="Also write all numbers to this JSON file.")
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            help="Also write a page with the numbers and the systems' answers side by side.",
+        ),
+    ] = None,
 ) -> None:
-    """Compare every system with the first one on the same items, with statistical tests."""
-    if json_ is not None and (json_.is_dir() or not json_.parent.is_dir()):
-        raise InputError(f"--json {json_}: cannot be written; give a file in a folder that exists")
+    """Compare every system with the first one on the same items, with statistical tests.
+
+    For example: tpaw compare runs/sft runs/mine --html comparison.html
+    """
+    for option, path in (("--json", json_), ("--html", html)):
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise InputError(
+                f"{option} {path}: cannot be written; give a file in a folder that exists"
+            )
     from tpaw.evaluation.compare import compare as compare_evaluations
     from tpaw.evaluation.load import find_evaluation
     from tpaw.report.comparison import comparison_table
@@ -55,6 +68,10 @@ def compare(
         console.print_text(text)
     if json_ is not None:
         write_json(json_, comparison.as_json())
+    if html is not None:
+        from tpaw.report.html.comparison import write_comparison
+
+        write_comparison(html, comparison, evaluations)
 
 
 @app.command(cls=Command)

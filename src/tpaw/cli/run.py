@@ -160,9 +160,7 @@ def status(
     ] = False,
 ) -> None:
     """Show which stages of a run are done and which stage is next."""
-    run = RunDirectory(directory)
-    if not run.has_begun():
-        raise InputError(f"{directory}: not a run directory; it has no run.json")
+    run = _run_in(directory)
     settings = run.load_config()
     from tpaw.report.status import done_and_next
 
@@ -213,26 +211,51 @@ def _look(
 
 @app.command(cls=Command)
 def report(
-    directory: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    directory: Annotated[
+        Path,
+        typer.Argument(metavar="RUN_OR_STUDY", help="A run directory, or the folder of a study."),
+    ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The file to write. Default: RUN/report.html."),
+        typer.Option(
+            "--output", "-o", help="The file to write. Default: report.html in that folder."
+        ),
     ] = None,
 ) -> None:
-    """Write the report of a run: one HTML file, which needs no network.
+    """Write the report of a run or a study: one HTML file, which needs no network.
 
-    `tpaw run` writes it too, whenever a stage ends.
+    `tpaw run` writes it too, whenever a stage ends, and `tpaw study` at its end.
+
+    For example: tpaw report runs/mine -o mine.html
+    """
+    if output is not None and not output.parent.is_dir():
+        raise InputError(f"--output {output}: no such folder: {output.parent}")
+    path = output or directory / "report.html"
+    study = directory / "study.json"
+    if study.is_file():
+        from tpaw.report.html.study import write_study_page
+        from tpaw.report.study import read_study_results
+
+        write_study_page(path, read_study_results(study))
+    else:
+        run = _run_in(directory)
+        settings = run.load_config()
+        from tpaw.report.html.page import write_report
+
+        write_report(run, settings, path)
+    console_of_stdout().print_text(f"Report: {path}")
+
+
+def _run_in(directory: Path) -> RunDirectory:
+    """The run of a folder.
+
+    Raises:
+        InputError: there is none.
     """
     run = RunDirectory(directory)
     if not run.has_begun():
         raise InputError(f"{directory}: not a run directory; it has no run.json")
-    if output is not None and not output.parent.is_dir():
-        raise InputError(f"--output {output}: no such folder: {output.parent}")
-    settings = run.load_config()
-    from tpaw.report.html.page import write_report
-
-    path = write_report(run, settings, output)
-    console_of_stdout().print_text(f"Report: {path}")
+    return run
 
 
 @app.command(cls=Command)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ def write_items(path: Path, items: Sequence[Item]) -> None:
     path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
 
 
-def read_items(path: Path) -> list[Item]:
-    """Read the items that `write_items` wrote."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def read_items(path: Path, limit: int | None = None) -> list[Item]:
+    """Read the items that `write_items` wrote, or the first of them.
+
+    Args:
+        limit: how many; None for all.
+    """
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in islice(lines, limit)]

@@ -69,7 +69,7 @@ def draw_figures(study: Study, folder: Path) -> list[Path]:
 
 def _figures(study: Study) -> Iterator[tuple[str, Figure]]:
     measures = study["measures"]
-    if varied := _single_axis(study):
+    if varied := single_axis(study):
         for measure in measures:
             if measure in ("accuracy", "gap", study["primary"]):
                 yield f"{_slug(measure)}-by-{_slug(varied)}", _by_setting(study, varied, measure)
@@ -136,7 +136,7 @@ def _by_setting(study: Study, setting: str, measure: str) -> Figure:
     methods = list(dict.fromkeys(c["method"] for c in study["conditions"].values()))
     for i, method in enumerate(methods):
         points = [
-            (_first(condition["settings"][setting]), found)
+            (value_of(condition["settings"][setting]), found)
             for condition in study["conditions"].values()
             if condition["method"] == method
             # If every run of a condition failed, the condition has no iterations.
@@ -144,7 +144,7 @@ def _by_setting(study: Study, setting: str, measure: str) -> Figure:
             and (found := condition["by_iteration"][-1].get(measure))
         ]
         _line(axes, i, method, [value for value, _ in points], [found for _, found in points])
-    values = [_first(c["settings"][setting]) for c in study["conditions"].values()]
+    values = [value_of(c["settings"][setting]) for c in study["conditions"].values()]
     if min(values) > 0 and max(values) > LOGARITHMIC_FROM * min(values):
         axes.set_xscale("log")
     axes.set(xlabel=setting.partition(",")[0], ylabel=f"{label_of(measure)}, last iteration")
@@ -227,7 +227,7 @@ def _saver(figure: Figure, suffix: str) -> Callable[[Path], None]:
     return save
 
 
-def _single_axis(study: Study) -> str | None:
+def single_axis(study: Study) -> str | None:
     """Return the setting that varies, or None.
 
     There must be only one, and its values must be numbers or lists of numbers.
@@ -237,11 +237,11 @@ def _single_axis(study: Study) -> str | None:
     if len(keys) != 1:
         return None
     [key] = keys
-    numbers = all(isinstance(_first(s[key]), int | float) for s in settings)
+    numbers = all(isinstance(value_of(s[key]), int | float) for s in settings)
     return key if numbers else None
 
 
-def _first(value: Any) -> Any:
+def value_of(value: Any) -> Any:
     """Return the value itself, or the first value if it is a list with one value per iteration."""
     return value[0] if isinstance(value, list) else value
 

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from tpaw.errors import printable
+from tpaw.errors import InputError, printable
 from tpaw.report.figures import has_one_length, label_of
 
 Study = Mapping[str, Any]
 Rows = list[list[str]]
+
+
+def read_study_results(path: Path) -> Study:
+    """Read study.json.
+
+    Raises:
+        InputError: it is not one, or an older version wrote it.
+    """
+    try:
+        study = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"name", "conditions", "comparisons", "measures", "primary", "machine"} - {*study}
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read as the results of a study: {error}") from None
+    if missing:
+        raise InputError(
+            f"{path}: not the results of a study: it has no {', '.join(sorted(missing))}; run "
+            "`tpaw study` again"
+        )
+    found: Study = study
+    return found
 
 
 def study_tables(study: Study) -> list[Table]:
@@ -22,7 +43,7 @@ def study_tables(study: Study) -> list[Table]:
         study: the content of study.json.
     """
     tables = []
-    for title, headings, rows in _tables(study):
+    for title, headings, rows in main_tables(study):
         table = Table(title=title, title_style="")
         for i, heading in enumerate(headings):
             table.add_column(heading, justify="left" if i == 0 else "right")
@@ -74,12 +95,13 @@ def study_report(study: Study, figures: Sequence[Path]) -> str:
     lines += [f"- {sentence}" for sentence in sentences(study)] + [""]
     for path in figures:
         lines += [f"![{path.stem}](figures/{path.name})", ""]
-    for title, headings, rows in [*_tables(study), *_detailed(study)]:
+    for title, headings, rows in [*main_tables(study), *detailed_tables(study)]:
         lines += [f"**{title}**", "", *_markdown(headings, rows), ""]
     return "\n".join(lines)
 
 
-def _tables(study: Study) -> Iterator[tuple[str, list[str], Rows]]:
+def main_tables(study: Study) -> Iterator[tuple[str, list[str], Rows]]:
+    """Title, headings and rows of the tables that answer the question of the study."""
     yield _by_iteration(study, study["primary"])
     if study["comparisons"]:
         yield _compared(study)
@@ -87,7 +109,8 @@ def _tables(study: Study) -> Iterator[tuple[str, list[str], Rows]]:
         yield _judged(study["win_rates"])
 
 
-def _detailed(study: Study) -> Iterator[tuple[str, list[str], Rows]]:
+def detailed_tables(study: Study) -> Iterator[tuple[str, list[str], Rows]]:
+    """The same of all other measures, and of every run."""
     for measure in study["measures"]:
         if measure != study["primary"]:
             yield _by_iteration(study, measure)

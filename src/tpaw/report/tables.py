@@ -11,6 +11,11 @@ from tpaw.config.plan import IterationPlan
 from tpaw.errors import printable
 from tpaw.storage.failures import readable_size
 
+SUMMARY_HEADINGS = (
+    "iteration", "accuracy", "p vs θ_0", "held-out margin", "target reward", "margin", "identical",
+    "truncated", "seconds",
+)  # fmt: skip
+
 
 def summary_table(summary: dict[str, Any]) -> Table:
     """Build a table with one line for each checkpoint: evaluation and training metrics.
@@ -23,9 +28,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
         "Rewards are means over the last half of the steps."
     )
     table = Table(caption=caption, caption_style="", caption_justify="left")
-    for heading in ("iteration", "accuracy", "p vs θ_0", "held-out margin", "target reward"):
-        table.add_column(heading, justify="right")
-    for heading in ("margin", "identical", "truncated", "seconds"):
+    for heading in SUMMARY_HEADINGS:
         table.add_column(heading, justify="right")
     for entry in summary["players"]:
         if (cells := summary_cells(entry)) is not None:
@@ -34,14 +37,34 @@ def summary_table(summary: dict[str, Any]) -> Table:
 
 
 def summary_cells(entry: dict[str, Any]) -> list[str] | None:
-    """The line of a checkpoint, None if it does not exist yet.
+    """The line of a checkpoint under `SUMMARY_HEADINGS`, None if it does not exist yet.
 
     Args:
         entry: one of the entries `players` of summary.json.
     """
     if entry["iteration"] > 0 and "checkpoint" not in entry:
         return None
-    return _summary_row(entry)
+    evaluation = entry.get("evaluation", {})
+    accuracy, p_value = "–", "–"
+    if "exact_match" in evaluation:
+        found = evaluation["exact_match"]
+        low, high = found["interval_95"]
+        accuracy = f"{found['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
+        if entry["iteration"] > 0:
+            p_value = f"{found['versus_start']['p_value']:.1g}"
+    margin = f"{evaluation['logps']['margin']:+.2f}" if "logps" in evaluation else "–"
+    training, responses = entry.get("training", {}), entry.get("responses", {})
+    return [
+        f"θ_{entry['iteration']}",
+        accuracy,
+        p_value,
+        margin,
+        _signed(training, "rewards/target"),
+        _signed(training, "rewards/margins"),
+        f"{responses['identical_share']:.1%}" if responses else "–",
+        f"{responses['truncated_share']:.1%}" if responses else "–",
+        f"{sum(entry['seconds'].values()):.1f}",
+    ]
 
 
 def suite_table(results: Sequence[dict[str, Any]]) -> Table:
@@ -158,30 +181,6 @@ def win_rate_table(results: dict[str, Any]) -> Table:
     names = (printable(results[side]["name"], 40) for side in "ab")
     table.add_row(*names, rate, *(f"{count:,}" for count in counts))
     return table
-
-
-def _summary_row(entry: dict[str, Any]) -> list[str]:
-    evaluation = entry.get("evaluation", {})
-    accuracy, p_value = "–", "–"
-    if "exact_match" in evaluation:
-        found = evaluation["exact_match"]
-        low, high = found["interval_95"]
-        accuracy = f"{found['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
-        if entry["iteration"] > 0:
-            p_value = f"{found['versus_start']['p_value']:.1g}"
-    margin = f"{evaluation['logps']['margin']:+.2f}" if "logps" in evaluation else "–"
-    training, responses = entry.get("training", {}), entry.get("responses", {})
-    return [
-        f"θ_{entry['iteration']}",
-        accuracy,
-        p_value,
-        margin,
-        _signed(training, "rewards/target"),
-        _signed(training, "rewards/margins"),
-        f"{responses['identical_share']:.1%}" if responses else "–",
-        f"{responses['truncated_share']:.1%}" if responses else "–",
-        f"{sum(entry['seconds'].values()):.1f}",
-    ]
 
 
 def _score_cell(part: dict[str, Any]) -> str:

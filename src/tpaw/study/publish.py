@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tpaw.report.figures import draw_figures
+from tpaw.report.html.study import write_study_page
 from tpaw.report.study import study_report
 from tpaw.storage.artifacts import write_json, write_text
 from tpaw.storage.run_directory import environment
@@ -59,6 +60,7 @@ def publish_study(
     write_json(output / "study.json", content)
     figures = draw_figures(content, output / "figures")
     write_text(output / "report.md", study_report(content, figures))
+    write_study_page(output / "report.html", content)
     return content
 
 

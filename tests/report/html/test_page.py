@@ -64,8 +64,8 @@ def test_a_run_writes_it_and_it_asks_for_nothing_from_outside(finished):
 def test_it_shows_every_prompt_with_its_responses(finished):
     run, config = finished
     data = json.loads(Parsed(rendered(run, config)).scripts["samples-data"])
-    assert data["heldout"]["players"] == [0, 1, 2, 3, 4]
-    assert data["training"]["players"] == [0, 1, 2, 3]
+    assert data["heldout"]["systems"] == ["θ_0", "θ_1", "θ_2", "θ_3", "θ_4"]
+    assert data["training"]["systems"] == ["θ_0", "θ_1", "θ_2", "θ_3"]
     assert len(data["heldout"]["items"]) == data["heldout"]["total"] == 10
     assert len(data["training"]["items"]) == data["training"]["total"] == 24
     lines = (run.evaluation(3) / "exact_match.jsonl").read_text().splitlines()

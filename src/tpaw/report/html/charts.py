@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 WIDTH, HEIGHT = 320, 190
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 26, 30
+MOST_LINES = 8
 MOST_POINTS = 400
 """A longer line is thinned evenly to as many points."""
 
@@ -43,22 +44,29 @@ def chart(
     bands: Sequence[float] = (),
     as_percent: bool = False,
     with_points: bool = False,
+    x_names: Sequence[str] = (),
 ) -> Markup:
     """Draw lines over a common x.
 
     Args:
         title: stands above the chart.
-        lines: at most eight, each with at least one point.
+        lines: at most `MOST_LINES`, each with at least one point.
         x_label: of the x axis.
         bands: where iterations end; every second stretch between them is shaded.
         as_percent: y is a share and is shown in percent.
         with_points: mark each point; its value shows when the pointer rests on it.
+        x_names: what stands below x = 0, 1, …; empty for the numbers themselves.
     """
     lines = [_thinned(line) for line in lines]
     ys = [v for line in lines for v in (*line.y, *line.low, *line.high) if math.isfinite(v)]
     xs = [v for line in lines for v in line.x]
     lost = sum(not math.isfinite(v) for line in lines for v in line.y)
-    x_ticks, y_ticks = _ticks(min(xs), max(xs), 4), _ticks(min(ys or [0]), max(ys or [1]), 4)
+    places: dict[float, str] = (
+        dict(enumerate(x_names))
+        if x_names
+        else {value: f"{value:g}" for value in _ticks(min(xs), max(xs), 4)}
+    )
+    y_ticks = _ticks(min(ys or [0]), max(ys or [1]), 4)
     x_low, x_high = min(xs), max(max(xs), min(xs) + 1e-9)
     y_low, y_high = y_ticks[0], y_ticks[-1]
 
@@ -92,11 +100,13 @@ def chart(
                 _tick(value, y_ticks[1] - y_ticks[0], as_percent),
             )
         )  # fmt: skip
-    for value in x_ticks:
+    for value, name in places.items():
         if x_low <= value <= x_high:
+            # A long name at the right edge would be cut.
+            anchor = "end" if len(name) > 3 and at_x(value) > WIDTH - RIGHT - 1 else "middle"
             parts.append(
-                Markup('<text class="tick" text-anchor="middle" x="{}" y="{}">{}</text>').format(
-                    at_x(value), HEIGHT - BOTTOM + 13, f"{value:g}"
+                Markup('<text class="tick" text-anchor="{}" x="{}" y="{}">{}</text>').format(
+                    anchor, at_x(value), HEIGHT - BOTTOM + 13, name
                 )
             )
     parts.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -160,13 +161,26 @@ def training_logs(
         if not run.training_log(i).exists():
             continue
         try:
-            log = run.read_training_log(i)
+            log = (
+                run.read_training_log(i)
+                if is_published(run.checkpoint(i))
+                else _lines_so_far(run.training_log(i))
+            )
         except ArtifactError as error:
             problems.append(str(error))
             continue
         if log:
             logs[i] = log
     return logs
+
+
+def _lines_so_far(log: Path) -> list[dict[str, Any]]:
+    """The whole lines of a log that is being written."""
+    lines = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in log.read_text(encoding="utf-8").splitlines():
+            lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict) and "step" in line]
 
 
 def data_facts(run: RunDirectory, summary: Mapping[str, Any]) -> list[Cell]:
@@ -229,7 +243,7 @@ def cost_rows(run: RunDirectory, summary: Mapping[str, Any]) -> tuple[list[str],
 
 
 def reproduce(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
-    """The command, the configuration, the versions and θ_0's fingerprint."""
+    """The command, the configuration, the versions and when the run began."""
     facts = run.facts()
     found = {"python": facts.get("python"), "machine": facts.get("machine")}
     versions = {**facts.get("versions", {}), **found}

@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
-import re
 import time
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from tpaw.config.schema import RunConfig
 from tpaw.errors import first_line, printable
@@ -25,9 +16,10 @@ from tpaw.report.html.content import (
     training_logs,
     verdict,
 )
+from tpaw.report.html.render import as_json, page
 from tpaw.report.html.samples import KINDS, heldout_samples, training_samples
 from tpaw.report.summary import summarise
-from tpaw.report.tables import summary_cells
+from tpaw.report.tables import SUMMARY_HEADINGS, summary_cells
 from tpaw.runtime.progress import note
 from tpaw.storage.artifacts import write_text
 from tpaw.storage.run_directory import RunDirectory
@@ -37,7 +29,6 @@ BYTES_OF_SAMPLES = 1_800_000
 HELDOUT_SHARE = 0.6
 SHARE_OF_TIME = 0.03
 """Of a run's time, at most, for its report. Its last report is written anyway."""
-_TEMPLATES = files("tpaw.report.html") / "templates"
 
 
 class Report:
@@ -88,8 +79,8 @@ def write_report(run: RunDirectory, config: RunConfig, output: Path | None = Non
     Raises:
         ArtifactError: a manifest or a results.json is damaged.
     """
-    page, path = rendered(run, config), output or run.report_file
-    write_text(path, page)
+    path = output or run.report_file
+    write_text(path, rendered(run, config))
     return path
 
 
@@ -101,18 +92,20 @@ def rendered(run: RunDirectory, config: RunConfig) -> str:
     """
     summary = summarise(run, config)
     heldout = heldout_samples(run, config.iterations, int(BYTES_OF_SAMPLES * HELDOUT_SHARE))
-    used = len(_json(heldout.as_json()).encode())
+    used = len(as_json(heldout.as_json()).encode())
     training = training_samples(run, config.iterations, max(0, BYTES_OF_SAMPLES - used))
     problems = [*heldout.problems, *training.problems]
     logs = training_logs(run, config.iterations, problems)
     headings, costs = cost_rows(run, summary)
     samples = {"heldout": heldout.as_json(), "training": training.as_json(), "kinds": list(KINDS)}
-    return _page(
+    return page(
+        "run.html",
         title=run.root.resolve().name,
-        method=summary["method"],
+        kind=summary["method"],
         verdict=verdict(summary),
         alarms=summary["alarms"],
         notes=[*summary["notes"], *dict.fromkeys(problems)],
+        headings=SUMMARY_HEADINGS,
         players=[cells for entry in summary["players"] if (cells := summary_cells(entry))],
         progress=progress_charts(summary),
         training=training_charts(logs),
@@ -120,44 +113,5 @@ def rendered(run: RunDirectory, config: RunConfig) -> str:
         cost_headings=headings,
         costs=costs,
         reproduce=reproduce(run, config),
-        samples=_json(samples),
+        samples=as_json(samples),
     )
-
-
-def _page(**values: Any) -> str:
-    """The template with its style sheet and its script, which alone may apply and run."""
-    style, script = (
-        (_TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js")
-    )
-    environment = Environment(
-        loader=PackageLoader("tpaw.report.html"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    policy = (
-        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    page = environment.get_template("run.html").render(
-        **values, style=Markup(style), script=Markup(script), policy=policy
-    )
-    return _visible(page)
-
-
-def _hash(text: str) -> str:
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
-
-
-def _json(value: Any) -> Markup:
-    """JSON that can stand inside a script element: no text in it can end the element."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)
-
-
-def _visible(page: str) -> str:
-    """Control characters as the pictures that Unicode has of them; a file needs none."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f]", lambda found: chr(0x2400 + ord(found[0])), page)

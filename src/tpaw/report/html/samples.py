@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tpaw.evaluation.items import read_items
 from tpaw.storage.artifacts import MANIFEST, is_published, read_files
 from tpaw.storage.run_directory import RunDirectory
 
@@ -27,7 +28,6 @@ LOOKED_AT = 20_000
 """Of more prompts than this, the first ones are looked at."""
 LONGEST_TEXT = 20_000
 """Characters of a text that is shown; the rest is cut."""
-FIRST_COLUMNS = ("id", "prompt", "target")
 
 
 class Samples(NamedTuple):
@@ -35,14 +35,14 @@ class Samples(NamedTuple):
 
     Attributes:
         items: what is shown, in the order of the file; see `_sample`.
-        players: the index of each checkpoint whose responses the items have.
+        systems: the names of those whose responses the items have.
         of_kind: how many prompts are of each kind, of those that were looked at.
         looked_at, total: numbers of prompts.
         problems: files that could not be read, each with the reason.
     """
 
     items: list[dict[str, Any]]
-    players: list[int]
+    systems: list[str]
     of_kind: dict[str, int]
     looked_at: int
     total: int
@@ -50,13 +50,7 @@ class Samples(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         """The part of the page's data that its script reads."""
-        return {
-            "items": self.items,
-            "players": self.players,
-            "of_kind": self.of_kind,
-            "looked_at": self.looked_at,
-            "total": self.total,
-        }
+        return {key: value for key, value in self._asdict().items() if key != "problems"}
 
 
 def heldout_samples(run: RunDirectory, iterations: int, budget: int) -> Samples:
@@ -67,10 +61,22 @@ def heldout_samples(run: RunDirectory, iterations: int, budget: int) -> Samples:
         iterations: of the run.
         budget: bytes that the items may have as JSON.
     """
+    evaluations = {f"θ_{i}": run.evaluation(i) for i in range(iterations + 1)}
+    return samples_of_evaluations(run.inputs / "heldout.parquet", evaluations, budget)
+
+
+def samples_of_evaluations(inputs: Path, evaluations: Mapping[str, Path], budget: int) -> Samples:
+    """Held-out prompts with the greedy responses of several systems.
+
+    Args:
+        inputs: the parquet file of the held-out examples.
+        evaluations: names of systems, each with the folder of its evaluation. Those that are not
+            published are left out.
+        budget: bytes that the items may have as JSON.
+    """
     problems: list[str] = []
-    answers: dict[int, dict[str, dict[str, Any]]] = {}
-    for i in range(iterations + 1):
-        folder = run.evaluation(i)
+    answers: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, folder in evaluations.items():
         if not is_published(folder):
             continue
         found: dict[str, dict[str, Any]] = {}
@@ -80,8 +86,8 @@ def heldout_samples(run: RunDirectory, iterations: int, budget: int) -> Samples:
             known = found.setdefault(item["id"], {})
             names = ("target_logp", "initial_answer_logp")
             known["logps"] = [f"{item[name]:.2f}" for name in names]
-        answers[i] = found
-    return _chosen(run.inputs / "heldout.parquet", answers, budget, problems)
+        answers[name] = found
+    return _chosen(inputs, answers, budget, problems)
 
 
 def training_samples(run: RunDirectory, iterations: int, budget: int) -> Samples:
@@ -95,14 +101,14 @@ def training_samples(run: RunDirectory, iterations: int, budget: int) -> Samples
         budget: bytes that the items may have as JSON.
     """
     problems: list[str] = []
-    answers: dict[int, dict[str, dict[str, Any]]] = {}
+    answers: dict[str, dict[str, dict[str, Any]]] = {}
     for t in range(iterations):
         folder = run.iteration(t).responses
         if not is_published(folder):
             continue
-        answers[t] = {}
+        found = answers[f"θ_{t}"] = {}
         for row in islice(_responses(folder, problems), LOOKED_AT):
-            answers[t].setdefault(row["example_id"], _answer(row["text"], row["finish_reason"]))
+            found.setdefault(row["example_id"], _answer(row["text"], row["finish_reason"]))
     return _chosen(run.inputs / "train.parquet", answers, budget, problems)
 
 
@@ -121,8 +127,7 @@ def _read(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        with path.open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in islice(lines, LOOKED_AT)]
+        return read_items(path, LOOKED_AT)
     except (OSError, ValueError) as error:
         problems.append(f"{path.name}: {error}")
         return []
@@ -138,25 +143,25 @@ def _answer(text: str, finish_reason: str, is_right: bool | None = None) -> dict
 
 
 def _chosen(
-    inputs: Path, answers: dict[int, dict[str, dict[str, Any]]], budget: int, problems: list[str]
+    inputs: Path, answers: dict[str, dict[str, dict[str, Any]]], budget: int, problems: list[str]
 ) -> Samples:
-    players = sorted(answers)
+    systems = list(answers)
     try:
         file = pq.ParquetFile(inputs)
         total = file.metadata.num_rows
         rows = islice(_rows(file), LOOKED_AT)
-        items = [_sample(row, [answers[i].get(row["id"]) for i in players]) for row in rows]
+        items = [_sample(row, [answers[name].get(row["id"]) for name in systems]) for row in rows]
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         if inputs.exists():
             problems.append(f"{inputs.name}: {error}")
-        return Samples([], players, {}, 0, 0, problems)
+        return Samples([], systems, {}, 0, 0, problems)
     counts = Counter(KINDS[kind] for item in items for kind in item["kinds"])
     chosen = within_budget(items, budget)
-    return Samples(chosen, players, dict(counts), len(items), total, problems)
+    return Samples(chosen, systems, dict(counts), len(items), total, problems)
 
 
 def _rows(file: pq.ParquetFile) -> Iterator[dict[str, Any]]:
-    for batch in file.iter_batches(4096, columns=list(FIRST_COLUMNS)):
+    for batch in file.iter_batches(4096, columns=["id", "prompt", "target"]):
         yield from batch.to_pylist()
 
 
@@ -168,13 +173,12 @@ def _sample(row: dict[str, Any], answers: Sequence[dict[str, Any] | None]) -> di
         "prompt": row["prompt"][:LONGEST_TEXT],
         "target": target,
         "answers": list(answers),
-        "kinds": [
-            KINDS.index(kind) for kind in _kinds(target, [a for a in answers if a and "text" in a])
-        ],
+        "kinds": _kinds(target, [a for a in answers if a and "text" in a]),
     }
 
 
-def _kinds(target: str, answers: Sequence[dict[str, Any]]) -> list[str]:
+def _kinds(target: str, answers: Sequence[dict[str, Any]]) -> list[int]:
+    """The places in `KINDS` of the kinds that a sample is of."""
     if not answers:
         return []
     right = [answer["right"] for answer in answers if "right" in answer]
@@ -188,7 +192,7 @@ def _kinds(target: str, answers: Sequence[dict[str, Any]]) -> list[str]:
         "truncated": any("truncated" in answer for answer in answers),
         "identical": last.strip() == target.strip(),
     }
-    return [kind for kind in KINDS if applies[kind]]
+    return [place for place, kind in enumerate(KINDS) if applies[kind]]
 
 
 def within_budget(items: Iterable[dict[str, Any]], budget: int) -> list[dict[str, Any]]:

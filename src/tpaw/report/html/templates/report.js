@@ -121,7 +121,7 @@
     let before;
     item.answers.forEach((answer, k) => {
       if (!answer) return;
-      const box = make('div', undefined, 'answer'), title = make('h4', `θ_${set.players[k]} `);
+      const box = make('div', undefined, 'answer'), title = make('h4', `${set.systems[k]} `);
       if (answer.right !== undefined) {
         title.append(make('span', answer.right ? '✓ right' : '✗ wrong',
           answer.right ? 'right' : 'wrong'));
