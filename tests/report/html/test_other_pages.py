@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from messages import complains
 
-from tests.report.html.test_page import Parsed
+from tests.report.html.parsed import Parsed
 from tpaw.report.html.charts import MOST_LINES
 from tpaw.report.html.study import verdict, write_study_page
 

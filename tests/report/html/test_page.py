@@ -6,40 +6,16 @@ import base64
 import hashlib
 import json
 import re
-from html.parser import HTMLParser
 
 import pytest
 
 from tests.report.html.hostile import ATTACK, hostile_run
+from tests.report.html.parsed import Parsed
 from tpaw.config.schema import RunConfig
 from tpaw.report.html import page as page_module
 from tpaw.report.html.page import Report, rendered
 from tpaw.selfplay import self_play
 from tpaw.storage.run_directory import RunDirectory
-
-
-class Parsed(HTMLParser):
-    """Elements, their attributes, and the text of scripts and style sheets."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.elements, self.scripts, self.texts = [], {}, []
-        self._inside = None
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        self._inside = (tag, dict(attributes)) if tag in ("script", "style") else None
-
-    def handle_endtag(self, tag):
-        self._inside = None
-
-    def handle_data(self, data):
-        if self._inside:
-            tag, attributes = self._inside
-            self.scripts[attributes.get("id", tag)] = data
-        else:
-            self.texts.append(data)
 
 
 def test_a_run_writes_it_and_it_asks_for_nothing_from_outside(finished):
