@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import random
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -11,7 +13,7 @@ import yaml
 from messages import refused, says
 
 from tpaw.config.schema import RunConfig
-from tpaw.report.figures import draw_figures
+from tpaw.report.figures import draw_figures, spread
 from tpaw.report.study import sentences, study_report, study_tables
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.selfplay import self_play
@@ -405,3 +407,27 @@ def test_a_number_for_every_iteration_is_named_and_drawn_by_its_first(write, tmp
     text = "".join("".join(ElementTree.parse(accuracy).getroot().itertext()).split())
     assert "10\u22124" in text  # a logarithmic axis
     assert "10\u22122" in text
+
+
+def test_names_at_the_ends_of_lines_have_room_and_move_little():
+    """Against scipy's solution of the same least-squares problem."""
+    from scipy.optimize import minimize
+
+    rng = random.Random(0)
+    for _ in range(20):
+        values = sorted(rng.uniform(0, 1) for _ in range(rng.randint(1, 7)))
+        places = spread(values, 0.1, -10, 10)
+        assert all(b - a >= 0.1 - 1e-9 for a, b in itertools.pairwise(places))
+        best = minimize(
+            lambda p, values=values: sum((a - b) ** 2 for a, b in zip(p, values, strict=True)),
+            [k * 0.2 for k in range(len(values))],
+            constraints=[
+                {"type": "ineq", "fun": lambda p, k=k: p[k + 1] - p[k] - 0.1}
+                for k in range(len(values) - 1)
+            ],
+        )
+        moved = sum((a - b) ** 2 for a, b in zip(places, values, strict=True))
+        assert moved <= best.fun + 1e-5
+    assert spread([0.0, 0.95, 1.0], 0.1, 0.0, 1.0) == pytest.approx([0.0, 0.9, 1.0])
+    assert spread([0.0, 0.0, 0.9], 0.1, 0.0, 1.0) == pytest.approx([0.0, 0.1, 0.9])
+    assert spread([], 0.1, 0.0, 1.0) == []

@@ -37,11 +37,14 @@ def label_of(measure: str) -> str:
     return _LABELS.get(measure, f"{measure}, %")
 
 
-# The colours of Okabe and Ito, which colour-blind people can distinguish. Markers distinguish the
-# lines in black-and-white print.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+# Those of report.html on white: the colours of Okabe and Ito, which colour-blind people can
+# distinguish, as dark as text must be. Markers distinguish the lines in black-and-white print.
+COLOURS = ("#0072b2", "#c04a00", "#007a58", "#a8477f", "#8a6500", "#2a7fb0", "#000000", "#777777")
+QUIET = "#5b6066"
 MARKERS = "osD^vPX*"
-# Of the legend, at its size of font.
+LONGEST_AT_THE_LINE = 28
+"""Letters of a name that stands where its line ends."""
+# Of names and the legend, at their size of font.
 INCHES_OF_LINE, INCHES_OF_LETTER, INCHES_OF_ROW = 0.5, 0.067, 0.17
 LOGARITHMIC_FROM = 20
 """The x axis is logarithmic if the largest value of the setting is more than this many times the
@@ -101,9 +104,10 @@ def _by_iteration(study: Study, measures: Sequence[str]) -> Figure:
             ]  # fmt: skip
             _line(axes, i, name, [x for x, _ in points], [found for _, found in points])
         what = "share of the iterations" if is_share else "iteration"
-        axes.set(xlabel=f"{what} (0: the SFT model)", ylabel=label_of(measure))
+        axes.set_xlabel(f"{what} (0: the SFT model)")
+        _title(axes, label_of(measure))
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=not is_share))
-    _legend(figure, study)
+    _name_lines(figure, study)
     return figure
 
 
@@ -124,8 +128,9 @@ def _by_temperature(study: Study) -> Figure:
     for i, (name, entry) in enumerate(lines):
         points = [(t, entry[m]) for t, m in sorted(by_temperature.items()) if m in entry]
         _line(axes, i, name, [t for t, _ in points], [found for _, found in points])
-    axes.set(xlabel="temperature (0: greedy)", ylabel="accuracy, last iteration")
-    _legend(figure, study)
+    axes.set_xlabel("temperature (0: greedy)")
+    _title(axes, "accuracy, last iteration")
+    _name_lines(figure, study)
     return figure
 
 
@@ -147,8 +152,9 @@ def _by_setting(study: Study, setting: str, measure: str) -> Figure:
     values = [value_of(c["settings"][setting]) for c in study["conditions"].values()]
     if min(values) > 0 and max(values) > LOGARITHMIC_FROM * min(values):
         axes.set_xscale("log")
-    axes.set(xlabel=setting.partition(",")[0], ylabel=f"{label_of(measure)}, last iteration")
-    _legend(figure, study)
+    axes.set_xlabel(setting.partition(",")[0])
+    _title(axes, f"{label_of(measure)}, last iteration")
+    _name_lines(figure, study)
     return figure
 
 
@@ -171,8 +177,9 @@ def _curves(study: Study) -> Figure:
                 linewidth=0,
             )  # fmt: skip
     axes.axhline(0, color="0.5", linewidth=0.8)
-    axes.set(xlabel="optimizer step of the last iteration", ylabel=label_of("target_reward"))
-    _legend(figure, study, band="± 1 SD over seeds")
+    axes.set_xlabel("optimizer step of the last iteration")
+    _title(axes, label_of("target_reward"))
+    _name_lines(figure, study, band="± 1 SD over seeds")
     return figure
 
 
@@ -193,28 +200,96 @@ def _style(i: int) -> dict[str, Any]:
     return {"color": COLOURS[place], "linestyle": "--" if rounds % 2 else "-"}
 
 
+def _title(axes: Axes, text: str) -> None:
+    axes.set_title(text, loc="left", fontsize=9, fontweight="bold")
+
+
 def _figure(panels: int) -> Figure:
     figure = Figure(figsize=(5.2 * panels, 3.3), layout="constrained")
     for axes in np.atleast_1d(figure.subplots(1, panels)):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.grid(axis="y", color="#d5d8dc", linewidth=0.6)
+        axes.tick_params(labelsize=8, labelcolor=QUIET, color="#d5d8dc")
+        axes.xaxis.label.set(size=8, color=QUIET)
+        axes.spines[["left", "bottom"]].set_color("#d5d8dc")
     return figure
 
 
-def _legend(figure: Figure, study: Study, band: str = "95 % t-interval over seeds") -> None:
-    """Put the legend below the axes, which keep their size and the whole width."""
+def _name_lines(figure: Figure, study: Study, band: str = "95 % t-interval over seeds") -> None:
+    """Name each line where it ends; long names stand in a legend below the axes."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     seeds = max(len(c["runs"]) for c in study["conditions"].values())
     shown = f"{seeds} seeds, band: {band}" if seeds > 1 else "1 seed"
-    width = figure.get_figwidth()
     longest = max(map(len, labels), default=1)
+    width, height = figure.get_size_inches()
+    if longest <= LONGEST_AT_THE_LINE:
+        figure.set_size_inches(
+            width + len(figure.axes) * (0.1 + longest * INCHES_OF_LETTER),
+            max(height, 0.8 + len(labels) * INCHES_OF_ROW),
+        )
+        for axes in figure.axes:
+            _name_at_the_ends(axes, figure.get_figheight() - 0.8)
+        figure.supxlabel(shown, fontsize=7, color=QUIET)
+        return
     columns = max(1, min(len(labels), int(width / (INCHES_OF_LINE + longest * INCHES_OF_LETTER))))
-    rows = -(-len(labels) // columns)
-    figure.set_figheight(figure.get_figheight() + INCHES_OF_ROW * (rows + 1))
+    figure.set_figheight(height + INCHES_OF_ROW * (1 - (-len(labels) // columns)))
     figure.legend(
         handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8,
         title=shown, title_fontsize=7,
     )  # fmt: skip
+
+
+def _name_at_the_ends(axes: Axes, height: float) -> None:
+    """Write the names right of the axes, as near to the ends of their lines as they have room.
+
+    Args:
+        height: of the axes, in inches, about.
+    """
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(bottom, top)
+    gap = (top - bottom) * INCHES_OF_ROW / height
+    handles, labels = axes.get_legend_handles_labels()
+    ends: list[tuple[float, float, str, Any]] = []
+    for handle, label in zip(handles, labels, strict=True):
+        line: Any = handle
+        xs, ys = line.get_data()
+        if len(xs):
+            ends.append((float(ys[-1]), float(xs[-1]), label, line.get_color()))
+    ends.sort(key=lambda end: end[0])
+    places = spread([y for y, *_ in ends], gap, bottom, top)
+    for place, (y, x, label, colour) in zip(places, ends, strict=True):
+        axes.annotate(
+            label, xy=(x, y), xytext=(1.03, place), textcoords=("axes fraction", "data"),
+            fontsize=8, color=colour, va="center", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.5,
+                        "shrinkA": 1, "shrinkB": 3},
+        )  # fmt: skip
+
+
+def spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Move values apart, by as little as it takes.
+
+    Args:
+        values: in rising order.
+        gap: the smallest distance between two neighbours afterwards.
+        low, high: where they should stay, if there is room.
+
+    Returns:
+        The places, in the same order. Their sum of squared moves is the smallest one, but for what
+        `low` and `high` ask.
+    """
+    # Groups of neighbours that touch move together: their places without gaps have a common mean.
+    groups: list[list[float]] = []
+    for k, value in enumerate(values):
+        groups.append([value - k * gap])
+        while len(groups) > 1 and np.mean(groups[-2]) > np.mean(groups[-1]):
+            last = groups.pop()
+            groups[-1] += last
+    places = [float(np.mean(group)) for group in groups for _ in group]
+    places = [place + k * gap for k, place in enumerate(places)]
+    if places and places[-1] > high:
+        places = [min(p, high - (len(places) - 1 - k) * gap) for k, p in enumerate(places)]
+    return [max(place, low + k * gap) for k, place in enumerate(places)]
 
 
 def _saver(figure: Figure, suffix: str) -> Callable[[Path], None]:
