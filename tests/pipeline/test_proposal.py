@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 from builders import save_model, sums, write_jsonl
+from transformers import AutoConfig
 
 import tpaw.pipeline.proposal
 from tpaw.config.schema import RunConfig
 from tpaw.data.columns import key_list
 from tpaw.data.examples import Example, Examples
 from tpaw.pipeline.preflight import read_inputs
+from tpaw.pipeline.space import LayerShape, layer_shape, memory_of_tokens
 from tpaw.selfplay import self_play
 
 STARTER = "tpaw://starter/model"
@@ -147,6 +150,66 @@ def test_what_fits_is_trained(here, monkeypatch, room, device, found):
     assert tree["precision"] == ("bf16" if device == "cuda" else "fp32")
     [reason] = [r for r in proposal.reasons if r.startswith("Training:")]
     assert ("may not be enough" in reason) == (room < 1)
+
+
+LLAMA_8B = LayerShape(layers=32, width=4096, inner=14_336, cached=2048, vocabulary=128_256)
+QWEN_1_5B = LayerShape(layers=28, width=1536, inner=8960, cached=512, vocabulary=151_936)
+
+
+@pytest.mark.parametrize(
+    ("shape", "bytes_of_weights", "is_recomputed", "gibibytes"),
+    [
+        (QWEN_1_5B, 14 * 1.5437e9, False, 45.5),
+        (LLAMA_8B, 8 * 8.0303e9, True, 66.6),
+    ],
+)
+def test_the_memory_that_was_measured_on_a_gpu(shape, bytes_of_weights, is_recomputed, gibibytes):
+    """docs/performance.md: rows of 8,192 tokens in bf16."""
+    activations = memory_of_tokens(shape, 8192, 2, is_recomputed=is_recomputed)
+    assert (bytes_of_weights + activations) / 2**30 == pytest.approx(gibibytes, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("rows", "is_recomputed"), [(8192, False), (4000, False), (1100, False), (400, True)]
+)
+def test_as_many_tokens_at_a_time_as_fit(here, monkeypatch, rows, is_recomputed):
+    """Room for the weights and for the activations of so many tokens."""
+    model = save_model(here / "model")
+    write_jsonl(here / "data.jsonl", sums(30))
+    shape = layer_shape(AutoConfig.from_pretrained(model))
+    weights = 12 * sum(p.numel() for p in make_parameters(model))
+    needed = weights + memory_of_tokens(shape, rows, 4, is_recomputed=is_recomputed)
+    monkeypatch.setattr(tpaw.pipeline.proposal, "free_memory", lambda _: int(needed / 0.9) + 10)
+    proposal = tpaw.pipeline.proposal.propose(here / "a.yaml", str(model), "data.jsonl", None)
+    config = RunConfig.load(yaml.safe_load(proposal.text))
+    kept = 256 * (rows // 256)
+    assert config.train.tokens_per_row == config.score.tokens_per_row == kept
+    assert config.train.activation_checkpointing is is_recomputed
+    [reason] = [r for r in proposal.reasons if r.startswith("Training:")]
+    assert f"{kept:,} tokens at a time" in reason
+    assert "too much" not in reason
+
+
+def test_the_cache_of_generation_fits(here, monkeypatch):
+    """Keys and values of all layers, for each token, beside the weights."""
+    model = save_model(here / "model")
+    write_jsonl(here / "data.jsonl", sums(30))
+    found = AutoConfig.from_pretrained(model)
+    heads = found.num_key_value_heads
+    cached = 2 * found.num_hidden_layers * heads * (found.hidden_size // found.num_attention_heads)
+    weights = 4 * sum(p.numel() for p in make_parameters(model))
+    room = int((weights + 4 * cached * 5000) / 0.9) + 10
+    monkeypatch.setattr(tpaw.pipeline.proposal, "free_memory", lambda _: room)
+    proposal = tpaw.pipeline.proposal.propose(here / "a.yaml", str(model), "data.jsonl", None)
+    assert RunConfig.load(yaml.safe_load(proposal.text)).generate.tokens_per_batch == 4864
+
+
+def test_a_model_with_experts_has_no_estimate():
+    shape = {"num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 16, "vocab_size": 9}
+    usual = SimpleNamespace(**shape, num_attention_heads=2)
+    assert layer_shape(usual) == LayerShape(2, 8, 16, 16, 9)
+    assert layer_shape(SimpleNamespace(**vars(usual), num_experts_per_tok=2)) is None
+    assert layer_shape(SimpleNamespace(hidden_size=8)) is None
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from tpaw.models.checks import check_model, read_config
 from tpaw.models.loading import pick_device
 from tpaw.models.size import model_size
 from tpaw.models.tokenizers import load_tokenizer, stop_token_ids
-from tpaw.pipeline.space import memory_of_training
+from tpaw.pipeline.space import layer_shape, memory_of_tokens, memory_of_training
 from tpaw.runtime.memory import free_memory
 from tpaw.runtime.progress import OnDone, ignore
 from tpaw.storage.artifacts import write_text
@@ -37,6 +37,11 @@ SHORT_ENOUGH = 0.995
 HELDOUT_SHARE, FEWEST_HELDOUT, MOST_HELDOUT = 0.1, 1, 1000
 MEMORY_SHARE = 0.7
 """Of the free memory, for what `memory_of_training` counts; activations take the rest."""
+MEMORY_SHARE_OF_ALL = 0.9
+"""Of the free memory, for weights and activations together."""
+ROW_STEP, SHORTEST_ROW = 256, 1024
+"""Tokens: `tokens_per_row` is a multiple of the first; below the second, activations are computed
+again."""
 STEPS, SMALLEST_BATCH = 20, 4
 _SEED = 0
 
@@ -101,8 +106,9 @@ def propose(
         return prepare_examples(config, key, tokenizer, stop_ids, longest, on_done)
 
     found = read(data, "data")
-    lengths, training = _lengths(found.examples, longest), _training(settings)
+    lengths = _lengths(found.examples, longest)
     max_length = lengths.settings["max_length"]
+    training = _training(settings, max_length)
     if heldout is None:
         parts = _split_off(data, found.examples, max_length, beside)
     else:
@@ -114,8 +120,9 @@ def propose(
         "data": {"path": parts.train_path},
         "evaluate": {"data": {"path": parts.heldout_path}},
         **lengths.settings,
-        **{name: value for name, value in training.settings.items() if name != "model"},
+        **{n: v for n, v in training.settings.items() if n not in ("model", "generate")},
     }
+    tree["generate"] = {**lengths.settings["generate"], **training.settings.get("generate", {})}
     batch_size = _batch_size(len(parts.trained))
     if batch_size is not None:
         tree["train"] = {**tree.get("train", {}), "batch_size": batch_size}
@@ -259,7 +266,7 @@ def _lengths(examples: Examples, longest: int) -> _Choice:
     )
 
 
-def _training(model: ModelConfig) -> _Choice:
+def _training(model: ModelConfig, max_length: int) -> _Choice:
     """Full fine-tuning, split weights or adapters: the first that fits into the free memory."""
     device = pick_device("auto")
     room = free_memory(device)
@@ -277,12 +284,59 @@ def _training(model: ModelConfig) -> _Choice:
     needed = {name: _memory(model, way, precision) for name, way in ways.items()}
     fitting = [name for name in ways if needed[name] <= MEMORY_SHARE * room]
     chosen = fitting[0] if fitting else list(ways)[-1]
+    budgets = _token_budgets(model, room, needed[chosen], precision, max_length)
+    settings: dict[str, Any] = {**ways[chosen], "precision": precision}
+    for section, changes in budgets.settings.items():
+        settings[section] = {**settings.get(section, {}), **changes}
     return _Choice(
-        {**ways[chosen], "precision": precision},
+        settings,
         f"Training: {chosen} in {precision}. It holds {readable_size(needed[chosen])} of weights, "
         f"gradients and optimizer state; {readable_size(room)} are free on the "
-        f"{'GPU' if device.type == 'cuda' else 'CPU'}. Activations come on top."
+        f"{'GPU' if device.type == 'cuda' else 'CPU'}. {budgets.reason}"
         + ("" if fitting else " That may not be enough."),
+    )
+
+
+def _token_budgets(
+    model: ModelConfig, room: int, weights: int, precision: str, max_length: int
+) -> _Choice:
+    """Tokens in memory at a time, where the defaults would not fit."""
+    shape = layer_shape(read_config(model).get_text_config())
+    if shape is None:
+        return _Choice({}, "Activations come on top.")
+    size = 2 if precision == "bf16" else 4
+    defaults = RunConfig.load({"model": {"path": model.path}, "data": {"path": "-"}})
+    usual = defaults.train.tokens_per_row
+    rest = int(MEMORY_SHARE_OF_ALL * room) - weights
+
+    def fitting(*, is_recomputed: bool) -> int:
+        fixed, more = (
+            memory_of_tokens(shape, n, size, is_recomputed=is_recomputed) for n in (0, usual)
+        )
+        return min(usual, ROW_STEP * int((rest - fixed) / (more - fixed) * usual / ROW_STEP))
+
+    train: dict[str, Any] = {}
+    tokens = fitting(is_recomputed=False)
+    if is_recomputed := tokens < min(usual, max(max_length, SHORTEST_ROW)):
+        tokens, train = fitting(is_recomputed=True), {"activation_checkpointing": True}
+    is_enough, tokens = tokens >= ROW_STEP, max(tokens, ROW_STEP)
+    settings: dict[str, Any] = {}
+    if tokens < usual:
+        train = {"tokens_per_row": tokens, **train}
+        settings["score"] = {"tokens_per_row": tokens}
+    if train:
+        settings["train"] = train
+    cached = size * shape.layers * shape.cached
+    parameters = model_size(ModelConfig(path=model.path)).parameters
+    batch = int((MEMORY_SHARE_OF_ALL * room - size * parameters) / cached / ROW_STEP) * ROW_STEP
+    if batch < defaults.generate.tokens_per_batch:
+        settings["generate"] = {"tokens_per_batch": max(batch, max_length)}
+    taken = memory_of_tokens(shape, tokens, size, is_recomputed=is_recomputed)
+    again = ", computed again in the backward pass," if is_recomputed else ""
+    return _Choice(
+        settings,
+        f"The activations of {tokens:,} tokens at a time{again} take about {readable_size(taken)}."
+        + ("" if is_enough else " That may be too much."),
     )
 
 

@@ -12,7 +12,7 @@ import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tpaw.config.plan import IterationPlan, kept_checkpoints, players_of
 from tpaw.config.schema import RunConfig
@@ -195,6 +195,52 @@ def memory_of_training(config: RunConfig, size: ModelSize) -> int:
     sent = 4 if _trains_in_a_group(config) and not is_sharded else 0
     state = BYTES_OF_OPTIMIZER.get(config.train.optimizer, BYTES_OF_ADAM)
     return math.ceil(base) + (BYTES_OF_WEIGHTS + copy + 4 + sent + state) * parameters
+
+
+class LayerShape(NamedTuple):
+    """What decides the memory of activations and of the key-value cache.
+
+    Attributes:
+        layers: number of layers.
+        width: of the residual stream.
+        inner: width of the MLP.
+        cached: numbers that a layer caches for each token: keys and values of all their heads.
+        vocabulary: number of tokens.
+    """
+
+    layers: int
+    width: int
+    inner: int
+    cached: int
+    vocabulary: int
+
+
+def layer_shape(text_config: Any) -> LayerShape | None:
+    """The shape in a configuration of transformers; None if it has no usual names for it."""
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+    found = [getattr(text_config, name, None) for name in (*names, "num_attention_heads")]
+    numbers = [n for n in found if isinstance(n, int) and n > 0]
+    if getattr(text_config, "num_experts_per_tok", None) or len(numbers) < len(found):
+        return None
+    layers, width, inner, vocabulary, heads = numbers
+    shared = getattr(text_config, "num_key_value_heads", None) or heads
+    size = getattr(text_config, "head_dim", None) or width // heads
+    return LayerShape(layers, width, inner, 2 * shared * size, vocabulary)
+
+
+def memory_of_tokens(
+    shape: LayerShape, tokens: int, bytes_of_number: int, *, is_recomputed: bool
+) -> int:
+    """Bytes of activations while a model trains on so many tokens at a time, about.
+
+    A layer keeps about 12 numbers for each of its inputs and 4.5 for each inner one; with
+    `train.activation_checkpointing` only its input and the gradient of that, and one layer at a
+    time keeps the rest. The factors are fitted to two measurements (docs/performance.md, on a
+    GPU). The update of the largest matrix takes its size once more in fp32.
+    """
+    layer = 12 * shape.width + 4.5 * shape.inner
+    kept = 2 * shape.width * shape.layers + layer if is_recomputed else layer * shape.layers
+    return math.ceil(tokens * bytes_of_number * kept) + 4 * shape.vocabulary * shape.width
 
 
 def _trains_in_a_group(config: RunConfig) -> bool:
