@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -9,6 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from tpaw.config.schema import RunConfig
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.process
@@ -78,3 +81,19 @@ def test_what_is_installed_from_the_wheel_runs_the_starter(built, tmp_path):
         assert found.returncode == 0, found.stderr
         assert part in found.stdout
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+
+
+def test_the_commands_of_the_workflows_are_accepted():
+    """No workflow can run here; what it gives to tpaw can be checked."""
+    lines = [
+        line
+        for path in (ROOT / ".github" / "workflows").glob("*.yml")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if "tpaw run" in line
+    ]
+    assert lines
+    for line in lines:
+        recipe, *rest = shlex.split(line.partition("tpaw run ")[2])
+        overrides = [value for _, value in zip(rest[::2], rest[1::2], strict=True)]
+        assert set(rest[::2]) == {"--set"}
+        assert RunConfig.load(recipe, overrides=overrides).iterations == 1
