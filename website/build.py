@@ -33,7 +33,8 @@ def stage() -> None:
     shutil.rmtree(STAGE, ignore_errors=True)
     shutil.copytree(DOCS, STAGE / "docs")
     shutil.copy(ROOT / "mkdocs.yml", STAGE)
-    (STAGE / "src").symlink_to(ROOT / "src")
+    # Not a link: hatchling would meet the folder here first, and leave src/ out of what it builds.
+    shutil.copytree(ROOT / "src", STAGE / "src", ignore=shutil.ignore_patterns("__pycache__"))
     waiting, done = list(DOCS.rglob("*.md")), set[Path]()
     while waiting:
         source = waiting.pop()
