@@ -68,6 +68,12 @@ class ServerError(TpawError):
     exit_code = 3
 
 
+class HubError(TpawError):
+    """The Hugging Face Hub cannot be reached, or refuses something. The run is unchanged."""
+
+    exit_code = 3
+
+
 class Interrupted(TpawError):
     """The work stopped at a safe point because the user asked for it."""
 

@@ -14,6 +14,7 @@ import tpaw
 from tpaw.cli.evaluate import app as evaluate_app
 from tpaw.cli.probe import app as probe_app
 from tpaw.cli.run import app as run_app
+from tpaw.cli.share import app as share_app
 from tpaw.cli.study import app as study_app
 from tpaw.errors import (
     MemoryShortageError,
@@ -35,6 +36,7 @@ app.add_typer(run_app)
 app.add_typer(probe_app)
 app.add_typer(evaluate_app)
 app.add_typer(study_app)
+app.add_typer(share_app)
 
 
 @app.callback(invoke_without_command=True)

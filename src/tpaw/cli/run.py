@@ -1,4 +1,4 @@
-"""The commands `run`, `sft`, `status`, `plan`, `export` and `config`."""
+"""The commands `run`, `sft`, `status`, `plan` and `config`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -38,7 +38,6 @@ config_app = typer.Typer(
 app.add_typer(config_app, name="config", no_args_is_help=True)
 
 SECONDS_BETWEEN_LOOKS = 2.0
-Dtype = Literal["fp32", "bf16", "fp16"]
 Sources = Annotated[
     list[str],
     typer.Argument(
@@ -327,42 +326,6 @@ def _print_costs(
     console.print(costs_table(costs))
     for text in (*described_costs(costs, found.memory._asdict(), price), found.described()):
         console.print_text(text)
-
-
-@app.command(cls=Command)
-def export(
-    reference: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL_OR_RUN",
-            help="RUN (its newest checkpoint), RUN@3 (its θ_3), or a model or adapter (folder or "
-            "Hub id).",
-        ),
-    ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="The new folder. It must be empty or absent.")
-    ],
-    dtype: Annotated[Dtype, typer.Option(help="Type of the weights that are written.")] = "fp32",
-    merge: Annotated[
-        bool,
-        typer.Option(
-            "--merge",
-            help="Write an adapter as an ordinary model: add it to the weights of its base, in "
-            "fp32. It has no effect on a checkpoint that is a whole model.",
-        ),
-    ] = False,
-    trust: Trust = False,
-) -> None:
-    """Write a checkpoint as a model folder for other programs.
-
-    The folder holds weights, configuration and tokenizer.
-    Without --merge, an adapter is written as an adapter of PEFT.
-    """
-    from tpaw.models.export import export as export_checkpoint
-    from tpaw.models.references import find_checkpoint
-
-    export_checkpoint(find_checkpoint(reference, trust=trust), output, dtype, merge=merge)
-    console_of_stdout().print_text(f"Written: {output}")
 
 
 @config_app.command("list")

@@ -277,6 +277,29 @@ class ChatFormat:
         return map(_Tokenised, found.input_ids, encodings)
 
 
+def is_templated(tokenizer: PreTrainedTokenizerBase, prompt: str) -> bool:
+    """Whether the chat template made a prompt: it begins or ends as the template's user turns do.
+
+    Args:
+        tokenizer: the tokenizer.
+        prompt: the text of a prompt as the model reads it; see `Encoded`.
+    """
+    if tokenizer.chat_template is None:
+        return False
+    user = "TPAW"
+    try:
+        rendered = tokenizer.apply_chat_template(
+            [{"role": "user", "content": user}], tokenize=False, add_generation_prompt=True
+        )
+    except Exception:  # a template may raise any type
+        return False
+    before, found, after = str(rendered).partition(user)
+    begins, ends = (bool(part.strip()) for part in (before, after))
+    return bool(found) and (
+        (begins and prompt.startswith(before)) or (ends and prompt.endswith(after))
+    )
+
+
 class _Tokenised(NamedTuple):
     """Token ids of a text.
 

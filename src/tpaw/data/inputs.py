@@ -109,6 +109,18 @@ def publish_inputs(folder: Path, inputs: Inputs) -> None:
         inputs.tokenizer.save_pretrained(str(temporary / "tokenizer"))
 
 
+def first_prompt(folder: Path) -> str:
+    """The text of the first training prompt of published inputs, as the model reads it.
+
+    Args:
+        folder: the artifact that `publish_inputs` wrote.
+    """
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(folder / "train.parquet") as file:
+        return str(next(file.iter_batches(1, columns=["prompt"]))["prompt"][0].as_py())
+
+
 def load_inputs(folder: Path, config: RunConfig) -> Inputs:
     """Read published inputs.
 

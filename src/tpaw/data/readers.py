@@ -22,7 +22,7 @@ from tpaw.storage.resources import resolve_path
 
 Record = Mapping[str, Any]
 
-_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".arrow")
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".arrow")
 _BLANKS = re.compile(r"[ \t\n\r]*")
 
 
@@ -96,10 +96,8 @@ def open_records(
         elif suffix in _TABLE_READERS:
             known, records = _TABLE_READERS[suffix](Path(path), name, columns, config.limit)
         else:
-            raise InputError(f"{name}: unknown file type; must be one of {', '.join(_SUFFIXES)}")
-    elif os.path.isdir(path) or not (
-        suffix in _SUFFIXES or config.path.startswith((".", "/", "~"))
-    ):
+            raise InputError(f"{name}: unknown file type; must be one of {', '.join(SUFFIXES)}")
+    elif os.path.isdir(path) or not (suffix in SUFFIXES or config.path.startswith((".", "/", "~"))):
         known, records = _dataset(path, config, key, columns)
     else:
         raise InputError(f"{name}: no such file or folder; check the path")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -181,6 +181,47 @@ def generate_continuously(
 
 
 @torch.inference_mode()
+def generate_tokens(
+    model: PreTrainedModel,
+    prompt: TokenIds,
+    params: SamplingParams,
+    seed: tuple[int, int],
+    *,
+    use_cache: bool,
+) -> Iterator[int]:
+    """Generate one response, token by token. Whoever no longer asks for tokens ends it.
+
+    Args:
+        model: any decoder if `use_cache` is false, else one that `why_unsupported` gives no reason
+            for.
+        prompt: int32 token ids, at least one.
+        seed: seeds the draws: that of `generate_continuously`, and the prompt's position.
+        use_cache: if false, every step reads the whole sequence again, which every model can.
+
+    Yields:
+        The tokens of the response, its stop token included.
+
+    Raises:
+        NonFiniteError: the model's logits are NaN or infinite.
+    """
+    request = GenerationRequest(0, prompt, params.limit(prompt), seed)
+    forward = _Forward(model)
+    if use_cache:
+        forward.cache.reshape(1, request.longest + 1)
+        forward.read([request])
+    for _ in range(request.limit):
+        logits_NV = forward.step([request]) if use_cache else forward.read_again(request)
+        try:
+            token = _choose(logits_NV, [request], params)[0]
+        except FloatingPointError:
+            raise non_finite(model, "logits") from None
+        request.emitted.append(token)
+        yield token
+        if token in params.stop_token_ids:
+            return
+
+
+@torch.inference_mode()
 def greedy_logits(
     model: PreTrainedModel, prompts: Sequence[TokenIds], steps: int
 ) -> tuple[list[list[int]], Tensor]:
@@ -290,6 +331,16 @@ class _Forward:
         cache.step()
         logits_NV: Tensor = output.logits[:, -1].float()
         return logits_NV
+
+    def read_again(self, request: GenerationRequest) -> Tensor:
+        """Read a whole sequence without a cache.
+
+        Returns:
+            Logits of the next token, (1, V), float32.
+        """
+        ids = torch.tensor([[*request.prompt.tolist(), *request.emitted]], device=self.model.device)
+        logits_1V: Tensor = self.model(input_ids=ids, use_cache=False).logits[:, -1].float()
+        return logits_1V
 
 
 def _choose(

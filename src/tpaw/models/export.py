@@ -20,11 +20,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Dtype = Literal["fp32", "bf16", "fp16"]
+MODEL_CARD = "README.md"
 _NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _GENERATION = "generation_config.json"
 
 
-def export(checkpoint: Checkpoint, output: Path, dtype: Dtype, *, merge: bool) -> None:
+def export(
+    checkpoint: Checkpoint, output: Path, dtype: Dtype, *, merge: bool, card: str | None = None
+) -> None:
     """Write a checkpoint into a new folder, which is whole or absent.
 
     Args:
@@ -34,6 +37,7 @@ def export(checkpoint: Checkpoint, output: Path, dtype: Dtype, *, merge: bool) -
         merge: write an adapter as an ordinary model: its base with the adapter added to the
             weights, computed in fp32. A 4-bit base is dequantised, because the adapter was trained
             on it as it is. Without it, an adapter is written as an adapter.
+        card: a model card, which is written as README.md.
 
     Raises:
         InputError: the folder has files.
@@ -53,6 +57,8 @@ def export(checkpoint: Checkpoint, output: Path, dtype: Dtype, *, merge: bool) -
             _write_adapter(source, temporary, dtype)
         else:
             _write_model(checkpoint, temporary, dtype)
+        if card is not None:
+            (temporary / MODEL_CARD).write_text(card, encoding="utf-8")
         for path in temporary.rglob("*"):
             flush(path)
         os.replace(temporary, output)

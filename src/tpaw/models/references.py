@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from tpaw.config.schema import ModelConfig
 from tpaw.errors import InputError
@@ -21,9 +21,13 @@ from tpaw.models.adapter_files import (
 )
 from tpaw.models.fingerprint import ADAPTER_CONFIG, adapter_fingerprint, fingerprint
 from tpaw.models.initial import find_base, initial_player, locate
+from tpaw.models.tokenizers import load_tokenizer, stop_token_ids
 from tpaw.storage.artifacts import is_published, read_manifest
 from tpaw.storage.run_directory import RunDirectory, refuse_untrusted_code
 from tpaw.team import Player
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Checkpoint(NamedTuple):
@@ -160,6 +164,30 @@ def checkpoint_of(run: RunDirectory, i: int, *, trust: bool) -> Checkpoint:
         folder = run.checkpoint(i)
         player = Player(i, str(folder), read_manifest(folder)["fingerprint"], base)
     return Checkpoint(name, player, model, run, str(run.inputs / "tokenizer"))
+
+
+def tokenizer_of(
+    checkpoint: Checkpoint, model: ModelConfig
+) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
+    """Load the tokenizer of a checkpoint, with its stop tokens. Those of a run are in the run.
+
+    Args:
+        checkpoint: the checkpoint.
+        model: the section `model` that it is used with.
+
+    Returns:
+        The tokenizer, and the token ids that end a response.
+
+    Raises:
+        InputError: there is no usable tokenizer, or no token that ends a response.
+    """
+    tokenizer = load_tokenizer(model, checkpoint.tokenizer_folder)
+    if checkpoint.run is None:
+        stop_ids = stop_token_ids(model, tokenizer)
+    else:
+        stop_ids = tuple(read_manifest(checkpoint.run.inputs)["stop_ids"])
+    tokenizer.eos_token_id = stop_ids[0]
+    return tokenizer, stop_ids
 
 
 def _published(run: RunDirectory) -> list[int]:

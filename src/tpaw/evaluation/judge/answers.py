@@ -30,14 +30,13 @@ from tpaw.generation.responses import (
 from tpaw.generation.server import Servers
 from tpaw.models.checks import check_model, check_vocabulary
 from tpaw.models.loading import load_model, pick_device
-from tpaw.models.references import Checkpoint, find_checkpoint
-from tpaw.models.tokenizers import load_tokenizer, stop_token_ids
+from tpaw.models.references import Checkpoint, find_checkpoint, tokenizer_of
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.isolation import isolated
 from tpaw.runtime.progress import note
 from tpaw.runtime.watch import Watch
 from tpaw.scoring.score import Precision
-from tpaw.storage.artifacts import is_published, own_folder, read_manifest, write_json
+from tpaw.storage.artifacts import is_published, own_folder, write_json
 from tpaw.storage.run_directory import environment, refuse_untrusted_server
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ def answer_rows(
     config, source, found = _configured(checkpoint, data, overrides)
     if checkpoint.run is not None:
         refuse_untrusted_server(config.generate, checkpoint.run, trust=trust)
-    tokenizer, stop_ids = _tokenizer(checkpoint, config)
+    tokenizer, stop_ids = tokenizer_of(checkpoint, config.model)
     with watch.progress("read and tokenize", None, "records") as on_done:
         prepared = prepare_examples(source, KEY, tokenizer, stop_ids, config.max_length, on_done)
     check_vocabulary(config.model, found, max(int(e.prompt_ids.max()) for e in prepared.examples))
@@ -139,19 +138,6 @@ def _configured(
     found = check_model(config.model, config.max_length)
     assert config.evaluate.data is not None
     return config, config.evaluate.data, found
-
-
-def _tokenizer(
-    checkpoint: Checkpoint, config: RunConfig
-) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
-    """Return the tokenizer and the stop tokens. Those of a run are stored in the run."""
-    tokenizer = load_tokenizer(config.model, checkpoint.tokenizer_folder)
-    if checkpoint.run is None:
-        stop_ids = stop_token_ids(config.model, tokenizer)
-    else:
-        stop_ids = tuple(read_manifest(checkpoint.run.inputs)["stop_ids"])
-    tokenizer.eos_token_id = stop_ids[0]
-    return tokenizer, stop_ids
 
 
 def _settings(

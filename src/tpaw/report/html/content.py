@@ -19,10 +19,6 @@ from tpaw.storage.artifacts import is_published, read_manifest
 from tpaw.storage.failures import readable_size
 from tpaw.storage.run_directory import RunDirectory
 
-NOT_COMPARED = (
-    "Whether as many steps of SFT on the same rows would do as well is not part of a run: run the "
-    "recipe sft_continue and use `tpaw compare`."
-)
 CURVES = (
     ("rewards", ("rewards/target", "rewards/generated", "rewards/margins"), False),
     ("log-prob per token, nats", ("logps/target_per_token", "logps/generated_per_token"), False),
@@ -43,33 +39,6 @@ class Cell(NamedTuple):
 
     name: str
     value: str
-
-
-def verdict(summary: Mapping[str, Any]) -> list[str]:
-    """One or two sentences: where the run is, and whether it is better than θ_0."""
-    players = summary["players"]
-    done, total = summary["iterations_done"], summary["iterations"]
-    state = (
-        f"All {total} iterations are done."
-        if done == total
-        else f"{done} of {total} iterations are done."
-    )
-    evaluated = [p for p in players if "exact_match" in p.get("evaluation", {})]
-    if len(evaluated) < 2:
-        return [state]
-    last, start = evaluated[-1], evaluated[0]["evaluation"]["exact_match"]
-    found = last["evaluation"]["exact_match"]
-    low, high = found["interval_95"]
-    p = found["versus_start"]["p_value"]
-    difference = found["accuracy"] - start["accuracy"]
-    than = "the same as" if difference == 0 else "better than" if difference > 0 else "worse than"
-    sure = "" if p < 0.05 else ", which may be chance"
-    return [
-        f"{state} θ_{last['iteration']} answers {found['accuracy']:.1%} [{low:.1%}, {high:.1%}] of "
-        f"{found['items']:,} held-out problems right, θ_0 {start['accuracy']:.1%}: {than} θ_0"
-        f"{sure} (exact McNemar test, p = {p:.1g}).",
-        *([] if summary["method"] == "sft" else [NOT_COMPARED]),
-    ]
 
 
 def progress_charts(summary: Mapping[str, Any]) -> list[Markup]:

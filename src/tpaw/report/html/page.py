@@ -14,12 +14,12 @@ from tpaw.report.html.content import (
     reproduce,
     training_charts,
     training_logs,
-    verdict,
 )
 from tpaw.report.html.render import as_json, page
 from tpaw.report.html.samples import KINDS, heldout_samples, training_samples
 from tpaw.report.summary import summarise
 from tpaw.report.tables import SUMMARY_HEADINGS, summary_cells
+from tpaw.report.verdict import verdict
 from tpaw.runtime.progress import note
 from tpaw.storage.artifacts import write_text
 from tpaw.storage.run_directory import RunDirectory

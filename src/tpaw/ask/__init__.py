@@ -1,0 +1,1 @@
+"""A person's prompts, answered by one or two checkpoints."""
