@@ -197,3 +197,41 @@ def six(tmp_path):
     a = answers(tmp_path / "a.jsonl", "aaaa", "aaa", "aaaaa", "a", "ab", "same")
     b = answers(tmp_path / "b.jsonl", "b", "b", "b", "bbbb", "ba", "same")
     return a, b
+
+
+@pytest.fixture(scope="session")
+def adapted(tmp_path_factory, model_folder):
+    """A run of one iteration that trains an adapter, on prompts without a chat template."""
+    from tpaw.config.schema import RunConfig
+    from tpaw.selfplay import self_play
+    from tpaw.storage.run_directory import RunDirectory
+
+    folder = tmp_path_factory.mktemp("adapted")
+    rows = [{"prompt": row["question"], "completion": row["answer"]} for row in sums(12)]
+    settings = run_settings(model_folder, write_jsonl(folder / "rows.jsonl", rows), None)
+    del settings["evaluate"]
+    settings["model"]["adapter"] = {"rank": 4}
+    settings["iterations"] = 1
+    self_play(RunConfig.load(settings), folder / "adapted")
+    return RunDirectory(folder / "adapted")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A stand-in for the Hub, which this process then uses."""
+    import huggingface_hub
+    from hub_server import TOKEN, HubServer
+
+    server = HubServer()
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    huggingface_hub.close_session()
+    yield server
+    huggingface_hub.close_session()
+    server.close()

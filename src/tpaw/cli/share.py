@@ -99,9 +99,10 @@ def push(
     from tpaw.models.push import push as push_checkpoint
     from tpaw.report.model_card import TAG, model_card
 
-    with _interruptible("stopped; nothing was sent"):
+    with _interruptible("stopped; the run is unchanged; to send it, run the same command again"):
+        destination = Destination(repository, private=private)
         checkpoint = find_to_push(reference, merge=merge, trust=trust)
-        destination = Destination(repository, tag=TAG, private=private)
+        destination.check(TAG)
         card = model_card(checkpoint, dtype=dtype, merge=merge, repository=repository)
         assert card is not None
         url = push_checkpoint(checkpoint, destination, dtype, merge=merge, card=card)
@@ -154,8 +155,8 @@ def ask(
         ]
         console = console_of_stdout()
         if prompt is None and sys.stdin.isatty() and console.is_terminal:
-            with contextlib.suppress(ImportError):
-                import readline  # noqa: F401: `input` then edits the line and knows earlier ones
+            with contextlib.suppress(ImportError):  # `input` then edits and remembers lines
+                import readline  # noqa: F401
             talk(speakers, console, input)
             return
         lines = [prompt] if prompt is not None else (line.rstrip("\n") for line in sys.stdin)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tpaw.errors import HubError, InputError, first_line, printable
-from tpaw.models.export import MODEL_CARD, Dtype, export
+from tpaw.models.export import Dtype, export
 from tpaw.models.references import Checkpoint, find_checkpoint, find_in_run
 from tpaw.runtime.progress import note
 from tpaw.storage.failures import readable_size
@@ -25,22 +25,17 @@ _ATTRIBUTES = ".gitattributes"
 class Destination:
     """A repository of the Hub that a checkpoint may be sent to.
 
-    Making one asks the Hub about the repository and changes nothing.
-
     Args:
         repository: ORG/NAME.
-        tag: a repository with files is replaced only if its model card has this tag.
         private: whether the repository must be private.
 
     Raises:
-        InputError: the id is malformed, there is no token, the repository has files of something
-            else, or it is public although `private` is set.
-        HubError: the Hub does not answer, or refuses the token.
+        InputError: the id is malformed, or there is no token.
     """
 
-    def __init__(self, repository: str, *, tag: str, private: bool) -> None:
+    def __init__(self, repository: str, *, private: bool) -> None:
         from huggingface_hub import HfApi, get_token
-        from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+        from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id
 
         shown = printable(repository)
@@ -64,22 +59,36 @@ class Destination:
         self._files: list[str] = []
         self._exists = False
         self._api: HfApi = HfApi()
-        with _hub(f"{repository}: the Hub cannot be asked"):
+
+    def check(self, tag: str) -> None:
+        """Ask the Hub about the token and the repository. Nothing is changed.
+
+        Args:
+            tag: the files of a repository are replaced only if its model card has this tag.
+
+        Raises:
+            InputError: the repository has files of something else, or it is public although it
+                must be private.
+            HubError: the Hub does not answer, or refuses the token.
+        """
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        with _hub(f"{self.repository}: the Hub cannot be asked"):
             self._api.whoami()
             try:
-                found = self._api.model_info(repository)
+                found = self._api.model_info(self.repository)
             except RepositoryNotFoundError:
                 return
         self._exists, self._commit = True, found.sha
         self._files = [f.rfilename for f in found.siblings or () if f.rfilename != _ATTRIBUTES]
         if self._files and tag not in (found.tags or ()):
             raise InputError(
-                f"{repository}: the repository has files, and its model card does not have the "
+                f"{self.repository}: the repository has files, and its model card does not have the "
                 f"tag {tag}, so something else made them; choose another name, or delete the files"
             )
-        if private and not found.private:
+        if self._private and not found.private:
             raise InputError(
-                f"--private: {repository} exists and is public; make it private in its settings, "
+                f"--private: {self.repository} exists and is public; make it private in its settings, "
                 "or choose another name"
             )
 
@@ -134,8 +143,7 @@ def find_to_push(reference: str, *, merge: bool, trust: bool) -> Checkpoint:
             f"{printable(reference)}: not a checkpoint of a run; give RUN or RUN@i. A model that "
             "no run has trained is sent by `hf upload`"
         )
-    run, i = found
-    if i == 0:
+    if found[1] == 0:
         raise InputError(
             f"{printable(reference)}: θ_0 is the model that the run began with; give a checkpoint "
             "that the run has trained, such as RUN@1"

@@ -108,7 +108,7 @@ def model_card(
     tokenizer = load_tokenizer(checkpoint.model, checkpoint.tokenizer_folder)
     environment = Environment(
         loader=PackageLoader("tpaw.report"),
-        autoescape=False,  # noqa: S701: it is Markdown; `_code` and `_cell` escape
+        autoescape=False,  # it is Markdown; `_code` and `_cell` escape
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
