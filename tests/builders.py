@@ -60,6 +60,14 @@ def sums(count: int, seed: int = 0) -> list[dict[str, str]]:
     return rows
 
 
+def starter_rows(count: int) -> list[dict[str, str]]:
+    """The starter's first held-out rows, which its model answers with different texts."""
+    from tpaw.storage.resources import resolve_path
+
+    path = Path(resolve_path("tpaw://starter/heldout.jsonl"))
+    return [json.loads(line) for line in path.read_text().splitlines()[:count]]
+
+
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are too small to sha
 import builders
 import pytest
 import torch
-from builders import run_settings, save_model, sums, write_jsonl
+from builders import run_settings, save_model, starter_rows, sums, write_jsonl
 from fork_server import fork_server
 from messages import GOLDEN
 
@@ -200,18 +200,21 @@ def six(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def adapted(tmp_path_factory, model_folder):
-    """A run of one iteration that trains an adapter, on prompts without a chat template."""
+def adapted(tmp_path_factory):
+    """A run that trains an adapter of the starter's model, on prompts without a chat template."""
     from tpaw.config.schema import RunConfig
     from tpaw.selfplay import self_play
     from tpaw.storage.run_directory import RunDirectory
 
     folder = tmp_path_factory.mktemp("adapted")
-    rows = [{"prompt": row["question"], "completion": row["answer"]} for row in sums(12)]
-    settings = run_settings(model_folder, write_jsonl(folder / "rows.jsonl", rows), None)
+    rows = [{"prompt": row["question"], "completion": row["answer"]} for row in starter_rows(16)]
+    data = write_jsonl(folder / "rows.jsonl", rows)
+    settings = run_settings("tpaw://starter/model", data, None)
     del settings["evaluate"]
     settings["model"]["adapter"] = {"rank": 4}
     settings["iterations"] = 1
+    settings["generate"]["max_new_tokens"] = 48
+    settings["train"]["learning_rate"] = 1e-2
     self_play(RunConfig.load(settings), folder / "adapted")
     return RunDirectory(folder / "adapted")
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tpaw.models.export import export
 from tpaw.models.references import find_checkpoint
+from tpaw.storage.resources import resolve_path
 
 IDS = torch.arange(5, 40)[None]
 
@@ -50,6 +51,37 @@ def test_merged_it_is_an_ordinary_model(adapter, base, tmp_path):
     expected = wanted.merge_and_unload().state_dict()
     for name, weight in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.equal(weight, expected[name].bfloat16()), name
+
+
+@pytest.mark.parametrize("kind", ["whole", "adapter"])
+def test_in_bf16_its_logits_differ_by_the_rounding_of_the_weights_alone(
+    kind, finished, adapted, tmp_path
+):
+    """The policy is computed by transformers and PEFT; its weights are then rounded once."""
+    run = {"whole": finished[0], "adapter": adapted}[kind]
+    last = run.checkpoint({"whole": 4, "adapter": 1}[kind])
+    if kind == "whole":
+        policy = AutoModelForCausalLM.from_pretrained(last)
+    else:
+        base = AutoModelForCausalLM.from_pretrained(resolve_path("tpaw://starter/model"))
+        policy = peft.PeftModel.from_pretrained(base, last).merge_and_unload()
+    assert policy.dtype == torch.float32
+    export(find_checkpoint(str(run.root)), tmp_path / "out", "bf16", merge=True)
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert {p.dtype for p in written.parameters()} == {torch.bfloat16}
+    exact, found = logits(policy), logits(written.float())
+    for parameter in policy.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    assert torch.equal(found, logits(policy))
+    # A weight moves by 2^-9 of itself at most, and the logits by a little more.
+    error = (found - exact).norm() / exact.norm()
+    assert 0 < error < 20 * 2**-9
+
+
+def test_a_model_without_a_run_has_no_model_card(tpaw_, base, finished, tmp_path):
+    for name, reference in (("model", base), ("start", f"{finished[0].root}@0")):
+        assert tpaw_("export", reference, "-o", tmp_path / name)[0] == 0
+        assert not (tmp_path / name / "README.md").exists()
 
 
 def test_without_merge_an_adapter_stays_one(adapter, base, tmp_path):

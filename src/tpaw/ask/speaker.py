@@ -66,7 +66,7 @@ class Speaker:
         """
         tokens = generate_tokens(
             self._model,
-            self._ids(prompt),
+            self.prompt_ids(prompt),
             self._params,
             (self._seed, self._asked),
             use_cache=self._use_cache,
@@ -78,7 +78,12 @@ class Speaker:
         """The text of a response."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def _ids(self, prompt: str) -> TokenIds:
+    def prompt_ids(self, prompt: str) -> TokenIds:
+        """The token ids of a prompt, as the run has trained on them.
+
+        Raises:
+            InputError: the prompt cannot be used.
+        """
         # The ids of a prompt do not depend on what follows it.
         encoded = self._chat.encode([Dialogue(prompt, "x", is_chat=False)])[0]
         if isinstance(encoded, Unusable):

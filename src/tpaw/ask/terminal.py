@@ -80,15 +80,17 @@ def _answer_side_by_side(answers: Sequence[Answer], console: TextConsole) -> Non
             while unfinished:
                 unfinished = [answer for answer in unfinished if answer.advance()]
                 if time.monotonic() - shown > SECONDS_BETWEEN_FRAMES:
-                    live.update(_columns(answers), refresh=True)
+                    live.update(_columns(answers, unfinished), refresh=True)
                     shown = time.monotonic()
-        live.update(_columns(answers, unfinished), refresh=True)
+        live.update(_columns(answers, unfinished, "stopped"), refresh=True)
 
 
-def _columns(answers: Sequence[Answer], stopped: Sequence[Answer] = ()) -> Table:
-    table = Table(expand=True, show_lines=False)
+def _columns(answers: Sequence[Answer], unfinished: Sequence[Answer], state: str = "…") -> Table:
+    table = Table(expand=True)
     for answer in answers:
-        end = " (stopped)" if answer in stopped else ""
+        end = f" ({state})" if answer in unfinished else ""
         table.add_column(f"{answer.speaker.name}{end}", ratio=1, overflow="fold")
-    table.add_row(*(answer.text for answer in answers))
+    # A character of several tokens is � until the last of them is there.
+    texts = (a.text.rstrip("\ufffd") if a in unfinished else a.text for a in answers)
+    table.add_row(*texts)
     return table

@@ -164,22 +164,23 @@ def ask(
             raise typer.Exit(InputError.exit_code)
 
 
+class _Terminated(BaseException):
+    """SIGTERM has arrived. Nothing but `_interruptible` catches it."""
+
+
 @contextlib.contextmanager
 def _interruptible(message: str) -> Iterator[None]:
     """End with one line and a shell's exit code on Ctrl-C and SIGTERM. The work cleans up."""
-    number = signal.SIGINT
 
-    def stop(received: int, frame: object) -> None:
-        nonlocal number
-        number = signal.Signals(received)
-        raise KeyboardInterrupt
+    def terminate(number: int, frame: object) -> None:
+        raise _Terminated
 
-    previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    previous = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _Terminated) as error:
+        number = signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT
         print(message, file=sys.stderr)
         raise typer.Exit(128 + number) from None
     finally:
-        for which, handler in previous.items():
-            signal.signal(which, handler)
+        signal.signal(signal.SIGTERM, previous)

@@ -83,13 +83,14 @@ class Destination:
         self._files = [f.rfilename for f in found.siblings or () if f.rfilename != _ATTRIBUTES]
         if self._files and tag not in (found.tags or ()):
             raise InputError(
-                f"{self.repository}: the repository has files, and its model card does not have the "
-                f"tag {tag}, so something else made them; choose another name, or delete the files"
+                f"{self.repository}: the repository has files, and its model card does not have "
+                f"the tag {tag}, so something else made them; choose another name, or delete the "
+                "files"
             )
         if self._private and not found.private:
             raise InputError(
-                f"--private: {self.repository} exists and is public; make it private in its settings, "
-                "or choose another name"
+                f"--private: {self.repository} exists and is public; make it private in its "
+                "settings, or choose another name"
             )
 
     def create(self) -> None:

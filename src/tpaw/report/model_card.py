@@ -61,7 +61,7 @@ _TOLD: Mapping[str, Any] = {
     "generate": dict.fromkeys(_OF_GENERATE, True),
     "train": dict.fromkeys(_OF_TRAIN, True),
 }
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
 _OF_CRITIC = {"critic": {"path": True}}
 
 
@@ -193,9 +193,9 @@ def _results(run: RunDirectory, config: RunConfig, entry: Mapping[str, Any]) -> 
         EvalResult(
             task_type="text-generation",
             dataset_type=data.path if on_hub else "held-out",
-            dataset_name=data.path if on_hub else printable(Path(data.path).name),
-            dataset_config=data.name if on_hub else None,
-            dataset_split=data.split if on_hub else None,
+            dataset_name=data.path if on_hub else printable(_last_part(data.path)),
+            dataset_config=printable(data.name) if on_hub and data.name else None,
+            dataset_split=printable(data.split) if on_hub else None,
             metric_type="exact_match" if is_exact else "accuracy",
             metric_name="exact match, greedy" if is_exact else "right by a checker, greedy",
             metric_value=found["accuracy"],
@@ -219,7 +219,8 @@ def _base_of_adapter(checkpoint: Checkpoint) -> _Origin:
 def _origin(name: str, revision: str | None) -> _Origin:
     if revision is None:
         return _Origin(f"{_code(_last_part(name))}, which is not on the Hub", None)
-    return _Origin(f"{_code(name)} (commit {_code(revision[:12])})", name)
+    is_id = _HUB_ID.fullmatch(name) is not None
+    return _Origin(f"{_code(name)} (commit {_code(revision[:12])})", name if is_id else None)
 
 
 def _data(data: DataConfig, run: RunDirectory) -> str:
@@ -231,7 +232,8 @@ def _data(data: DataConfig, run: RunDirectory) -> str:
 
 def _is_on_hub(data: DataConfig, run: RunDirectory) -> bool:
     """Whether the records are a dataset on the Hub. A folder may have the form of its id."""
-    if _HUB_ID.fullmatch(data.path) is None or Path(data.path).suffix in SUFFIXES:
+    is_id = _HUB_ID.fullmatch(data.path) is not None and "/" in data.path
+    if not is_id or Path(data.path).suffix in SUFFIXES:
         return False
     here = (Path(), *run.root.absolute().parents)
     return not any((folder / data.path).exists() for folder in here)
