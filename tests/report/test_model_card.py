@@ -20,7 +20,7 @@ from tpaw.config.schema import ObjectiveConfig
 from tpaw.models.references import checkpoint_of, find_checkpoint
 from tpaw.report.model_card import model_card
 from tpaw.report.verdict import NOT_COMPARED
-from tpaw.storage.artifacts import read_listed_json, read_sealed, write_sealed
+from tpaw.storage.artifacts import read_listed_json, read_manifest, read_sealed, write_sealed
 from tpaw.storage.run_directory import RunDirectory
 from tpaw.storage.seals import seal_text
 
@@ -73,6 +73,8 @@ def test_it_says_what_was_trained_on_what(finished):
         "precision": "fp32",
     }
     assert str(config.model.path) not in card
+    stop = read_manifest(run.inputs)["stop_ids"]
+    assert f"max_new_tokens=12,\n    do_sample=False,\n    eos_token_id={stop}," in card
 
 
 def test_the_table_and_the_index_hold_the_numbers_of_the_run(finished):
