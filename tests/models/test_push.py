@@ -107,8 +107,9 @@ def test_an_adapter_is_sent_as_an_ordinary_model(tpaw_, hub, adapted, tmp_path):
     for part in ("adapted@1", "base", "not on the Hub", "--merge"):
         assert part in err
     assert hub.requests == []
-    code, _, err = tpaw_("push", adapted.root, "me/mine", "--merge", "--dtype", "fp32")
+    code, _, err = tpaw_("push", adapted.root, "me/mine", "--merge", "--dtype=fp32", "--private")
     assert code == 0, err
+    assert hub.repositories["me/mine"].private
     folder = arrived(hub, "me/mine", tmp_path / "arrived")
     assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == torch.float32
     assert not any("adapter" in path.name for path in folder.iterdir())
@@ -242,8 +243,9 @@ def test_a_run_that_is_half_done_sends_its_newest_checkpoint(tpaw_, hub, finishe
     assert tpaw_("push", copy.root, "me/mine")[0] == 0
     repository = hub.repositories["me/mine"]
     assert repository.commits[0]["summary"] == "copy@2 in bf16"
+    assert not repository.private
     assert b"iterations: 2 of 4" in repository.files["README.md"]
-    assert b"2_3" not in repository.files["README.md"]
+    assert "θ_3".encode() not in repository.files["README.md"]
 
 
 @pytest.mark.parametrize(("part", "status"), [("whoami", 401), ("repos/create", 403)])

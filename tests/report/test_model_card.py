@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -191,6 +192,18 @@ def test_names_on_the_hub_are_in_the_front_matter(finished, tmp_path):
     # The same form, but a folder beside the run.
     (tmp_path / "my-org" / "my-data").mkdir(parents=True)
     assert "datasets" not in front_matter(hub_card(copy))
+
+
+def test_an_adapter_names_the_base_that_it_goes_on(adapted):
+    checkpoint = find_checkpoint(str(adapted.root))
+    base = replace(checkpoint.player.base, name="my-org/base", revision=HUB["revision"])
+    checkpoint = checkpoint._replace(player=replace(checkpoint.player, base=base))
+    card = model_card(checkpoint, dtype="bf16", merge=False)
+    found = front_matter(card)
+    assert found["base_model"] == "my-org/base"
+    assert found["base_model_relation"] == "adapter"
+    assert "The adapter goes on top of `my-org/base` (commit `0123456789ab`)." in card
+    assert "base_model" not in front_matter(model_card(checkpoint, dtype="bf16", merge=True))
 
 
 FOLDERS = ("/home/alice/secret/", "~/secret/", "../secret/", "C:\\Users\\alice\\secret\\")
