@@ -801,8 +801,8 @@ class TrainConfig(Section):
     report_to: Strings = Field(
         (),
         json_schema_extra=CHANGEABLE,
-        description="Experiment trackers of transformers: wandb, tensorboard, mlflow, trackio, … "
-        "One name or a list of names. Default: none.",
+        description="Experiment trackers: tensorboard, wandb, mlflow, trackio. One name or a list "
+        "of names. Each gets one run over all iterations. Default: none.",
     )
     training_arguments: Mapping[str, Any] = Field(
         {},

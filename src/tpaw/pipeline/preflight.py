@@ -29,6 +29,7 @@ from tpaw.models.reduced import reduced_model
 from tpaw.models.size import model_size
 from tpaw.models.tokenizers import load_tokenizer, stop_token_ids
 from tpaw.pipeline.space import bytes_of_inputs, space_for_run
+from tpaw.report.tracker_clients import check_trackers
 from tpaw.runtime.progress import OnDone, ignore
 from tpaw.runtime.watch import Watch
 from tpaw.storage.artifacts import is_published, read_manifest
@@ -89,11 +90,12 @@ def _check_space_of_the_rest(config: RunConfig, run: RunDirectory) -> None:
 
 
 def _check_libraries(config: RunConfig) -> None:
-    """Refuse adapters and 4-bit weights where their libraries are missing or cannot work.
+    """Refuse trackers, adapters and 4-bit weights whose libraries are missing or cannot work.
 
     With Ray the machines share an environment, so what is missing is missing here. Whether
     bitsandbytes works on their GPUs shows when a worker loads the base, after the run has begun.
     """
+    check_trackers(config.train.report_to)
     if config.model.adapter is not None:
         require_peft()
     if config.model.quantization is None:

@@ -49,6 +49,7 @@ from tpaw.pipeline.worker import (
 from tpaw.report.alarms import Alarm
 from tpaw.report.html.page import Report
 from tpaw.report.summary import write_summary
+from tpaw.report.trackers import Trackers
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.isolation import isolated
 from tpaw.runtime.progress import OnDone, note, note_once, progress
@@ -106,7 +107,10 @@ def opened_stages(
             published = Published(run, checker_of(config.checker))
             data = TrainingData(config, kept, published)
             with _engine(data, stop, open_generator) as engine:
-                yield Stages(data, engine, watch)
+                stages = Stages(data, engine, watch)
+                with contextlib.closing(stages.trackers) as trackers:
+                    trackers.after_a_stage()  # of an earlier session
+                    yield stages
 
 
 @contextlib.contextmanager
@@ -165,6 +169,7 @@ class Stages:
         self.engine = engine
         self.watch = watch
         self._report = Report(data.published.run, data.config)
+        self.trackers = Trackers(data.published.run, data.config)
         self.params = SamplingParams.of(
             self.config.generate, self.config.max_length, self.inputs.stop_ids
         )
@@ -202,7 +207,7 @@ class Stages:
                 seed=self.config.seed,
                 on_done=on_done,
             )
-        self._report.after_a_stage()
+        self._after_a_stage()
 
     def build_triples(self, examples: Sequence[Example], opponents: Sequence[Player]) -> Triples:
         """D_O: every example with the responses of every opponent, or those that are right.
@@ -334,7 +339,7 @@ class Stages:
                 params=self.params,
                 watch=self.watch,
             ).publish(player)
-            self._report.after_a_stage()
+            self._after_a_stage()
         if missing_suites(self.run, player.index, self.config.evaluate.suites):
             stop = lambda _: self.watch.stop.check()  # noqa: E731
             for _ in self.engine.do(SuitesTask(), [player.index], stop):
@@ -343,7 +348,7 @@ class Stages:
             self._remove_weights(player.index - 1, is_trained=True)
 
     def report(self) -> bool:
-        """summary.json and report.html, from what is published.
+        """summary.json, report.html and the trackers, from what is published.
 
         Returns:
             False if the run ends here: see `evaluate.stop_when_worse`.
@@ -352,7 +357,12 @@ class Stages:
         for alarm in summary["alarms"]:
             note_once(Alarm(**alarm).line())
         self._report.bring_up_to_date()
+        self.trackers.after_an_iteration()
         return summary["ended"] is None
+
+    def _after_a_stage(self) -> None:
+        self._report.after_a_stage()
+        self.trackers.after_a_stage()
 
     def _check_kept(self, triples: Triples, t: int) -> None:
         """Say how many responses are right, before training begins; refuse too few."""
@@ -380,8 +390,9 @@ class Stages:
         base = job.policy.base if self.config.model.adapter is not None else None
         if not is_published(folder):
             title = self._title(job.t, f"train θ_{iteration.number}")
-            self.engine.train(job, triples, progress(title, job.steps, "steps"))
-            self._report.after_a_stage()
+            shown = progress(title, job.steps, "steps")
+            self.engine.train(job, triples, self.trackers.following(job.t, shown))
+            self._after_a_stage()
         remove_artifacts(iteration.training)
         return Player(iteration.number, str(folder), read_manifest(folder)["fingerprint"], base)
 

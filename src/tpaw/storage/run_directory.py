@@ -59,6 +59,8 @@ NAMES = (
     "iterations",
     "logprobs",
     "prepared",
+    "trackers.json",
+    "tensorboard",
 )
 
 
@@ -184,6 +186,16 @@ class RunDirectory:
     def summary_file(self) -> Path:
         """JSON file: the results that `tpaw run` prints at its end."""
         return self.root / "summary.json"
+
+    @property
+    def trackers_file(self) -> Path:
+        """JSON file: what the trackers of `train.report_to` have got, and their runs."""
+        return self.root / "trackers.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard's event files."""
+        return self.root / "tensorboard"
 
     def iteration(self, t: int) -> Iteration:
         """The iteration that trains θ_{t+1} from θ_t."""

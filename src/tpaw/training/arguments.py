@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import Trainer, TrainingArguments, get_scheduler
-from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -130,7 +129,7 @@ def training_arguments(config: RunConfig, t: int, output: Path) -> TrainingArgum
             logging_first_step=True,
             save_strategy="steps",
             save_steps=train.save_every,
-            report_to=list(train.report_to) or "none",
+            report_to="none",  # the process of the run feeds the trackers
             disable_tqdm=True,
             **({"per_device_train_batch_size": train.batch_size // process_count()} | own),
             **({"run_name": f"theta_{t + 1}"} | _of_several_processes(config) | settings),
@@ -176,7 +175,7 @@ def split_optimizer(
 
 
 def check_training(config: RunConfig) -> None:
-    """Refuse an optimizer, schedule, tracker or TrainingArgument that cannot work.
+    """Refuse an optimizer, schedule or TrainingArgument that cannot work.
 
     It builds what training builds, on a model of one weight and a data set of one record.
 
@@ -199,11 +198,6 @@ def check_training(config: RunConfig) -> None:
         for t in different.values():
             arguments = training_arguments(config, t, Path(folder))
         model = torch.nn.Linear(1, 1)
-        try:
-            for callback in get_reporting_integration_callbacks(arguments.report_to):
-                callback()
-        except (ImportError, RuntimeError, ValueError) as error:
-            raise InputError(f"train.report_to: {list(train.report_to)}: {error}") from None
         try:
             optimizer_class, options = split_optimizer(
                 config, arguments

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -145,7 +144,7 @@ def train_iteration(
     )
     policy.generation_config = generation
     arguments = training_arguments(config, iteration.t, iteration.training)
-    with _tensorboard_in(iteration.folder / "tensorboard"), _with_advice(iteration):
+    with _with_advice(iteration):
         trainer = build(policy, arguments)
         _check_parallel(trainer, config)
         _check_saved_step(resume_from, trainer, iteration)
@@ -217,16 +216,3 @@ def _with_advice(iteration: Iteration) -> Iterator[None]:
             "writes, and it may be harmful; it was not run. If you trust the rest of the run, run "
             f"`tpaw run {iteration.run_root} --restart-iteration {iteration.number}`."
         ) from None
-
-
-@contextlib.contextmanager
-def _tensorboard_in(folder: Path) -> Iterator[None]:
-    """Keep event files apart from the saved steps, which are removed; a user's choice stays."""
-    name = "TENSORBOARD_LOGGING_DIR"
-    chosen = os.environ.get(name)
-    os.environ[name] = chosen or str(folder)
-    try:
-        yield
-    finally:
-        if chosen is None:
-            del os.environ[name]
