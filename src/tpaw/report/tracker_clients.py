@@ -23,7 +23,8 @@ PROJECT = "tpaw"
 """The project or experiment, unless the tracker's own environment variable names another."""
 SECONDS_TO_FINISH = 60
 """W&B may try to send for so long when a run ends."""
-Values = Mapping[str, float]
+Values = Mapping[str, Any]
+"""Numbers by name."""
 
 
 class Start(NamedTuple):
@@ -32,12 +33,14 @@ class Start(NamedTuple):
     Attributes:
         id: of the run to continue; None to begin one.
         name: of the run, for people.
+        config: of the run.
         folder: for a tracker that writes files into the run directory.
         next_step: no optimizer step from here on was sent.
     """
 
     id: str | None
     name: str
+    config: RunConfig
     folder: Path
     next_step: int
 
@@ -47,9 +50,11 @@ class Client(Protocol):
 
     Attributes:
         id: names the tracker's run.
+        is_buffered: whether what is sent is safe only when `close` has returned.
     """
 
     id: str
+    is_buffered: bool
 
     def configure(self, config: RunConfig) -> None:
         """Send the configuration, once, before anything else."""
@@ -61,12 +66,13 @@ class Client(Protocol):
         Args:
             values: by name. They may be NaN or infinite.
             step: optimizer steps since the beginning of the run.
-            row: how much was sent before. The same row is sent twice only if the process died
-                before it could note that it was sent.
+            row: number of the rows before. A row that may be lost is sent again with its number.
         """
         ...
 
-    def table(self, headings: Sequence[str], rows: Sequence[Sequence[str]], step: int) -> None:
+    def table(
+        self, headings: Sequence[str], rows: Sequence[Sequence[str]], step: int, row: int
+    ) -> None:
         """Send the table of the run."""
         ...
 
@@ -87,6 +93,7 @@ class TensorBoard:
     """Event files in the run directory."""
 
     id = "tensorboard"
+    is_buffered = False
 
     def __init__(self, start: Start) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -105,7 +112,9 @@ class TensorBoard:
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def table(self, headings: Sequence[str], rows: Sequence[Sequence[str]], step: int) -> None:
+    def table(
+        self, headings: Sequence[str], rows: Sequence[Sequence[str]], step: int, row: int
+    ) -> None:
         """See `Client`. TensorBoard renders Markdown."""
         lines = [headings, ["---"] * len(headings), *rows]
         self._text("table", "\n".join(f"| {' | '.join(line)} |" for line in lines), step)
@@ -124,7 +133,12 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases; `WANDB_PROJECT`, `WANDB_MODE` and others have their meaning."""
+    """A run of Weights & Biases; `WANDB_PROJECT`, `WANDB_MODE` and others have their meaning.
+
+    A process of W&B's own writes and sends. What it holds is lost when the run is killed.
+    """
+
+    is_buffered = True
 
     def __init__(self, start: Start) -> None:
         import wandb
@@ -138,6 +152,7 @@ class WandB:
             reinit="create_new",  # the caller of self_play may have a run of its own
             settings=_wandb_settings(),
         )
+        self._first_row = self._run.step  # of a run that goes on, W&B has the rows before
         self._run.define_metric("optimizer_step")
         self._run.define_metric("*", step_metric="optimizer_step")
 
@@ -147,14 +162,17 @@ class WandB:
 
     def log(self, values: Values, step: int, row: int) -> None:
         """See `Client`. W&B takes each of its own steps once; ours is a metric beside it."""
-        self._run.log({**values, "optimizer_step": step}, step=row, commit=True)
+        if row >= self._first_row:
+            self._run.log({**values, "optimizer_step": step}, step=row, commit=True)
 
-    def table(self, headings: Sequence[str], rows: Sequence[Sequence[str]], step: int) -> None:
+    def table(
+        self, headings: Sequence[str], rows: Sequence[Sequence[str]], step: int, row: int
+    ) -> None:
         """See `Client`."""
         import wandb
 
         table = wandb.Table(columns=list(headings), data=[list(row) for row in rows])
-        self._run.log({"table": table})
+        self.log({"table": table}, step, row)
 
     def alert(self, name: str, text: str, step: int) -> None:
         """See `Client`."""
@@ -168,6 +186,7 @@ class WandB:
 class MLflow:
     """A run of MLflow. It is not the active run of this process, which may be the caller's."""
 
+    is_buffered = False
     PARAMETERS_AT_ONCE = 100  # MLflow's own limits
     LONGEST_PARAMETER = 500
     LONGEST_TAG = 5000
@@ -205,7 +224,9 @@ class MLflow:
         metrics = [Metric(_mlflow_name(k), float(v), now, step) for k, v in values.items()]
         self._client.log_batch(self.id, metrics=metrics)
 
-    def table(self, headings: Sequence[str], rows: Sequence[Sequence[str]], step: int) -> None:
+    def table(
+        self, headings: Sequence[str], rows: Sequence[Sequence[str]], step: int, row: int
+    ) -> None:
         """See `Client`. `log_table` would add the rows to those of an earlier table."""
         table = {"columns": list(headings), "data": [list(row) for row in rows]}
         self._client.log_dict(self.id, table, "table.json")
@@ -224,6 +245,8 @@ class MLflow:
 class Trackio:
     """A run of Trackio: in its local database, or in the Space of `TRACKIO_SPACE_ID`."""
 
+    is_buffered = False
+
     def __init__(self, start: Start) -> None:
         import trackio
 
@@ -231,6 +254,7 @@ class Trackio:
         self._run: Any = trackio.init(
             project=os.environ.get("TRACKIO_PROJECT", PROJECT),
             name=self.id,
+            config=_as_json(start.config),
             resume="allow",
             embed=False,
             auto_log_gpu=False,
@@ -238,15 +262,16 @@ class Trackio:
         )
 
     def configure(self, config: RunConfig) -> None:
-        """See `Client`. Trackio sends it with the first numbers."""
-        self._run.config.update(_as_json(config))
+        """See `Client`. Trackio takes it anew in each session, when it begins."""
 
     def log(self, values: Values, step: int, row: int) -> None:
         """See `Client`."""
         self._run.log(dict(values), step=step)
         self._store()
 
-    def table(self, headings: Sequence[str], rows: Sequence[Sequence[str]], step: int) -> None:
+    def table(
+        self, headings: Sequence[str], rows: Sequence[Sequence[str]], step: int, row: int
+    ) -> None:
         """See `Client`."""
         import trackio
 
@@ -323,7 +348,9 @@ def _check_wandb(key: str) -> None:
 def _wandb_settings() -> Any:
     import wandb
 
-    return wandb.Settings(console="off", finish_timeout=SECONDS_TO_FINISH)
+    return wandb.Settings(
+        console="off", finish_timeout=SECONDS_TO_FINISH, finish_timeout_raises=True
+    )
 
 
 def _as_json(config: RunConfig) -> dict[str, Any]:

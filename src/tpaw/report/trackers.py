@@ -39,7 +39,7 @@ class Sent(BaseModel):
 
     Attributes:
         id: of its run; None if none has begun.
-        rows: how many times numbers or other things were sent.
+        rows: how many times numbers or a table were sent.
         lines: iteration i -> the step of the last line of its training.jsonl.
         others: what else was sent, by name.
     """
@@ -71,7 +71,7 @@ class Trackers:
                 if not (run.training_log(i).exists() or is_published(run.checkpoint(i))):
                     del sent.lines[i]
         self._trackers = [
-            _Tracker(name, run, config, self._sent.setdefault(name, Sent()), self._save)
+            _Tracker(name, run, config, self._sent.get(name, Sent()), self._save)
             for name in config.train.report_to
         ]
 
@@ -126,9 +126,10 @@ class Trackers:
                 partial(tracker.send, summary, with_table=with_table), in_a_hurry=in_a_hurry
             )
 
-    def _save(self) -> None:
-        path = self._run.trackers_file
-        write_text(path, _FILE.dump_json(self._sent, indent=2).decode() + "\n")
+    def _save(self, name: str, sent: Sent) -> None:
+        self._sent[name] = sent
+        text = _FILE.dump_json(self._sent, indent=2).decode()
+        write_text(self._run.trackers_file, text + "\n")
 
 
 class _Place(NamedTuple):
@@ -145,13 +146,14 @@ class _Tracker:
         run: RunDirectory,
         config: RunConfig,
         sent: Sent,
-        save: Callable[[], None],
+        save: Callable[[str, Sent], None],
     ) -> None:
         self.name = name
         self.failures = 0
         self._run = run
         self._config = config
-        self._sent = sent
+        self._kept = sent
+        self._sent = sent.model_copy(deep=True)
         self._save = save
         self._client: Client | None = None
         self._places: dict[int, _Place] = {}
@@ -176,7 +178,8 @@ class _Tracker:
                     f"train.report_to: {self.name} failed, and the run goes on: "
                     f"{printable(first_line(error))}"
                 )
-            self._leave()
+            with contextlib.suppress(Exception):
+                self._end(is_done=False)
             ended = time.monotonic()
             self._not_before = ended + (ended - began) / SHARE_OF_TIME
             return
@@ -206,10 +209,10 @@ class _Tracker:
             for suite, found in entry.get("suites", {}).items():
                 self._once(f"suite {i} {suite}", _of_suite(suite, found), ends[-1])
         for alarm in (Alarm(**found) for found in summary["alarms"]):
-            with self._noting(f"alarm {alarm.iteration} {alarm.name}") as client:
-                if client is not None:
-                    text = f"{alarm.text} {alarm.advice}"
-                    client.alert(alarm.name, text, ends[alarm.iteration])
+            if self._lacks(name := f"alarm {alarm.iteration} {alarm.name}"):
+                text = f"{alarm.text} {alarm.advice}"
+                self._open().alert(alarm.name, text, ends[alarm.iteration])
+                self._got(name)
         if is_done and with_table:
             self._send_table(summary, ends[-1])
 
@@ -226,8 +229,7 @@ class _Tracker:
             values = {"train/iteration": i, **_of_line(line)}
             self._open().log(values, offset + line["step"], self._sent.rows)
             self._sent.lines[i] = line["step"]
-            self._sent.rows += 1
-            self._save()
+            self._got(rows=1)
 
     def steps_before(self, i: int) -> int:
         """Optimizer steps of the iterations before i, which are finished.
@@ -241,9 +243,7 @@ class _Tracker:
 
     def close(self, *, is_done: bool) -> None:
         """End the session, and say what failed."""
-        client, self._client = self._client, None
-        if client is not None:
-            self.attempt(partial(client.close, is_done=is_done), in_a_hurry=False)
+        self.attempt(partial(self._end, is_done=is_done), in_a_hurry=False)
         if self.failures:
             note(
                 f"train.report_to: {self.name} failed {self.failures} times in this session; the "
@@ -253,48 +253,56 @@ class _Tracker:
     def _send_table(self, summary: Mapping[str, Any], step: int) -> None:
         rows = [cells for entry in summary["players"] if (cells := summary_cells(entry))]
         digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
-        with self._noting(f"table {digest}") as client:
-            if client is not None:
-                client.table(SUMMARY_HEADINGS, rows, step)
+        if self._lacks(name := f"table {digest}"):
+            self._open().table(SUMMARY_HEADINGS, rows, step, self._sent.rows)
+            self._got(name, rows=1)
 
     def _once(self, name: str, values: Mapping[str, float], step: int) -> None:
-        if values:
-            with self._noting(name) as client:
-                if client is not None:
-                    client.log(values, step, self._sent.rows)
+        if values and self._lacks(name):
+            self._open().log(values, step, self._sent.rows)
+            self._got(name, rows=1)
 
-    @contextlib.contextmanager
-    def _noting(self, name: str) -> Iterator[Client | None]:
-        """The client to send a thing with, None if it was sent; afterwards it is noted as sent."""
-        if name in self._sent.others:
-            yield None
-            return
-        yield self._open()
-        self._sent.others.append(name)
-        self._sent.rows += 1
-        self._save()
+    def _lacks(self, name: str) -> bool:
+        return name not in self._sent.others
+
+    def _got(self, name: str | None = None, rows: int = 0) -> None:
+        if name is not None:
+            self._sent.others.append(name)
+        self._sent.rows += rows
+        if self._client is not None and not self._client.is_buffered:
+            self._keep()
+
+    def _keep(self) -> None:
+        """Write down what was sent, so that the next session does not send it again."""
+        self._kept = self._sent.model_copy(deep=True)
+        self._save(self.name, self._kept)
 
     def _open(self) -> Client:
         if self._client is None:
             newest = max(self._sent.lines, default=1)
             next_step = self.steps_before(newest) + self._sent.lines.get(newest, 0) + 1
             name = self._run.root.resolve().name
-            start = Start(self._sent.id, name, self._run.tensorboard, next_step)
+            start = Start(self._sent.id, name, self._config, self._run.tensorboard, next_step)
             self._client = CLIENTS[self.name](start)
-            self._sent.id = self._client.id
-            self._save()
-            with self._noting("config") as client:
-                if client is not None:
-                    client.configure(self._config)
+            if self._sent.id is None:
+                self._sent.id = self._client.id
+                self._keep()
+            if self._lacks("config"):
+                self._client.configure(self._config)
+                self._got("config")
         return self._client
 
-    def _leave(self) -> None:
-        """Forget a client that failed; the next attempt begins with a new one."""
+    def _end(self, *, is_done: bool) -> None:
+        """End the session of the client; what it did not deliver counts as not sent."""
         client, self._client = self._client, None
         self._places.clear()
-        with contextlib.suppress(Exception):
+        try:
             if client is not None:
-                client.close(is_done=False)
+                client.close(is_done=is_done)
+                if client.is_buffered:
+                    self._keep()
+        finally:
+            self._sent = self._kept.model_copy(deep=True)
 
     def _new_lines(self, i: int) -> Iterator[dict[str, Any]]:
         """The complete lines that were not read yet. A log that was written anew is read again."""

@@ -29,8 +29,8 @@ CURVES = (
     ("learning rate", ("learning_rate",), False),
     ("share of triples", ("share/identical", "share/truncated"), True),
 )
-CHANGING = ("report.html", "summary.json", "lock")
-"""Small files of a run that change after a report."""
+CHANGING = ("report.html", "summary.json", "lock", "trackers.json", "tensorboard")
+"""Files and folders of a run that change after a report; they are small."""
 STAGES = ("generate", "critic", "score", "train", "evaluate", "suites")
 
 
@@ -232,10 +232,12 @@ def _size(folder: Path, without: Collection[str] = ()) -> int:
     """Bytes of the files in a folder, some of which may be removed meanwhile.
 
     Args:
-        without: names of files that are not counted.
+        without: names of files and folders in it that are not counted.
     """
     total = 0
     for path in folder.rglob("*"):
+        if path.relative_to(folder).parts[0] in without:
+            continue
         with contextlib.suppress(OSError):
-            total += path.stat().st_size if path.name not in without and path.is_file() else 0
+            total += path.stat().st_size if path.is_file() else 0
     return total
