@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 import transformers.cache_utils
-import transformers.integrations
 import transformers.masking_utils
 import transformers.trainer_callback
 from packaging.requirements import Requirement
@@ -59,7 +58,6 @@ def test_varlen_attn_takes_the_arguments_that_the_cuda_path_passes():
         (transformers.Trainer, "_prepare_inputs"),
         (transformers.Trainer, "training_step"),
         (transformers.Trainer, "get_optimizer_cls_and_kwargs"),
-        (transformers.integrations, "get_reporting_integration_callbacks"),
         (transformers.TrainerState, "compute_steps"),
         (transformers.trainer_callback, "PrinterCallback"),
         (transformers.PreTrainedModel, "is_backend_compatible"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import sys
 from collections import namedtuple
@@ -388,22 +387,6 @@ def test_only_an_iteration_that_is_under_way_can_be_restarted(finished, number):
     assert all(checkpoint.exists() for checkpoint in checkpoints)
     with refused(run.root / "nowhere"):
         restart_iteration(run.root / "nowhere", number)
-
-
-def test_files_of_trackers_outlive_the_saved_steps(settings, tmp_path, monkeypatch):
-    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
-    seen = []
-    original = TeamTrainer.__init__
-
-    def init(self, *args, **kwargs):  # where transformers' callback looks for its folder
-        seen.append(os.environ["TENSORBOARD_LOGGING_DIR"])
-        original(self, *args, **kwargs)
-
-    monkeypatch.setattr(TeamTrainer, "__init__", init)
-    settings |= {"iterations": 2}
-    self_play(RunConfig.load(settings), tmp_path / "r")
-    assert seen == [str(tmp_path / "r" / "iterations" / str(i) / "tensorboard") for i in (1, 2)]
-    assert "TENSORBOARD_LOGGING_DIR" not in os.environ
 
 
 SHORTAGES = {

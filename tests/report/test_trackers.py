@@ -606,10 +606,8 @@ def test_wandb_without_a_key_is_refused(tmp_path):
     env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     env |= {"HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", code]
-    for key, is_refused in ((None, True), ("0" * 40, False)):
-        given = env if key is None else env | {"WANDB_API_KEY": key}
-        found = subprocess.run(
-            command, env=given, cwd=tmp_path, capture_output=True, text=True, check=True
-        )
-        assert ("wandb login" in found.stdout) == is_refused, found
-    assert not list(tmp_path.rglob("offline-run*"))
+    found = subprocess.run(
+        command, env=env, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.startswith("train.report_to: 'wandb': W&B has no key; run `wandb login`")
+    assert not list(tmp_path.rglob("*-run-*"))

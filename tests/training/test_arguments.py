@@ -79,7 +79,6 @@ def test_each_setting_of_training_is_the_argument_of_its_iteration(tmp_path):
             "batch_size": 7,
             "log_every": 11,
             "save_every": 13,
-            "report_to": ["tensorboard"],
             "training_arguments": {"max_grad_norm": 0.5},
         },
     }
@@ -97,7 +96,7 @@ def test_each_setting_of_training_is_the_argument_of_its_iteration(tmp_path):
         "logging_steps": 11,
         "logging_first_step": True,
         "save_steps": 13,
-        "report_to": ["tensorboard"],
+        "report_to": [],
         "max_grad_norm": 0.5,
     }
     assert {name: getattr(second, name) for name in expected} == expected

@@ -65,11 +65,16 @@ class Trackers:
         self._run = run
         self._config = config
         self._sent = _read(run.trackers_file)
-        for sent in self._sent.values():
+        for name, sent in list(self._sent.items()):
             # An unfinished iteration without a log begins anew; see --restart-iteration.
-            for i in list(sent.lines):
-                if not (run.training_log(i).exists() or is_published(run.checkpoint(i))):
-                    del sent.lines[i]
+            begin_anew = {
+                i
+                for i in sent.lines
+                if not (run.training_log(i).exists() or is_published(run.checkpoint(i)))
+            }
+            if begin_anew:
+                sent.lines = {i: step for i, step in sent.lines.items() if i not in begin_anew}
+                self._save(name, sent)
         self._trackers = [
             _Tracker(name, run, config, self._sent.get(name, Sent()), self._save)
             for name in config.train.report_to
