@@ -7,13 +7,16 @@ import importlib
 import json
 import math
 import os
+import random
 import shutil
 import struct
 import subprocess
 import sys
 from typing import NamedTuple
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from builders import contents, run_settings, stopped_at_step
 from fork_server import Forked
@@ -21,6 +24,8 @@ from fork_server import Forked
 from tpaw.config.schema import RunConfig
 from tpaw.errors import InputError
 from tpaw.report import trackers as trackers_module
+from tpaw.report.html.content import cost_rows
+from tpaw.report.summary import summarise
 from tpaw.report.tracker_clients import CLIENTS, check_trackers
 from tpaw.report.trackers import Trackers
 from tpaw.selfplay import self_play
@@ -286,6 +291,16 @@ def test_the_bytes_of_a_run_do_not_depend_on_trackers(resumed, tmp_path):
     assert not alone.tensorboard.exists()
 
 
+def test_the_space_in_a_report_does_not_depend_on_trackers(resumed, tmp_path):
+    run, config, _ = resumed
+    shutil.copytree(run.root, tmp_path / "run")
+    copy = RunDirectory(tmp_path / "run")
+    shutil.rmtree(copy.tensorboard, ignore_errors=True)
+    copy.trackers_file.unlink()
+    with_them, without = (cost_rows(r, summarise(r, config)) for r in (run, copy))
+    assert with_them == without
+
+
 def test_a_finished_run_sends_nothing_again(resumed, capsys):
     run, config, _ = resumed
 
@@ -397,6 +412,7 @@ def test_a_tracker_that_is_added_later_gets_the_whole_run(fake, copied):
     trackers = Trackers(run, config)
     trackers.close()
     [session] = fake.sessions
+    assert session.start.name == "run"
     steps = [step for kind, step, _ in session.got if kind == "log"]
     assert steps == sorted(steps)
     assert losses(fake) == expected_curve(run, "loss")
@@ -435,15 +451,21 @@ def test_a_tracker_that_fails_misses_nothing_and_one_line_says_so(
 
 
 def test_a_run_goes_on_when_its_tracker_fails(fake, resumed, tmp_path, monkeypatch, capsys):
+    run, seen = RunDirectory(tmp_path / "run"), []
+
     def breaks(kind, step):
-        raise ConnectionError("gone")
+        random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
+        if kind == "log" and step > 0:
+            seen.append((step, run.checkpoint(1).exists()))
+        if kind == "log" and step > 1:
+            raise ConnectionError("gone")
 
     monkeypatch.setattr(Fake, "breaks", staticmethod(breaks))
     monkeypatch.setattr("tpaw.pipeline.preflight.check_trackers", lambda names: None)
     settings = resumed[2] | {"iterations": 1}
     settings["train"] = settings["train"] | {"report_to": "fake"}
-    self_play(RunConfig.load(settings), tmp_path / "run")
-    run = RunDirectory(tmp_path / "run")
+    self_play(RunConfig.load(settings), run.root)
+    assert seen[:2] == [(1, False), (2, False)]  # while it trains
     assert contents(run.checkpoint(1)) == contents(resumed[0].checkpoint(1))
     assert capsys.readouterr().err.count("fake failed, and the run goes on: gone") == 1
 
@@ -485,11 +507,13 @@ def test_numbers_that_are_not_finite_are_numbers(fake, copied):
     run, config = copied
     log = run.training_log(2)
     lines = list(map(json.loads, log.read_text().splitlines()))
-    lines[1] |= {"loss": "nan", "grad_norm": "-inf"}
+    lines[1] |= {"loss": "nan", "grad_norm": "-inf", "remark": "text", "list": [1]}
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
     Trackers(run, config).close()
     assert [step for step, value in losses(fake) if math.isnan(value)] == [5]
-    assert fake.sessions[0].got[-4][0] == "log"
+    assert not {"train/remark", "train/list", "train/step"} & {
+        name for kind, _, values in fake.sessions[0].got if kind == "log" for name in values
+    }
     norms = [v.get("train/grad_norm") for kind, _, v in fake.sessions[0].got if kind == "log"]
     assert norms.count(-math.inf) == 1
 

@@ -285,8 +285,10 @@ class Trackio:
         self._store()
 
     def close(self, *, is_done: bool) -> None:
-        """See `Client`."""
-        self._run.finish()
+        """See `Client`. At the end of the process Trackio ends a run that is still its newest."""
+        import trackio
+
+        trackio.finish()
 
     def _store(self) -> None:
         """Write to the local database now: a thread would do it later, and may be killed before."""

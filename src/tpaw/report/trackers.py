@@ -286,7 +286,8 @@ class _Tracker:
         if self._client is None:
             newest = max(self._sent.lines, default=1)
             next_step = self.steps_before(newest) + self._sent.lines.get(newest, 0) + 1
-            name = self._run.root.resolve().name
+            name = self._config.train.training_arguments.get("run_name")
+            name = name or self._run.root.resolve().name
             start = Start(self._sent.id, name, self._config, self._run.tensorboard, next_step)
             self._client = CLIENTS[self.name](start)
             if self._sent.id is None:
@@ -349,8 +350,13 @@ def _last_step(log: Path) -> int:
 
 
 def _of_line(line: Mapping[str, Any]) -> dict[str, float]:
-    """A number that is not finite is text in training.jsonl."""
-    return {f"train/{name}": float(value) for name, value in line.items() if name != "step"}
+    """A number that is not finite is text in training.jsonl. Other text is left out."""
+    found = {}
+    for name, value in line.items():
+        with contextlib.suppress(ValueError, TypeError):
+            found[f"train/{name}"] = float(value)
+    del found["train/step"]
+    return found
 
 
 def _of_responses(entry: Mapping[str, Any]) -> dict[str, float]:
