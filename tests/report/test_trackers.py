@@ -12,6 +12,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -590,6 +591,38 @@ def test_a_damaged_record_begins_a_new_run(fake, copied, text, capsys):
     Trackers(run, config).close()
     assert losses(fake) == expected_curve(run, "loss")
     assert "trackers.json: damaged" in capsys.readouterr().err
+
+
+@pytest.mark.skipif("wandb" not in INSTALLED, reason="needs the library: wandb")
+def test_wandb_is_not_sent_the_rows_that_its_server_has(copied, monkeypatch):
+    run, config = copied
+    logged = []
+
+    def log(values, step, commit):
+        logged.append(step)
+
+    def init(**options):
+        assert (options["id"], options["resume"]) == ("abc", "allow")
+        return SimpleNamespace(
+            step=7,  # the server has rows 0 to 6
+            log=log,
+            config={},
+            define_metric=lambda *names, **options: None,
+            alert=lambda **options: None,
+            finish=lambda exit_code: None,
+        )
+
+    monkeypatch.setattr("wandb.init", init)
+    config = config.model_copy(
+        update={"train": config.train.model_copy(update={"report_to": ("wandb",)})}
+    )
+    # The last session that ended had sent 3 rows: two of θ_0 and a line of training.
+    others = ["config", "evaluation 0", "responses 1"]
+    kept = {"id": "abc", "rows": 3, "lines": {"1": 1}, "others": others}
+    run.trackers_file.write_text(json.dumps({"wandb": kept}))
+    Trackers(run, config).close()
+    # Five evaluations and responses, nine lines, and the table.
+    assert logged == list(range(7, 5 + 9 + 1))
 
 
 # Before a run.
