@@ -519,7 +519,7 @@ def test_numbers_that_are_not_finite_are_numbers(fake, copied):
     assert norms.count(-math.inf) == 1
 
 
-def test_lines_are_sent_while_they_are_written(fake, copied):
+def test_lines_are_sent_while_they_are_written(fake, copied, capsys):
     """As a process elsewhere writes them: nobody says when, and a line may be there in part."""
     run, config = copied
     log, checkpoint = run.training_log(2), run.checkpoint(2)
@@ -540,13 +540,18 @@ def test_lines_are_sent_while_they_are_written(fake, copied):
         log.write_bytes(b"".join(lines[:2]) + lines[2][:20])
         advance(1, "loss")
         assert [step for step, _ in losses(fake)] == [4, 5]
-        (log.parent / "new").write_bytes(lines[0])  # trained again from a saved step
-        (log.parent / "new").replace(log)
-        advance(1)
-        log.write_bytes(b"".join(lines[:4]))
+        # Trained again from a saved step: another file, shorter or longer than what was read.
+        for longer, count in ((0, 1), (99, 3)):
+            again = [b" " * longer + line for line in lines[:count]]
+            (log.parent / "new").write_bytes(b"".join(again))
+            (log.parent / "new").replace(log)
+            advance(1)
+        assert [step for step, _ in losses(fake)] == [4, 5, 6]
+        log.write_bytes(b"".join([*again, lines[3]]))
         advance(1)
         assert [step for step, _ in losses(fake)] == [4, 5, 6, 7]
-    assert shown == [(1, ""), (1, "loss"), (1, ""), (1, "")]
+    assert shown == [(1, ""), (1, "loss"), *[(1, "")] * 3]
+    assert "failed" not in capsys.readouterr().err
     trackers.close()
     assert sorted(losses(fake)) == expected_curve(run, "loss")[:7]
     assert "table" not in kinds(fake)
