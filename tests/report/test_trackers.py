@@ -297,7 +297,7 @@ def test_the_space_in_a_report_does_not_depend_on_trackers(resumed, tmp_path):
     shutil.copytree(run.root, tmp_path / "run")
     copy = RunDirectory(tmp_path / "run")
     shutil.rmtree(copy.tensorboard, ignore_errors=True)
-    copy.trackers_file.unlink()
+    copy.trackers_file.unlink(missing_ok=True)
     with_them, without = (cost_rows(r, summarise(r, config)) for r in (run, copy))
     assert with_them == without
 
@@ -393,7 +393,7 @@ def copied(resumed, tmp_path):
     """A finished run of two iterations that no tracker has followed."""
     shutil.copytree(resumed[0].root, tmp_path / "run")
     run = RunDirectory(tmp_path / "run")
-    run.trackers_file.unlink()
+    run.trackers_file.unlink(missing_ok=True)
     settings = dict(resumed[2]) | {"train": resumed[2]["train"] | {"report_to": "fake"}}
     return run, RunConfig.load(settings)
 

@@ -340,7 +340,8 @@ def _check_wandb(key: str) -> None:
         settings = wandb.setup(_wandb_settings()).settings
         has_key = settings.mode in ("offline", "dryrun", "disabled") or wandb.login(prompt=False)
     except Exception as error:
-        raise InputError(f"{key}: {printable(first_line(error))}") from None
+        why = printable(first_line(error))
+        raise InputError(f"{key}: needs wandb 0.31 or newer, with valid settings ({why})") from None
     if not has_key:
         raise InputError(
             f"{key}: W&B has no key; run `wandb login`, or set WANDB_API_KEY, or WANDB_MODE=offline"
