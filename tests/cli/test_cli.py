@@ -599,3 +599,34 @@ def test_status_watches_a_run_until_it_is_finished(tpaw_, finished, tmp_path, mo
         "finished",
     ]
     assert "\x1b" not in out
+
+
+def commands():
+    """Every command that a person is shown, by its name."""
+    import typer
+
+    from tpaw.cli.main import app
+
+    def within(group, name):
+        for key, command in group.commands.items():
+            if command.hidden:
+                continue
+            if hasattr(command, "commands"):
+                yield from within(command, f"{name} {key}")
+            else:
+                yield f"{name} {key}", command
+
+    return dict(within(typer.main.get_command(app), "tpaw"))
+
+
+@pytest.mark.parametrize("name", commands())
+def test_every_help_has_an_example_that_is_accepted(name):
+    import shlex
+
+    command = commands()[name]
+    [example] = [line for line in command.help.splitlines() if line.startswith("Example: ")]
+    words = shlex.split(example.removeprefix("Example: ").partition(" > ")[0])
+    own = name.split()
+    assert words[: len(own)] == own
+    # Parsing refuses an unknown option or a missing argument; nothing is carried out.
+    command.make_context(name, words[len(own) :])

@@ -45,7 +45,7 @@ def compare(
 ) -> None:
     """Compare every system with the first one on the same items, with statistical tests.
 
-    For example: tpaw compare runs/sft runs/mine --html comparison.html
+    Example: tpaw compare runs/sft runs/mine --html comparison.html
     """
     for option, path in (("--json", json_), ("--html", html)):
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
@@ -100,6 +100,8 @@ def evaluate(
     """Run lm-evaluation-harness benchmarks on a model, or on every checkpoint of a run.
 
     Finished evaluations are skipped.
+
+    Example: tpaw evaluate runs/mine --suite gsm8k
     """
     from tpaw.evaluation.benchmarks.run import evaluate_suite
     from tpaw.report.tables import suite_table
@@ -142,6 +144,8 @@ def answer(
     """Generate responses to the prompts of a file, for `tpaw judge` and alpaca_eval.
 
     Sampling uses the settings of the run.
+
+    Example: tpaw answer runs/mine@4 --data prompts.jsonl --greedy
     """
     from tpaw.evaluation.judge.answers import answer_rows
 
@@ -200,6 +204,8 @@ def judge(
     """Ask a judge model which responses are better, and report the win rate of A against B.
 
     The judge sees each pair in both orders.
+
+    Example: tpaw judge answers/a answers/b --endpoint http://localhost:8000/v1 --model judge
     """
     from tpaw.evaluation.judge.match import Judge
     from tpaw.evaluation.judge.prompt import load_prompt

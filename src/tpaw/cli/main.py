@@ -51,7 +51,10 @@ def top(
 
 @app.command("env")
 def env() -> None:
-    """Print versions and hardware, for a bug report."""
+    """Print versions and hardware, for a bug report.
+
+    Example: tpaw env
+    """
     import platform
 
     import torch

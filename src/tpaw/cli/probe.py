@@ -30,6 +30,8 @@ def probe(
 
     It answers a few hundred prompts, compares the first step with that of SFT, and trains for one
     epoch on these rows. With many rows it fits a small critic too. Nothing of it is kept.
+
+    Example: tpaw probe mine.yaml --rows 1000
     """
     settings = load(config, set_, trust)
     from tpaw.probe.measure import probe as measure

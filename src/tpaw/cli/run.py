@@ -76,6 +76,8 @@ def run(
 
     Run the same command again to resume a run that was stopped.
     If CONFIG is a run directory, that run is resumed.
+
+    Example: tpaw run mine.yaml -o runs/mine --set seed=1
     """
     output = output or _default_output(config)
     settings = load(config, set_, trust)
@@ -96,7 +98,7 @@ def new(
 ) -> None:
     """Look at a model and its data, and write a configuration that runs.
 
-    For example: tpaw new mine.yaml --model ./sft-model --data train.jsonl
+    Example: tpaw new mine.yaml --model ./sft-model --data train.jsonl
     """
     from tpaw.pipeline.proposal import propose, write_proposal
     from tpaw.runtime.progress import progress
@@ -123,6 +125,8 @@ def sft(
 
     Equal to `tpaw run sft CONFIG...`: CONFIG overrides the recipe sft.
     The model is written to iterations/1/checkpoint in the run directory.
+
+    Example: tpaw sft mine.yaml -o runs/sft
     """
     output = output or _default_output(["sft", *config] if not _is_run(config) else config)
     settings = load(["sft", *config], set_, trust)
@@ -158,7 +162,10 @@ def status(
         ),
     ] = False,
 ) -> None:
-    """Show which stages of a run are done and which stage is next."""
+    """Show which stages of a run are done and which stage is next.
+
+    Example: tpaw status runs/mine --watch
+    """
     run = _run_in(directory)
     settings = run.load_config()
     from tpaw.report.status import done_and_next
@@ -225,7 +232,7 @@ def report(
 
     `tpaw run` writes it too, whenever a stage ends, and `tpaw study` at its end.
 
-    For example: tpaw report runs/mine -o mine.html
+    Example: tpaw report runs/mine -o mine.html
     """
     if output is not None and not output.parent.is_dir():
         raise InputError(f"--output {output}: no such folder: {output.parent}")
@@ -279,7 +286,7 @@ def plan(
 
     Nothing is trained or written, but for --measure in a temporary folder.
 
-    For example: tpaw plan mine.yaml --measure --price-per-hour 2.50
+    Example: tpaw plan mine.yaml --measure --price-per-hour 2.50
     """
     if price_per_hour is not None and not measure:
         raise InputError(f"--price-per-hour {price_per_hour:g}: it needs --measure")
@@ -330,7 +337,10 @@ def _print_costs(
 
 @config_app.command("list")
 def config_list() -> None:
-    """List the recipes that come with the package."""
+    """List the recipes that come with the package.
+
+    Example: tpaw config list
+    """
     summaries = recipe_summaries()
     width = max(map(len, summaries))
     for name, summary in summaries.items():
@@ -339,13 +349,19 @@ def config_list() -> None:
 
 @config_app.command("show", cls=Command)
 def config_show(config: Sources, set_: Overrides = []) -> None:  # noqa: B006
-    """Print the complete configuration with the description of every setting."""
+    """Print the complete configuration with the description of every setting.
+
+    Example: tpaw config show starter spin --set seed=1
+    """
     print(to_yaml(load(config, set_, trust=True), comments=True), end="")  # runs no code
 
 
 @config_app.command("schema")
 def config_schema() -> None:
-    """Print the JSON schema of a configuration."""
+    """Print the JSON schema of a configuration.
+
+    Example: tpaw config schema > schema.json
+    """
     print(json.dumps(RunConfig.model_json_schema(by_alias=True), indent=2))
 
 

@@ -63,6 +63,8 @@ def study(
     """Run methods × settings × seeds, then compare them with statistical tests.
 
     Run the same command again to resume a study that was stopped.
+
+    Example: tpaw study methods --jobs 2
     """
     from tpaw.report.study import sentences, study_tables
     from tpaw.study.judging import judge_study

@@ -23,6 +23,7 @@ from pydantic import BaseModel, TypeAdapter
 from tpaw.config.schema import RunConfig
 from tpaw.errors import first_line, printable
 from tpaw.report.alarms import Alarm
+from tpaw.report.status import done_and_next
 from tpaw.report.summary import summarise
 from tpaw.report.tables import SUMMARY_HEADINGS, summary_cells
 from tpaw.report.tracker_clients import CLIENTS, Client, Start
@@ -114,7 +115,7 @@ class Trackers:
     def close(self) -> None:
         """Send what is left, and end the session of each tracker."""
         self._send_all(with_table=True, in_a_hurry=False)
-        is_done = is_published(self._run.checkpoint(self._config.iterations))
+        is_done = _is_done(self._run, self._config)
         for tracker in self._trackers:
             tracker.close(is_done=is_done)
 
@@ -198,9 +199,7 @@ class _Tracker:
             with_table: also the table, if the run is finished.
         """
         players = summary["players"]
-        is_done = summary["iterations_done"] == summary["iterations"] and (
-            ("evaluation" in players[-1]) == ("evaluation" in players[0])
-        )
+        is_done = _is_done(self._run, self._config)
         if not is_done:
             self._open()  # a tracker that cannot work shows at the beginning
         ends = [0]
@@ -328,6 +327,11 @@ class _Tracker:
         text = text[: text.rfind(b"\n") + 1]
         self._places[i] = _Place(status.st_ino, place.read + len(text))
         yield from (json.loads(line) for line in text.splitlines())
+
+
+def _is_done(run: RunDirectory, config: RunConfig) -> bool:
+    """Whether no stage is left, also because `evaluate.stop_when_worse` ended the run."""
+    return done_and_next(run, config)[1] is None
 
 
 def _read(path: Path) -> dict[str, Sent]:

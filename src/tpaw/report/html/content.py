@@ -75,6 +75,7 @@ def progress_charts(summary: Mapping[str, Any]) -> list[Markup]:
          [line("margin", of_logps("margin")), line("gap", of_logps("gap"))]),
         ("share of held-out gaps ≤ 0", True, [line("gaps ≤ 0", of_logps("nonpositive_gap_share"))]),
         ("log-prob of held-out targets, nats", False, [line("target", of_logps("target_logp"))]),
+        ("drift from θ_0, nats per token", False, [line("drift", of_logps("drift"))]),
         ("responses to training prompts", True, [
             line("identical", lambda e: e["responses"]["identical_share"]),
             line("truncated", lambda e: e["responses"]["truncated_share"]),
