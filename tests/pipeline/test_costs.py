@@ -53,6 +53,7 @@ def test_the_seconds_of_an_iteration_by_hand(config):
     first, second, third, fourth = plan_run(config, 24)  # batches of 8, epochs 2, 1, 1, 1
     assert costs.of_iteration(first, 100) == {
         "generate": 12.0,
+        "critic": 0.0,
         "score": pytest.approx(3 + 0.25 * 0.8 * 48),
         "train": 10 + 2.0 * 6,  # one opponent, 24 triples twice
         "evaluate": 3 + 20.0,
@@ -65,6 +66,9 @@ def test_the_seconds_of_an_iteration_by_hand(config):
         3 * 3 + 0.25 * 0.8 * (4 * 24 + 2 * 24)
     )
     assert costs.of_evaluation(100, is_first=True) == 3 + 30.0
+    with_critic = costs._replace(critic=(0.5, 0.125), critic_steps=(100, 20, 20, 20))
+    assert with_critic.of_iteration(first, 0)["critic"] == 50 + 0.125 * 24
+    assert with_critic.of_iteration(second, 0)["critic"] == 10 + 0.125 * 24
 
 
 def test_what_takes_known_times(config, monkeypatch):
@@ -176,10 +180,6 @@ def test_memory_that_runs_out_is_found_now(config, temporary, monkeypatch):
 
 
 def test_what_is_refused(tpaw_, config, tmp_path):
-    with refused("method: critic", "--measure"):
-        measure_costs(
-            config.model_copy(update={"method": "critic"}), read_inputs(config), StopSignal()
-        )
     code, _, err = tpaw_("plan", "starter", "--price-per-hour", "2")
     assert code != 0
     complains(err, "--price-per-hour 2", "--measure")

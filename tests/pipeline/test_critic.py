@@ -18,6 +18,9 @@ from tpaw.config.plan import plan_run
 from tpaw.config.schema import RunConfig
 from tpaw.data.examples import read_examples
 from tpaw.generation.responses import read_responses
+from tpaw.pipeline.costs import measure_costs
+from tpaw.pipeline.preflight import read_inputs
+from tpaw.runtime.interrupt import StopSignal
 from tpaw.selfplay import self_play
 from tpaw.storage.artifacts import read_manifest
 from tpaw.storage.run_directory import RunDirectory
@@ -290,3 +293,18 @@ def test_killed_in_every_stage(critic_settings, tmp_path):
     assert run("killed", *points) == ["killed"] * len(points)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert not list((tmp_path / "killed").rglob("critic-training"))
+
+
+@pytest.mark.parametrize("train_by", ["sft", "objective"])
+def test_plan_measures_it(critic_settings, train_by):
+    config = load(critic_settings, {"critic": {"train_by": train_by, "team": 2}})
+    costs = measure_costs(config, read_inputs(config), StopSignal())
+    step, response = costs.critic
+    assert step > 0
+    assert response > 0
+    assert costs.critic_steps == (12, 8)
+    assert (costs.sequence > 0) is (train_by == "objective")
+    assert all(seconds > 0 for seconds in costs.steps.values())
+    for plan, steps in zip(plan_run(config, N), (12, 8), strict=True):
+        seconds = costs.of_iteration(plan, 0)
+        assert seconds["critic"] == pytest.approx(step * steps + response * N * SAMPLES)

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from tpaw.storage.failures import readable_size
 
-STAGES = ("generate", "score", "train", "evaluate")
+STAGES = ("generate", "critic", "score", "train", "evaluate")
 
 
 def costs_table(costs: Mapping[str, Mapping[str, float]]) -> Table:
@@ -20,10 +20,11 @@ def costs_table(costs: Mapping[str, Mapping[str, float]]) -> Table:
     """
     table = Table()
     table.add_column("makes")
-    for heading in (*STAGES, "in all"):
+    stages = [s for s in STAGES if any(seconds.get(s) for seconds in costs.values())]
+    for heading in (*stages, "in all"):
         table.add_column(heading, justify="right")
     for name, seconds in costs.items():
-        cells = (readable_time(seconds[s]) if seconds.get(s) else "–" for s in STAGES)
+        cells = (readable_time(seconds[s]) if seconds.get(s) else "–" for s in stages)
         table.add_row(name, *cells, readable_time(sum(seconds.values())))
     return table
 
