@@ -14,7 +14,7 @@ import tpaw.pipeline.costs
 import tpaw.pipeline.training
 from tpaw.config.plan import plan_run
 from tpaw.config.schema import RunConfig
-from tpaw.data.examples import Examples
+from tpaw.data.examples import Example, Examples
 from tpaw.errors import InputError, MemoryShortageError
 from tpaw.pipeline.costs import STEPS, Costs, Memory, measure_costs
 from tpaw.pipeline.engines import InProcess
@@ -61,6 +61,7 @@ def test_the_seconds_of_an_iteration_by_hand(config):
     assert costs.of_iteration(second, 0)["evaluate"] == 0
     assert costs.of_iteration(second, 0)["train"] == 10 + 3.0 * 6  # between one and three
     assert costs.of_iteration(third, 0)["train"] == 10 + 4.0 * 9
+    assert costs.of_iteration(third, 0)["generate"] == 12.0  # θ_2 answers once
     assert fourth.main_players == (3, 2, 1)  # θ_3 scores all, the two others what is new
     assert costs.of_iteration(fourth, 0)["score"] == pytest.approx(
         3 * 3 + 0.25 * 0.8 * (4 * 24 + 2 * 24)
@@ -73,7 +74,7 @@ def test_the_seconds_of_an_iteration_by_hand(config):
 
 def test_what_takes_known_times(config, monkeypatch):
     """Stages that sleep as long as they have work."""
-    naps = {"generate": 0.004, "step": 0.03, "around": 0.2}
+    naps = {"generate": 0.03, "step": 0.03, "around": 0.2}
     sleep = time.sleep
 
     def generate(self, player, examples, t):
@@ -95,7 +96,7 @@ def test_what_takes_known_times(config, monkeypatch):
     costs = measure_costs(config, read_inputs(config), StopSignal())
     assert asked == [(1, 3), (3, 9)]  # epochs count for nothing here
     assert costs.records == 24
-    assert naps["generate"] < costs.response < naps["generate"] + 0.05
+    assert naps["generate"] < costs.response < 2.5 * naps["generate"]
     assert costs.steps[1] == pytest.approx(naps["step"], rel=0.5)
     assert costs.steps[3] == pytest.approx(3 * naps["step"], rel=0.5)
     assert costs.around_training == pytest.approx(naps["around"], rel=0.5)
@@ -116,22 +117,25 @@ def test_a_large_team_is_tried_for_a_few_steps(config, monkeypatch):
     assert 0 < costs.distinct <= 1
 
 
-def test_the_longest_records_are_among_those_that_are_tried(config):
-    inputs = read_inputs(config)
-    examples = list(inputs.examples)
+@pytest.mark.parametrize("seed", range(5))
+def test_the_longest_records_are_among_those_that_are_tried(config, seed):
+    rng = np.random.default_rng(seed)
+    ids = lambda count: np.ones(count, dtype=np.int32)  # noqa: E731
+    lengths = [(5, 9), *((rng.integers(1, 5), rng.integers(1, 9)) for _ in range(200)), (3, 15)]
+    examples = [
+        Example(str(i), ids(p), ids(t), "", "") for i, (p, t) in enumerate(map(tuple, lengths))
+    ]
+    inputs = read_inputs(config)._replace(examples=Examples.of(examples))
     asked = config.model_copy(
         update={
+            "seed": seed,
             "train": config.train.model_copy(update={"batch_size": 2}),
             "generate": config.generate.model_copy(update={"tokens_per_batch": 1}),
         }
     )
-    chosen = list(tpaw.pipeline.costs._chosen(asked, inputs).examples)
-    assert len(chosen) == 2 * STEPS
-    assert len({e.id for e in chosen}) == len(chosen)
-    assert max(len(e.prompt_ids) for e in chosen) == max(len(e.prompt_ids) for e in examples)
-    both = [[len(e.prompt_ids) + len(e.target_ids) for e in some] for some in (chosen, examples)]
-    assert max(both[0]) == max(both[1])
-    assert np.mean(both[0]) < max(both[1])  # and not they alone
+    chosen = [e.id for e in tpaw.pipeline.costs._chosen(asked, inputs).examples]
+    assert len(chosen) == len(set(chosen)) == 2 * STEPS
+    assert {"0", "201"} < set(chosen)  # the longest prompt, and the longest of both together
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
