@@ -131,3 +131,13 @@ def test_a_second_training_starts_where_the_first_one_ended(tmp_path):
     assert trainer.state.log_history[0]["rewards/target"] == 0
     trainer.train()
     assert trainer.state.log_history[0]["rewards/target"] != 0
+
+
+def test_the_log_says_how_far_the_first_step_is_from_the_stored_log_probs(tmp_path):
+    rows = shifted(triples(8, [make_model(seed=1)]), column=0, by_token=3e-5)
+    log = train(
+        make_model(seed=1), rows, arguments(tmp_path, warmup_steps=0), start_column=0
+    ).state.log_history
+    assert log[0]["first_step/difference"] == pytest.approx(3e-5, rel=0.02)
+    assert log[0]["first_step/limit"] == 1e-4
+    assert not any("first_step/difference" in line for line in log[1:])
