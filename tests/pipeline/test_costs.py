@@ -11,6 +11,7 @@ import torch
 from messages import complains, refused
 
 import tpaw.pipeline.costs
+import tpaw.pipeline.players
 import tpaw.pipeline.training
 from tpaw.config.plan import plan_run
 from tpaw.config.schema import RunConfig
@@ -41,7 +42,7 @@ def temporary(tmp_path, monkeypatch):
 def test_the_seconds_of_an_iteration_by_hand(config):
     costs = Costs(
         records=8,
-        loading=3.0,
+        loading={"generate": 1.0, "score": 3.0, "evaluate": 2.0},
         response=0.5,
         sequence=0.25,
         distinct=0.8,
@@ -52,21 +53,21 @@ def test_the_seconds_of_an_iteration_by_hand(config):
     )
     first, second, third, fourth = plan_run(config, 24)  # batches of 8, epochs 2, 1, 1, 1
     assert costs.of_iteration(first, 100) == {
-        "generate": 12.0,
+        "generate": 1 + 12.0,
         "critic": 0.0,
         "score": pytest.approx(3 + 0.25 * 0.8 * 48),
         "train": 10 + 2.0 * 6,  # one opponent, 24 triples twice
-        "evaluate": 3 + 20.0,
+        "evaluate": 2 + 20.0,
     }
     assert costs.of_iteration(second, 0)["evaluate"] == 0
     assert costs.of_iteration(second, 0)["train"] == 10 + 3.0 * 6  # between one and three
     assert costs.of_iteration(third, 0)["train"] == 10 + 4.0 * 9
-    assert costs.of_iteration(third, 0)["generate"] == 12.0  # θ_2 answers once
+    assert costs.of_iteration(third, 0)["generate"] == 1 + 12.0  # θ_2 answers once
     assert fourth.main_players == (3, 2, 1)  # θ_3 scores all, the two others what is new
     assert costs.of_iteration(fourth, 0)["score"] == pytest.approx(
         3 * 3 + 0.25 * 0.8 * (4 * 24 + 2 * 24)
     )
-    assert costs.of_evaluation(100, is_first=True) == 3 + 30.0
+    assert costs.of_evaluation(100, is_first=True) == 2 + 30.0
     with_critic = costs._replace(critic=(0.5, 0.125), critic_steps=(100, 20, 20, 20))
     assert with_critic.of_iteration(first, 0)["critic"] == 50 + 0.125 * 24
     assert with_critic.of_iteration(second, 0)["critic"] == 10 + 0.125 * 24
@@ -100,6 +101,31 @@ def test_what_takes_known_times(config, monkeypatch):
     assert costs.steps[1] == pytest.approx(naps["step"], rel=0.5)
     assert costs.steps[3] == pytest.approx(3 * naps["step"], rel=0.5)
     assert costs.around_training == pytest.approx(naps["around"], rel=0.5)
+
+
+def test_loading_is_not_paid_for_by_each_record(config, monkeypatch):
+    """What happens once in a stage must not grow with the number of records."""
+    nap, load = 1.0, tpaw.pipeline.players.load_model
+
+    def slowly(*args, **kwargs):
+        time.sleep(nap)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(tpaw.pipeline.players, "load_model", slowly)
+    costs = measure_costs(config, read_inputs(config), StopSignal())
+    for stage in ("generate", "score", "evaluate"):
+        assert nap < costs.loading[stage] < nap + 1
+    assert costs.around_training > nap
+    assert costs.response < nap / 24
+    assert costs.sequence < nap / 48
+    assert max(costs.heldout) < nap / 10
+
+
+def test_few_records_show_steps_too(config):
+    inputs = read_inputs(config)
+    train = config.train.model_copy(update={"batch_size": 64, "warmup": 0.5})
+    costs = measure_costs(config.model_copy(update={"train": train}), inputs, StopSignal())
+    assert costs.around_training > 0
 
 
 def test_a_large_team_is_tried_for_a_few_steps(config, monkeypatch):

@@ -33,8 +33,8 @@ from tpaw.data.token_ids import TokenSequence
 from tpaw.errors import InputError
 from tpaw.models.loading import pick_device
 from tpaw.pipeline.critic_task import CriticTask
+from tpaw.pipeline.engines import InProcess
 from tpaw.pipeline.job import TrainingJob
-from tpaw.pipeline.players import LoadedPlayers
 from tpaw.pipeline.stages import Stages, opened_stages
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.progress import Advance, progress
@@ -71,7 +71,7 @@ class Costs(NamedTuple):
 
     Attributes:
         records: how many records it was measured on.
-        loading: to load a player and to prepare it for log-probs.
+        loading: of players and generation servers, by stage; when scoring, for each player.
         response: for each response that is generated; 0 if the method generates none.
         sequence: for each sequence that is scored under a main player.
         distinct: share of the sequences that differ from all others, and are scored.
@@ -84,7 +84,7 @@ class Costs(NamedTuple):
     """
 
     records: int
-    loading: float
+    loading: Mapping[str, float]
     response: float
     sequence: float
     distinct: float
@@ -107,9 +107,10 @@ class Costs(NamedTuple):
         step_of_critic, response_of_critic = self.critic
         fitted = self.critic_steps[plan.iteration - 1] if self.critic_steps else 0
         return {
-            "generate": self.response * plan.to_generate,
+            "generate": self._begun("generate", plan.to_generate)
+            + self.response * plan.to_generate,
             "critic": step_of_critic * fitted + response_of_critic * plan.to_generate,
-            "score": len(plan.main_players) * self.loading
+            "score": self._begun("score", len(plan.main_players))
             + self.sequence * self.distinct * plan.to_score,
             "train": self.around_training + step * plan.optimizer_steps,
             "evaluate": self.of_evaluation(heldout, is_first=False),
@@ -117,13 +118,20 @@ class Costs(NamedTuple):
 
     def of_evaluation(self, heldout: int, *, is_first: bool) -> float:
         """Seconds to evaluate a checkpoint on so many held-out records; θ_0 is the first."""
-        return self.loading + self.heldout[0 if is_first else 1] * heldout if heldout else 0.0
+        per_record = self.heldout[0 if is_first else 1]
+        return self._begun("evaluate", heldout) + per_record * heldout
+
+    def _begun(self, stage: str, amount: int) -> float:
+        """Seconds of loading; a stage without work loads nothing."""
+        times = amount if stage == "score" else min(amount, 1)
+        return self.loading.get(stage, 0.0) * times
 
     def described(self) -> str:
         """What the numbers are made of."""
         return (
             f"Measured on {self.records:,} records, the longest among them, with θ_0 as every "
-            "player and one process on this device. Not included: benchmark suites, saved steps, "
+            "player and one process on this device. Where a plan says ≤, the most is shown. Not "
+            "included: benchmark suites, saved steps, "
             "what a generation server holds, and how well several processes share the work."
         )
 
@@ -143,23 +151,26 @@ def measure_costs(config: RunConfig, inputs: Inputs, stop: StopSignal) -> Costs:
         StorageError: the folder for temporary files is too full.
     """
     chosen = _chosen(config, inputs)
-    short = _shortened(config)
+    short = _shortened(config, len(chosen.examples))
     with TemporaryDirectory(prefix="tpaw-costs-") as folder:
         with open_run(folder, short) as run:
             publish_inputs(run.inputs, chosen)
         with opened_stages(short, folder, stop) as stages:
-            found = _Measuring(short, stages, stop).all()
+            found = _Measuring(short, stages).all()
     if config.method != "critic":
         return found
     steps = (at_iteration(config.critic.steps, t) for t in range(config.iterations))
     return found._replace(critic_steps=tuple(steps))
 
 
-def _shortened(config: RunConfig) -> RunConfig:
-    """One iteration for each size of the team, over all chosen records."""
+def _shortened(config: RunConfig, records: int) -> RunConfig:
+    """One iteration for each size of the team, over so many records."""
     most = max(len(players_of(config, range(t + 1))[0]) for t in range(config.iterations))
     short = as_in_the_first_iteration(config)
     evaluate = {"suites": (), "data": config.evaluate.data}
+    # One step shows nothing of the steps alone. A warm-up of few steps would be refused.
+    epochs = 1 if records > config.train.batch_size else STEPS
+    train = {"epochs": epochs, "warmup": 0, "report_to": ()}
     looks = min(STEPS_OF_CRITIC, config.critic.evaluate_every)
     fit = {"steps": STEPS_OF_CRITIC, "evaluate_every": looks} if config.method == "critic" else {}
     return short.model_copy(
@@ -169,7 +180,7 @@ def _shortened(config: RunConfig) -> RunConfig:
             "evaluate": config.evaluate.model_copy(update=evaluate),
             "keep": "all",
             "critic": config.critic.model_copy(update=fit),
-            "train": short.train.model_copy(update={"epochs": 1, "report_to": ()}),
+            "train": short.train.model_copy(update=train),
             "launch": LaunchConfig(),
         }
     )
@@ -198,12 +209,12 @@ def _some(examples: Examples, count: int, seed: int) -> Examples:
 class _Measuring:
     """One measurement. θ_0 plays every player, each with its own responses."""
 
-    def __init__(self, config: RunConfig, stages: Stages, stop: StopSignal) -> None:
+    def __init__(self, config: RunConfig, stages: Stages) -> None:
         self.config = config
         self.stages = stages
-        self.stop = stop
         self.device = pick_device(config.device)
-        self.players = LoadedPlayers(config, stop)
+        assert isinstance(stages.engine, InProcess)
+        self.players = stages.engine.worker.players
 
     def all(self) -> Costs:
         """Measure everything."""
@@ -211,17 +222,19 @@ class _Measuring:
             torch.cuda.reset_peak_memory_stats(self.device)
         stages, examples = self.stages, self.stages.inputs.examples
         start = stages.initial_player()
-        loading = self._loading(start)
-        heldout = tuple(
-            _seconds(lambda i=i: stages.evaluate(_playing(start, i)))  # type: ignore[misc]
-            / max(1, len(stages.inputs.heldout))
-            for i in (0, 1)
-        )
+        self._warm_up(start)
+        loading, heldout = {}, []
+        for i in (0, 1):
+            seconds, loading["evaluate"] = self._seconds(
+                lambda i=i: stages.evaluate(_playing(start, i))  # type: ignore[misc]
+            )
+            heldout.append(seconds / max(1, len(stages.inputs.heldout)))
         history = [_playing(start, t) for t in range(self.config.iterations)]
         response = 0.0
         if self.config.generates:
             asked = len(history) * len(examples) * self.config.generate.samples
-            response = _seconds(lambda: self._generate(history)) / asked
+            seconds, loading["generate"] = self._seconds(lambda: self._generate(history))
+            response = seconds / asked
         critic = self._critics(history) if self.config.method == "critic" else (0.0, 0.0)
         [first, *_] = plan_run(self.config, len(examples))
         sequence, distinct, steps, around = 0.0, 1.0, {}, 0.0
@@ -232,11 +245,12 @@ class _Measuring:
                 count = len(triples.sequences())
                 distinct = count * len(team.main_players) / first.to_score
                 score = lambda: stages.score(triples, team.main_players, 0)  # noqa: B023, E731
-                sequence = _seconds(score) / count
+                seconds, loading["score"] = self._seconds(score)
+                sequence = seconds / count
             elif triples is not None:
                 stages.score(triples, team.main_players, t)
             steps[len(team.opponents)], rest = self._training(history[t], team, triples, t)
-            around = around or rest
+            around = rest if t == 0 else around
         return Costs(
             records=len(examples),
             loading=loading,
@@ -254,21 +268,24 @@ class _Measuring:
         for player in players:
             self.stages.generate(player, self.stages.inputs.examples, player.index)
 
-    def _loading(self, start: Player) -> float:
-        """Load twice: what is on disk comes from memory the second time, as later in a run."""
+    def _warm_up(self, start: Player) -> None:
+        """Load once, so that what is on disk comes from memory, and score the longest record."""
         examples = self.stages.inputs.examples
-        longest = int((examples.prompt_ids.lengths + examples.target_ids.lengths).argmax())
-        example = examples[longest]
-        for _ in range(2):
-            self.players.release()
-            seconds = _seconds(lambda: self.players.for_scoring(start))
+        lengths = examples.prompt_ids.lengths + examples.target_ids.lengths
+        example = examples[int(lengths.argmax())]
         score_sequences(
             self.players.for_scoring(start),
             [TokenSequence(example.prompt_ids, example.target_ids)],
             tokens_per_row=self.config.score.tokens_per_row,
         )
+
+    def _seconds(self, work: Callable[[], object]) -> tuple[float, float]:
+        """Seconds of work without those of loading, and those of loading what it needs."""
         self.players.release()
-        return seconds
+        before, begin = self.players.seconds_of_loading, time.monotonic()
+        work()
+        loading = self.players.seconds_of_loading - before
+        return max(0.0, time.monotonic() - begin - loading), loading
 
     def _critics(self, history: Sequence[Player]) -> tuple[float, float]:
         """Fit the critics for a few steps each; the seconds are those of the first one."""
@@ -340,12 +357,6 @@ class _Measuring:
 
 def _playing(start: Player, index: int) -> Player:
     return Player(index, start.path, start.fingerprint, start.base)
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    begin = time.monotonic()
-    work()
-    return time.monotonic() - begin
 
 
 class _EnoughSteps(Exception):

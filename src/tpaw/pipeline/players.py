@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,9 @@ class LoadedPlayers:
         config: the run's configuration.
         stop: tells a server that starts whether the user asked for a stop.
         member: this process in the group that scores together.
+
+    Attributes:
+        seconds_of_loading: spent so far on loading players and on starting servers.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class LoadedPlayers:
         self.servers = Servers((stop or StopSignal()).check)
         self.device = pick_device(config.device)
         self.precision = Precision(self.device.type, config.precision == "bf16")
+        self.seconds_of_loading = 0.0
         self._base: AdaptedBase | None = None
         self._kept: tuple[str, torch.dtype, PreTrainedModel] | None = None
         self._scorer: ScoringModel | None = None  # of the model that is kept
@@ -74,11 +79,12 @@ class LoadedPlayers:
         is_sharded = self.member.size > 1
         model = self._load(player, torch.float32, torch.device("cpu") if is_sharded else None)
         if self._scorer is None:
-            layout, notes = prepare_for_logprobs(model, self.config.max_length)
+            with self._loading():
+                layout, notes = prepare_for_logprobs(model, self.config.max_length)
+                if is_sharded:
+                    shard(model, self.device)
             for text in notes:
                 note_once(text)
-            if is_sharded:
-                shard(model, self.device)
             self._scorer = ScoringModel(model, layout, self.precision, self.member)
         return self._scorer
 
@@ -119,7 +125,9 @@ class LoadedPlayers:
         is_in_memory = self._kept is not None or self._base is not None
         if config.server.command is not None and self._shares_memory and is_in_memory:
             self.release()
-        with self.servers.open(player, config) as generator:
+        with contextlib.ExitStack() as stack:
+            with self._loading():
+                generator = stack.enter_context(self.servers.open(player, config))
             yield generator
 
     def _load(
@@ -133,14 +141,23 @@ class LoadedPlayers:
             if self._shares_memory:
                 self.servers.close()
                 gc.collect()  # an output head and the `LogprobHead` on it refer to each other
-            if self.config.model.adapter is not None:
-                model = self._base_of(player).put_on(player.adapter_folder)
-            else:
-                model = load_model(player, self.config.model, dtype=dtype, device=device)
+            with self._loading():
+                if self.config.model.adapter is not None:
+                    model = self._base_of(player).put_on(player.adapter_folder)
+                else:
+                    model = load_model(player, self.config.model, dtype=dtype, device=device)
             if dtype == torch.float32 and self.config.train.weights == "split":
                 round_weights(model)  # scored with the weights that it trains with
             self._kept = player.fingerprint, dtype, model
         return self._kept[2]
+
+    @contextlib.contextmanager
+    def _loading(self) -> Iterator[None]:
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds_of_loading += time.monotonic() - begin
 
     def _base_of(self, player: Player) -> AdaptedBase:
         if self._base is None:
