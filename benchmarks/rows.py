@@ -115,7 +115,7 @@ class Rows(Stages):
     def evaluate(self, player: Player) -> None:
         """Nothing is held out."""
 
-    def report(self) -> bool:
+    def report(self, t: int) -> bool:
         """Nothing was evaluated."""
         return True
 

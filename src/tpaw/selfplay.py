@@ -29,7 +29,7 @@ def algorithm_1(config: RunConfig, stages: Stages) -> Player:
         stages.score(triples, team.main_players, t)  # each log-prob only once in the run
         history.append(stages.train(history[-1], triples, team, t))  # θ_{t+1}
         stages.evaluate(history[-1])
-        if not stages.report():  # worse than θ_0, and evaluate.stop_when_worse
+        if not stages.report(t):  # worse than θ_0, and evaluate.stop_when_worse
             break
     return history[-1]
 

@@ -16,6 +16,7 @@ from tpaw.ask.terminal import answer_lines, talk
 from tpaw.data.chat_template import ChatFormat, is_templated
 from tpaw.data.examples import read_examples
 from tpaw.data.formats import Dialogue
+from tpaw.errors import InputError
 from tpaw.generation.batching import Batching, BatchingChoice
 from tpaw.models.references import find_checkpoint
 from tpaw.runtime.console import TextConsole
@@ -304,3 +305,8 @@ def test_in_a_terminal_it_talks(tpaw_, finished, monkeypatch):
     ((speakers, read),) = seen
     assert [found.name for found in speakers] == ["run@4", "run@0"]
     assert read is input
+
+
+def test_the_model_is_the_checkpoints():
+    with pytest.raises(InputError, match=r"--set model.path=other: the checkpoint decides"):
+        speaker(MODEL, "model.path=other")

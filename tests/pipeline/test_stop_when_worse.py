@@ -31,26 +31,32 @@ def only_the_first_is_right(finished, tmp_path, monkeypatch):
 
 def test_it_ends_there_and_goes_on_when_told_to(finished, only_the_first_is_right, tmp_path):
     settings = finished[1].model_dump(mode="json", by_alias=True)
-    settings |= {"checker": only_the_first_is_right, "iterations": 2}
+    settings |= {"checker": only_the_first_is_right, "iterations": 3}
     settings["objective"]["lambda"] = 0.1
-    settings["train"] |= {"learning_rate": 3e-3, "epochs": 2}
+    settings["train"] |= {"learning_rate": [1e-12, 3e-3, 1e-12], "epochs": [1, 2, 1]}
     settings["evaluate"]["stop_when_worse"] = True
     config, run = RunConfig.load(settings), RunDirectory(tmp_path / "run")
-    assert self_play(config, run.root).index == 1
-    assert self_play(config, run.root).index == 1  # the same again
+    assert self_play(config, run.root).index == 2
+    assert self_play(config, run.root).index == 2  # the same again, with the newest checkpoint
     summary = read_json(run.summary_file)
-    assert summary["players"][0]["evaluation"]["exact_match"]["accuracy"] == 1.0
-    says(summary["ended"], "iteration 1 of 2", "θ_1", "stop_when_worse")
+    found = [p["evaluation"]["exact_match"]["accuracy"] for p in summary["players"][:3]]
+    assert found[:2] == [1.0, 1.0]
+    assert found[2] < 0.5
+    says(summary["ended"], "iteration 2 of 3", "θ_2", "stop_when_worse")
     assert summary["ended"] in summary["notes"]
     assert [alarm["name"] for alarm in summary["alarms"]].count("worse") == 1
     assert "worse than θ_0" in run.report_file.read_text(encoding="utf-8")
     done, upcoming = done_and_next(run, config)
     assert upcoming is None
-    assert done[-1] == "[1/2] evaluate θ_1"
+    assert done[-1] == "[2/3] evaluate θ_2"
     settings["evaluate"]["stop_when_worse"] = False
-    config = RunConfig.load(settings)
-    assert done_and_next(run, config)[1] == "[2/2] generate with θ_1"
-    assert self_play(config, run.root).index == 2
+    going_on = RunConfig.load(settings)
+    assert done_and_next(run, going_on)[1] == "[3/3] generate with θ_2"
+    assert self_play(going_on, run.root).index == 3
+    assert read_json(run.summary_file)["ended"] is None
+    # Told to end again, it has nothing left that could be left out.
+    assert done_and_next(run, config)[0][-1] == "[3/3] evaluate θ_3"
+    assert self_play(config, run.root).index == 3
     assert read_json(run.summary_file)["ended"] is None
 
 

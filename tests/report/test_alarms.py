@@ -202,9 +202,11 @@ def test_a_gradient_that_is_not_finite_is_an_alarm_and_the_summary_is_written(
     read = RunDirectory.read_training_log
 
     def with_inf(self, i):
-        return [line | {"grad_norm": "inf"} for line in read(self, i)]
+        return [line | {"grad_norm": "inf", "loss": "nan"} for line in read(self, i)]
 
     monkeypatch.setattr(RunDirectory, "read_training_log", with_inf)
     summary = write_summary(run, config)
     assert json.loads(run.summary_file.read_text()) == summary
     assert "not finite" in [alarm["name"] for alarm in summary["alarms"]]
+    assert "loss" not in summary["players"][1]["training"]
+    assert "rewards/margins" in summary["players"][1]["training"]

@@ -19,7 +19,8 @@ from rich.console import Console
 from tpaw.config.files import to_yaml
 from tpaw.config.schema import ObjectiveConfig
 from tpaw.models.references import checkpoint_of, find_checkpoint
-from tpaw.report.model_card import model_card
+from tpaw.report.model_card import _markdown, model_card
+from tpaw.report.tables import suites_of_run
 from tpaw.report.verdict import NOT_COMPARED
 from tpaw.storage.artifacts import read_listed_json, read_manifest, read_sealed, write_sealed
 from tpaw.storage.run_directory import RunDirectory
@@ -324,3 +325,13 @@ def test_an_exported_checkpoint_has_it(tpaw_, finished, tmp_path):
     assert tpaw_("export", f"{run.root}@2", "-o", tmp_path / "out")[0] == 0
     assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == card_of(run, 2)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_the_name_of_a_suite_is_no_markup():
+    name = "x](http://evil) <img src=q>\n\n# heading"
+    entry = {"iteration": 1, "suites": {name: {"score": 1.0, "stderr": None, "benchmarks": {}}}}
+    [table] = suites_of_run({"players": [entry]})
+    caption = MarkdownIt("commonmark", {"html": True}).render(_markdown(table)["caption"])
+    assert "<img" not in caption
+    assert "<a" not in caption
+    assert "<h1" not in caption

@@ -431,3 +431,14 @@ def test_names_at_the_ends_of_lines_have_room_and_move_little():
     assert spread([0.0, 0.95, 1.0], 0.1, 0.0, 1.0) == pytest.approx([0.0, 0.9, 1.0])
     assert spread([0.0, 0.0, 0.9], 0.1, 0.0, 1.0) == pytest.approx([0.0, 0.1, 0.9])
     assert spread([], 0.1, 0.0, 1.0) == []
+
+
+def test_runs_that_may_end_early_are_refused(write):
+    with refused("evaluate.stop_when_worse: true", "missing from the means"):
+        read_study(write(set={"evaluate": {"stop_when_worse": True}}))
+
+
+def test_a_name_is_no_formula(analysed, tmp_path):
+    study = complete(analysed({"a $x^{ b$": [0.5, 0.6], "other": [0.7, 0.8]}))
+    text = draw_figures(study, tmp_path)[0].read_text(encoding="utf-8")
+    assert "a $x^{ b$" in text

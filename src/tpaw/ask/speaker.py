@@ -138,6 +138,11 @@ def load_speaker(
     Raises:
         InputError: a setting or the model cannot be used.
     """
+    for override in overrides:
+        if override.startswith("model."):
+            raise InputError(
+                f"--set {override}: the checkpoint decides what is loaded; name another one"
+            )
     config = _configured(checkpoint, overrides)
     device = pick_device(config.device)
     model = checkpoint.model

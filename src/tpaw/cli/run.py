@@ -15,7 +15,7 @@ import typer
 from tpaw.cli.common import Command, Overrides, Trust, console_of_stdout, stoppable
 from tpaw.config.files import recipe_summaries, to_yaml
 from tpaw.config.schema import RunConfig
-from tpaw.errors import InputError
+from tpaw.errors import InputError, printable
 from tpaw.evaluation.benchmarks.suite import load_suites
 from tpaw.storage.run_directory import (
     RunDirectory,
@@ -234,15 +234,23 @@ def report(
 
     Example: tpaw report runs/mine -o mine.html
     """
-    if output is not None and not output.parent.is_dir():
-        raise InputError(f"--output {output}: no such folder: {output.parent}")
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise InputError(
+            f"--output {output}: cannot be written; give a file in a folder that exists"
+        )
     path = output or directory / "report.html"
     study = directory / "study.json"
     if study.is_file():
         from tpaw.report.html.study import write_study_page
         from tpaw.report.study import read_study_results
 
-        write_study_page(path, read_study_results(study))
+        found = read_study_results(study)
+        try:
+            write_study_page(path, found)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # edited by hand
+            raise InputError(
+                f"{study}: cannot be read as the results of a study: {printable(repr(error))}"
+            ) from None
     else:
         run = _run_in(directory)
         settings = run.load_config()

@@ -312,9 +312,9 @@ def repeats_itself(token_ids: TokenIds) -> bool:
     """
     if len(token_ids) < NGRAM:
         return False
-    ngrams = np.lib.stride_tricks.sliding_window_view(token_ids, NGRAM)
-    different = len(np.unique(ngrams, axis=0))
-    return different < len(ngrams) / 2
+    ids = token_ids.tolist()
+    ngrams = list(zip(*(ids[k:] for k in range(NGRAM)), strict=False))
+    return len(set(ngrams)) < len(ngrams) / 2
 
 
 def _server_logps(paths: Sequence[Path]) -> NDArray[np.float64] | None:

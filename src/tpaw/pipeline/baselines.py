@@ -23,6 +23,6 @@ def baseline(config: RunConfig, stages: Stages) -> Player:
     for t in range(config.iterations):
         history.append(train(history[-1], t))
         stages.evaluate(history[-1])
-        if not stages.report():  # worse than θ_0, and evaluate.stop_when_worse
+        if not stages.report(t):  # worse than θ_0, and evaluate.stop_when_worse
             break
     return history[-1]

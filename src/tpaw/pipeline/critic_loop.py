@@ -35,6 +35,6 @@ def critic_loop(config: RunConfig, stages: Stages) -> Player:
         else:
             history.append(stages.train_by_sft(history[-1], t, chosen))
         stages.evaluate(history[-1])
-        if not stages.report():  # worse than θ_0, and evaluate.stop_when_worse
+        if not stages.report(t):  # worse than θ_0, and evaluate.stop_when_worse
             break
     return history[-1]

@@ -347,18 +347,22 @@ class Stages:
         if player.index > 0:
             self._remove_weights(player.index - 1, is_trained=True)
 
-    def report(self) -> bool:
+    def report(self, t: int) -> bool:
         """summary.json, report.html and the trackers, from what is published.
 
+        Args:
+            t: the iteration that has trained θ_{t+1}; counts from 0.
+
         Returns:
-            False if the run ends here: see `evaluate.stop_when_worse`.
+            False if the run ends with θ_{t+1}: see `evaluate.stop_when_worse`.
         """
         summary = write_summary(self.run, self.config)
         for alarm in summary["alarms"]:
             note_once(Alarm(**alarm).line())
         self._report.bring_up_to_date()
         self.trackers.after_an_iteration()
-        return summary["ended"] is None
+        is_newest = t + 1 == summary["iterations_done"]  # a run that goes on passes the others
+        return not is_newest or summary["ended"] is None
 
     def _after_a_stage(self) -> None:
         self._report.after_a_stage()

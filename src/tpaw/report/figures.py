@@ -295,6 +295,11 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> list
 def _saver(figure: Figure, suffix: str) -> Callable[[Path], None]:
     def save(path: Path) -> None:
         # Store text as text, and fix the ids and the date, so that the same data give equal files.
+        # A name with `$` is no formula. The numbers of an axis are, and are not there yet.
+        texts: list[Any] = figure.findobj(mpl.text.Text)
+        for text in texts:
+            if text.get_text():
+                text.set_parse_math(False)
         with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tpaw"}):
             metadata = {"Date": None} if suffix == ".svg" else None
             figure.savefig(path, format=suffix[1:], dpi=160, metadata=metadata)

@@ -35,7 +35,7 @@ def live_view(run: RunDirectory, config: RunConfig) -> RenderableType:
     if upcoming is None:
         lines = [f"{run.root}: finished"]
     elif left is not None:
-        lines[0] += f", about {readable_time(left)} of work left"
+        lines[0] += f", about {readable_time(left)} of work left with the whole of this stage"
     lines += [f"next  {upcoming}"] if upcoming else []
     alarms = [Alarm(**alarm).line() for alarm in summary["alarms"]]
     return Group(*lines, *([summary_table(summary)] if done else []), *alarms, *summary["notes"])

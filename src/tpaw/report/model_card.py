@@ -130,7 +130,7 @@ def model_card(
         seed=config.seed,
         precision=config.precision,
         weights=_weights(checkpoint, config, dtype, merge=merge),
-        versions=", ".join(f"{k} {v}" for k, v in _versions(run)),
+        versions=", ".join(_cell(f"{k} {v}") for k, v in _versions(run)),
         settings=_settings(config),
         tables=[_markdown(table) for table in (summary_table(summary), *suites_of_run(summary))],
         rounded=None if dtype == "fp32" else dtype,
@@ -305,7 +305,7 @@ def _markdown(table: Table) -> dict[str, Any]:
     rows = zip(*([_cell(str(cell)) for cell in column.cells] for column in columns), strict=True)
     return {
         "lines": [_line(headings), _line(["---"] * len(headings)), *map(_line, rows)],
-        "caption": str(table.caption),
+        "caption": _cell(str(table.caption)),
     }
 
 

@@ -37,11 +37,26 @@ def done_and_next(run: RunDirectory, config: RunConfig) -> tuple[list[str], str 
                 done.append(stage)
             elif upcoming is None:
                 upcoming = stage + note
-        if config.evaluate.stop_when_worse and upcoming is None and i > 0 and has_heldout:
-            found = read_listed_json(run.evaluation(i), "results.json").get("exact_match")
-            if found is not None and is_worse(found):
-                break
+    if upcoming is not None and ended_early(run, config) is not None:
+        upcoming = None
     return done, upcoming
+
+
+def ended_early(run: RunDirectory, config: RunConfig) -> str | None:
+    """Why a run goes no further than its newest checkpoint; None if it does."""
+    published = [i for i in range(config.iterations + 1) if is_published(run.checkpoint(i))]
+    newest = max(published, default=0)
+    if not config.evaluate.stop_when_worse or not 0 < newest < config.iterations:
+        return None
+    if not is_published(run.evaluation(newest)):
+        return None
+    found = read_listed_json(run.evaluation(newest), "results.json").get("exact_match")
+    if found is None or not is_worse(found):
+        return None
+    return (
+        f"The run ended after iteration {newest} of {config.iterations}: θ_{newest} is worse than "
+        "θ_0 (evaluate.stop_when_worse). To go on, set it to false and run again."
+    )
 
 
 def _stages(

@@ -13,6 +13,10 @@ from tpaw.errors import InputError, printable
 from tpaw.report.figures import has_one_length, label_of
 
 Study = Mapping[str, Any]
+_KEYS = {
+    "name", "command", "study", "seeds", "evaluated_on", "jobs", "machine", "failures", "measures",
+    "primary", "baseline", "conditions", "comparisons",
+}  # fmt: skip
 Rows = list[list[str]]
 
 
@@ -24,7 +28,7 @@ def read_study_results(path: Path) -> Study:
     """
     try:
         study = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"name", "conditions", "comparisons", "measures", "primary", "machine"} - {*study}
+        missing = _KEYS - {*study}
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: cannot be read as the results of a study: {error}") from None
     if missing:

@@ -11,8 +11,9 @@ from typing import Any
 from tpaw.config.schema import RunConfig
 from tpaw.errors import ArtifactError
 from tpaw.generation.responses import response_facts
-from tpaw.report.alarms import alarms, is_worse
+from tpaw.report.alarms import alarms
 from tpaw.report.critic import exploited
+from tpaw.report.status import ended_early
 from tpaw.storage.artifacts import (
     is_published,
     read_files,
@@ -66,7 +67,7 @@ def summarise(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
     notes += _removed_weights(iterations)
     notes += exploited(iterations)
     done = sum("checkpoint" in entry for entry in iterations)
-    ended = _ended(config, iterations, done)
+    ended = ended_early(run, config)
     notes += [] if ended is None else [ended]
     return {
         "method": config.method,
@@ -78,18 +79,6 @@ def summarise(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
         "alarms": [alarm._asdict() for alarm in alarms(iterations)],
         "notes": notes,
     }
-
-
-def _ended(config: RunConfig, iterations: Sequence[dict[str, Any]], done: int) -> str | None:
-    """Why the run ends before its last iteration; None if it does not."""
-    newest = iterations[done].get("evaluation", {}).get("exact_match")
-    may_end = config.evaluate.stop_when_worse and 0 < done < config.iterations
-    if not may_end or newest is None or not is_worse(newest):
-        return None
-    return (
-        f"The run ended after iteration {done} of {config.iterations}: θ_{done} is worse than θ_0 "
-        "(evaluate.stop_when_worse). To go on, set it to false and run again."
-    )
 
 
 def _iteration(run: RunDirectory, i: int, notes: list[str]) -> dict[str, Any]:
@@ -191,8 +180,10 @@ def _late_means(lines: list[dict[str, Any]]) -> dict[str, float]:
     late = [(b["step"] - a["step"], b) for a, b in pairwise([{"step": 0}, *lines])]
     late = [(weight, line) for weight, line in late if line["step"] > steps / 2]
     total = sum(weight for weight, _ in late)
-    return {
+    means = {
         name: sum(weight * float(line[name]) for weight, line in late) / total
         for name in late[-1][1]
         if name.startswith(("loss", "rewards/", "weights/", "logps/", "share/"))
     }
+    # JSON has no other numbers; `lines_not_finite` counts their lines.
+    return {name: mean for name, mean in means.items() if math.isfinite(mean)}

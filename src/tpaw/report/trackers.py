@@ -114,8 +114,12 @@ class Trackers:
 
     def close(self) -> None:
         """Send what is left, and end the session of each tracker."""
+        if not self._trackers:
+            return
         self._send_all(with_table=True, in_a_hurry=False)
-        is_done = _is_done(self._run, self._config)
+        is_done = False
+        with contextlib.suppress(Exception):  # the run's own error is the one to show
+            is_done = _is_done(self._run, self._config)
         for tracker in self._trackers:
             tracker.close(is_done=is_done)
 

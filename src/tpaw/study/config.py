@@ -164,6 +164,12 @@ def read_study(source: str) -> tuple[StudyConfig, list[Condition]]:
                 f"{source}: {condition.name}: evaluate.data: missing; a study needs held-out "
                 "records or benchmarks (evaluate.suites) to compare checkpoints"
             )
+        if config.evaluate.stop_when_worse:
+            raise InputError(
+                f"{source}: {condition.name}: evaluate.stop_when_worse: true: the runs of a study "
+                "must end together, or the bad ones would be missing from the means; set it to "
+                "false"
+            )
     if study.baseline is not None:
         explain_unknown(f"{source}: baseline", [study.baseline], [c.name for c in conditions])
     return study, conditions

@@ -11,6 +11,7 @@ from messages import complains
 
 from tests.report.html.parsed import Parsed
 from tpaw.report.html.charts import MOST_LINES
+from tpaw.report.html.comparison import _different_ends
 from tpaw.report.html.study import verdict, write_study_page
 
 RESULTS = Path(__file__).parents[3] / "docs" / "results"
@@ -93,6 +94,25 @@ def test_report_of_the_folder_of_a_study(tpaw_, tmp_path):
         code, _, err = tpaw_("report", tmp_path)
         assert code != 0
         complains(err, "study.json", part, hide={"folder": tmp_path})
+
+
+def test_a_study_that_was_edited_is_refused(tpaw_, tmp_path):
+    study = study_of("gamma")
+    broken = [{k: v for k, v in study.items() if k != key} for key in study]
+    broken += [{**study, "conditions": value} for value in ({}, [], {"a": 1})]
+    for content in broken:
+        (tmp_path / "study.json").write_text(json.dumps(content))
+        code, _, err = tpaw_("report", tmp_path)
+        assert code == 2, err
+        assert "study.json" in err
+        assert "bug" not in err
+
+
+def test_runs_of_one_name_are_told_apart():
+    paths = [Path("/s/a/seed-0"), Path("/s/b/seed-0"), Path("/t/b/seed-1")]
+    assert list(_different_ends(paths).values()) == ["a/seed-0", "b/seed-0", "b/seed-1"]
+    assert _different_ends(paths[1:]) == {paths[1]: "seed-0", paths[2]: "seed-1"}
+    assert _different_ends([Path("/x/run")]) == {Path("/x/run"): "run"}
 
 
 def test_compare_writes_a_page(tpaw_, finished, tmp_path, monkeypatch):

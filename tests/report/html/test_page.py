@@ -166,7 +166,7 @@ def test_the_command(tpaw_, finished, tmp_path):
     assert target.read_text() == run.report_file.read_text()
     code, _, err = tpaw_("report", str(run.root), "-o", str(tmp_path / "no" / "such.html"))
     assert code == 2
-    assert "no such folder" in err
+    assert "give a file in a folder that exists" in err
     code, _, err = tpaw_("report", str(tmp_path))
     assert code == 2
     assert "not a run directory" in err

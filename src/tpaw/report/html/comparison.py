@@ -10,7 +10,7 @@ from markupsafe import Markup
 from tpaw.evaluation.compare import Comparison, ComparisonRow
 from tpaw.evaluation.load import Evaluation
 from tpaw.report.comparison import HEADINGS, caption_of, cells_of
-from tpaw.report.html.charts import Line, chart
+from tpaw.report.html.charts import MOST_LINES, Line, chart
 from tpaw.report.html.render import as_json, page
 from tpaw.report.html.samples import KINDS, Samples, samples_of_evaluations
 from tpaw.report.summary import summarise
@@ -81,7 +81,9 @@ def _progress(evaluations: Sequence[Evaluation]) -> list[Markup]:
     if evaluations[0].suite is not None:
         return []
     lines = []
-    for root in dict.fromkeys(_run_of(evaluation).root for evaluation in evaluations):
+    roots = list(dict.fromkeys(_run_of(evaluation).root for evaluation in evaluations))
+    names = _different_ends(roots)
+    for root in roots[:MOST_LINES]:
         run = RunDirectory(root)
         found = [
             (entry["iteration"], entry["evaluation"]["exact_match"])
@@ -91,12 +93,21 @@ def _progress(evaluations: Sequence[Evaluation]) -> list[Markup]:
         if found:
             low, high = zip(*(exact["interval_95"] for _, exact in found), strict=True)
             ys = [exact["accuracy"] for _, exact in found]
-            lines.append(Line(root.name, [i for i, _ in found], ys, low, high))
+            lines.append(Line(names[root], [i for i, _ in found], ys, low, high))
     if not lines:
         return []
     return [
         chart("accuracy, held-out", lines, x_label="iteration", as_percent=True, with_points=True)
     ]
+
+
+def _different_ends(paths: Sequence[Path]) -> dict[Path, str]:
+    """Of each path, as much of its end as tells it from the others."""
+    for count in range(1, max((len(path.parts) for path in paths), default=1)):
+        ends = {path: "/".join(path.parts[-count:]) for path in paths}
+        if len(set(ends.values())) == len(paths):
+            return ends
+    return {path: str(path) for path in paths}
 
 
 def _run_of(evaluation: Evaluation) -> RunDirectory:
