@@ -191,7 +191,7 @@ def test_the_command_measures_and_keeps_nothing(tpaw_, config, tmp_path, tempora
     assert "generate" in out
     assert "device hours" in out
     [paid] = [line for line in out.splitlines() if line.startswith("In all")]
-    price = float(paid.partition("hours, ")[2].partition(" ")[0])
+    price = float(paid.partition("price: ")[2].partition(",")[0])
     shown = float(paid.partition("In all: ")[2].partition(" s")[0])
     assert price == pytest.approx(shown, abs=0.06)  # 3600 an hour is 1 a second
     assert "Peak memory:" in out
@@ -226,5 +226,5 @@ def test_for_people():
     ]  # fmt: skip
     memory = Memory("a GPU", 5 * 10**9, 8 * 10**10)._asdict()
     texts = described_costs({"θ_1": {"generate": 1800.0, "train": 5400.0}}, memory, 2.5)
-    assert texts[0] == "In all: 2 h 00 min, 2 device hours, 5.00 at 2.5 an hour."
+    assert texts[0] == "In all: 2 h 00 min, 2 device hours; price: 5.00, of 2.5 an hour."
     assert texts[1] == "Peak memory: 5.0 GB of 80.0 GB on a GPU."

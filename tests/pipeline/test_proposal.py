@@ -256,3 +256,14 @@ def test_nothing_is_overwritten(here, tpaw_):
     code, _, err = tpaw_("new", "mine.yaml", "--model", "./gone", "--data", "data.jsonl")
     assert code == 2
     assert "gone" in err
+
+
+def test_any_part_of_records_that_are_mostly_unusable_may_be_used(here, tpaw_):
+    """The probe looks at the first rows alone, which may be worse than all."""
+    long = [{**record, "answer": "more " * 300} for record in problems(160)]
+    write_jsonl(here / "data.jsonl", [*long[:80], *problems(40), *long[80:]])
+    code, out, err = tpaw_("new", "mine.yaml", "--model", STARTER, "--data", "data.jsonl")
+    assert code == 0, err
+    assert out.startswith("WARNING: ")
+    settings = yaml.safe_load((here / "mine.yaml").read_text())["data"]
+    assert settings["max_skipped"] == pytest.approx(160 / 196 + 0.1, abs=0.011)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 from rich.console import Group
@@ -68,18 +74,75 @@ def shown(view):
 
 def test_the_view_of_a_run_half_done_and_finished(finished, tmp_path):
     run, config = finished
-    text = shown(live_view(run, config))
+    text = shown(live_view(run, config, 140))
     assert "finished" in text
     assert "next" not in text
     assert "alarm: " in text
     half = RunDirectory(shutil.copytree(run.root, tmp_path / "run"))
     for i in (3, 4):
         shutil.rmtree(half.iteration(i - 1).folder)
-    lines = shown(live_view(half, config)).splitlines()
-    assert "stages done, about " in " ".join(lines[:2])
+    lines = shown(live_view(half, config, 140)).splitlines()
+    assert re.search(r"stages done: \d+, about .* of work left", " ".join(lines[:2]))
     assert any("next  [3/4] generate with θ_2" in line for line in lines)
     assert any("θ_2" in line for line in lines)
     assert not any("│       θ_3" in line for line in lines)
+
+
+def test_no_number_is_cut_in_a_narrow_terminal(finished):
+    run, config = finished
+    console = TextConsole(file=io.StringIO(), width=80)
+    console.print(live_view(run, config, console.width))
+    text = console.file.getvalue()
+    table = [line for line in text.splitlines() if line.startswith(("│", "┃"))]
+    assert not any("…" in line for line in table)
+    assert len(table) == 6  # each checkpoint has one line
+    for entry in json.loads(run.summary_file.read_text())["players"]:
+        low, high = entry["evaluation"]["exact_match"]["interval_95"]
+        assert f"[{low:.3f}, {high:.3f}]" in text
+    assert "A terminal of 126 columns shows more" in " ".join(text.split())
+
+
+def test_a_note_stands_above_the_view():
+    """Read by a terminal's rules: a line that is erased later was not seen."""
+    master, slave = os.openpty()
+    code = (
+        "import time\n"
+        "from tpaw.runtime.progress import note, progress, screen\n"
+        "with screen(lambda: 'view\\n' * 3):\n"
+        "    for name in ('first', 'second'):\n"
+        "        with progress(name, 1, 'rows') as advance:\n"
+        "            advance(1)\n"
+        "            time.sleep(0.4)\n"
+        "        note(f'alarm of {name}')\n"
+        "        time.sleep(0.4)\n"
+    )
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+    with subprocess.Popen([sys.executable, "-c", code], stderr=slave, env=environment) as process:
+        os.close(slave)
+        data = b""
+        with contextlib.suppress(OSError):  # the other end is closed
+            while part := os.read(master, 4096):
+                data += part
+    os.close(master)
+    assert process.returncode == 0
+    shown = [re.sub(r" in [\d.]+ s", "", line) for line in screen_of(data.decode())[:4]]
+    assert shown == ["first: 1 rows", "alarm of first", "second: 1 rows", "alarm of second"]
+
+
+def screen_of(text):
+    """The lines on a terminal that got a text with the few commands that rich uses."""
+    lines, row = [""], 0
+    for part in re.findall(r"\x1b\[[?\d;]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", text):
+        if part == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        elif part == "\x1b[2K":
+            lines[row] = ""
+        elif found := re.fullmatch(r"\x1b\[(\d+)A", part):
+            row -= int(found[1])
+        elif part != "\r" and not part.startswith("\x1b"):
+            lines[row] += part
+    return lines
 
 
 def test_one_place_for_the_bar_and_the_view(monkeypatch):

@@ -17,6 +17,7 @@ from tpaw.config.files import recipe_summaries, to_yaml
 from tpaw.config.schema import RunConfig
 from tpaw.errors import InputError, printable
 from tpaw.evaluation.benchmarks.suite import load_suites
+from tpaw.runtime.console import TextConsole
 from tpaw.storage.run_directory import (
     RunDirectory,
     needs_trust,
@@ -144,8 +145,9 @@ def _run(settings: RunConfig, output: Path) -> None:
 
     trust = " --trust" if needs_trust(settings) else ""
     run = RunDirectory(output)
-    view = lambda: live_view(run, settings) if run.has_begun() else None  # noqa: E731
-    with stoppable(f"tpaw run {shlex.quote(str(output))}{trust}") as stop, screen(view):
+    console = TextConsole(stderr=True)
+    view = lambda: live_view(run, settings, console.width) if run.has_begun() else None  # noqa: E731
+    with stoppable(f"tpaw run {shlex.quote(str(output))}{trust}") as stop, screen(view, console):
         self_play(settings, output, stop)
     _print_summary(run, settings)
 
@@ -166,6 +168,10 @@ def status(
 
     Example: tpaw status runs/mine --watch
     """
+    if watch and not RunDirectory(directory).has_begun():
+        console_of_stdout().print_text(f"{directory}: waiting for the run to begin")
+        while not RunDirectory(directory).has_begun():
+            time.sleep(SECONDS_BETWEEN_LOOKS)
     run = _run_in(directory)
     settings = run.load_config()
     from tpaw.report.status import done_and_next
@@ -192,7 +198,7 @@ def _watch(run: RunDirectory, settings: RunConfig) -> None:
             in_place = Live(console=console, transient=True, vertical_overflow="ellipsis")
             show = stack.enter_context(in_place).update
         while True:
-            found, view = _look(run, settings)
+            found, view = _look(run, settings, console.width)
             if found != shown:
                 show(view)
             shown = found
@@ -202,17 +208,17 @@ def _watch(run: RunDirectory, settings: RunConfig) -> None:
 
 
 def _look(
-    run: RunDirectory, settings: RunConfig
+    run: RunDirectory, settings: RunConfig, width: int
 ) -> tuple[tuple[list[str], str | None], RenderableType]:
     from tpaw.errors import ArtifactError
     from tpaw.report.live import live_view
     from tpaw.report.status import done_and_next
 
     try:
-        return done_and_next(run, settings), live_view(run, settings)
+        return done_and_next(run, settings), live_view(run, settings, width)
     except (ArtifactError, OSError):  # a file may be replaced while it is read
         time.sleep(SECONDS_BETWEEN_LOOKS)
-        return done_and_next(run, settings), live_view(run, settings)
+        return done_and_next(run, settings), live_view(run, settings, width)
 
 
 @app.command(cls=Command)
@@ -267,9 +273,13 @@ def _run_in(directory: Path) -> RunDirectory:
         InputError: there is none.
     """
     run = RunDirectory(directory)
-    if not run.has_begun():
-        raise InputError(f"{directory}: not a run directory; it has no run.json")
-    return run
+    if run.has_begun():
+        return run
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such folder; give a run directory")
+    within = [path.name for path in sorted(directory.iterdir()) if RunDirectory(path).has_begun()]
+    hint = f"; it holds the runs {', '.join(within[:5])}" if within else ""
+    raise InputError(f"{directory}: not a run directory; it has no run.json{hint}")
 
 
 @app.command(cls=Command)
@@ -410,7 +420,8 @@ def _print_summary(run: RunDirectory, settings: RunConfig) -> None:
 
     console = console_of_stdout()
     summary = summarise(run, settings)
-    for table in (summary_table(summary), *critic_tables(summary), *suites_of_run(summary)):
+    console.print(summary_table(summary, console.width))
+    for table in (*critic_tables(summary), *suites_of_run(summary)):
         console.print(table)
     lines = [Alarm(**alarm).line() for alarm in summary["alarms"]]
     for text in (*lines, *summary["notes"], f"Results: {run.root}"):

@@ -135,14 +135,21 @@ def propose(
         lengths.reason,
         training.reason,
         _checked(parts.evaluated),
+        "The learning rate decides most, and cannot be found by looking. train.learning_rate has "
+        "the paper's 1e-6, for 1.5B to 8B parameters. Begin with the last rate of your SFT.",
     ]
     unusable = sum(found.skipped.values())
     share = (unusable + sum(_is_long(e, max_length) for e in parts.trained)) / (
         unusable + len(parts.trained)
     )
     if share > RunConfig.load(tree).data.max_skipped:
-        tree["data"]["max_skipped"] = math.ceil(100 * share) / 100
-        reasons.append("So many records are unusable that data.max_skipped must allow it.")
+        # A part of the records, as the probe looks at, may have more of them.
+        tree["data"]["max_skipped"] = min(1.0, math.ceil(100 * share + 10) / 100)
+        reasons.insert(
+            0,
+            f"WARNING: {share:.0%} of the records to train on cannot be used. data.max_skipped "
+            "allows it, so that a run is possible.",
+        )
     RunConfig.load(tree)
     examples, rest = Examples.of(parts.trained), Examples.of(parts.evaluated)
     first_rows = Inputs(examples, rest, {}, tokenizer, stop_ids).first_rows()[:1]
@@ -261,8 +268,10 @@ def _lengths(examples: Examples, longest: int) -> _Choice:
     return _Choice(
         {"max_length": max_length, "generate": {"max_new_tokens": new_tokens}},
         f"Lengths in tokens, prompt and target together: median {np.median(both):.0f}, "
-        f"99.5 % are at most {whole:.0f}, the longest {both.max()}. So max_length is {max_length}. "
-        f"99.5 % of the targets have at most {answer:.0f}, so max_new_tokens is {new_tokens}.",
+        f"99.5 % are at most {whole:.0f}, the longest {both.max()}. So max_length is {max_length}"
+        f"{', as long as the model can read' if max_length == longest else ''}. 99.5 % of the "
+        f"targets have at most {answer:.0f}, so max_new_tokens is {new_tokens}"
+        f"{', which is what a typical prompt leaves' if new_tokens == room else ''}.",
     )
 
 
@@ -358,8 +367,5 @@ def _as_yaml(tree: Mapping[str, Any], reasons: Sequence[str]) -> str:
     text = yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True)
     return (
         "# Written by `tpaw new`. `tpaw config show` on this file prints every other setting.\n#\n"
-        f"{comments}#\n"
-        "# The learning rate decides most. The default is the paper's 1e-6, for 1.5B to 8B "
-        "parameters.\n# Begin with the last rate of your SFT.\n"
-        f"{text}"
+        f"{comments}{text}"
     )

@@ -41,7 +41,7 @@ def described_costs(
     """
     seconds = sum(sum(stages.values()) for stages in costs.values())
     hours = seconds / 3600
-    paid = "" if price is None else f", {hours * price:.2f} at {price:g} an hour"
+    paid = "" if price is None else f"; price: {hours * price:.2f}, of {price:g} an hour"
     return (
         f"In all: {readable_time(seconds)}, {hours:.3g} device hours{paid}.",
         f"Peak memory: {readable_size(memory['peak'])} of {readable_size(memory['total'])} on "

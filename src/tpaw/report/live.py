@@ -19,8 +19,11 @@ from tpaw.storage.artifacts import is_published, read_manifest
 from tpaw.storage.run_directory import RunDirectory
 
 
-def live_view(run: RunDirectory, config: RunConfig) -> RenderableType:
+def live_view(run: RunDirectory, config: RunConfig, width: int) -> RenderableType:
     """What is done, what comes next, the time left, the table so far, and alarms.
+
+    Args:
+        width: columns of the terminal.
 
     Raises:
         ArtifactError: a manifest or a results.json is damaged.
@@ -31,11 +34,12 @@ def live_view(run: RunDirectory, config: RunConfig) -> RenderableType:
     if is_published(run.inputs):
         with contextlib.suppress(InputError):
             left = seconds_left(summary, plan_run(config, read_manifest(run.inputs)["rows"]))
-    lines = [f"{run.root}: {len(done)} stages done"]
+    lines = [f"{run.root}: stages done: {len(done)}"]
     if upcoming is None:
         lines = [f"{run.root}: finished"]
     elif left is not None:
         lines[0] += f", about {readable_time(left)} of work left with the whole of this stage"
     lines += [f"next  {upcoming}"] if upcoming else []
     alarms = [Alarm(**alarm).line() for alarm in summary["alarms"]]
-    return Group(*lines, *([summary_table(summary)] if done else []), *alarms, *summary["notes"])
+    table = [summary_table(summary, width)] if done else []
+    return Group(*lines, *table, *alarms, *summary["notes"])

@@ -17,22 +17,35 @@ SUMMARY_HEADINGS = (
 )  # fmt: skip
 
 
-def summary_table(summary: dict[str, Any]) -> Table:
+WIDTH_OF_SUMMARY = 126
+"""Columns of a terminal that hold the whole table; a narrower one gets `_NARROW` alone."""
+_NARROW = ("iteration", "accuracy", "p vs θ_0", "target reward")
+
+
+def summary_table(summary: dict[str, Any], width: int = WIDTH_OF_SUMMARY) -> Table:
     """Build a table with one line for each checkpoint: evaluation and training metrics.
 
     Args:
         summary: the content of summary.json.
+        width: columns of the terminal.
     """
     caption = (
-        "θ_0 is the SFT model. Accuracy has a 95 % interval; p compares it with θ_0. "
-        "Rewards are means over the last half of the steps."
+        "θ_0 is the SFT model. Accuracy has a 95 % interval; p compares it with θ_0. Rewards are "
+        "means over the last half of the steps."
+    )
+    is_narrow = width < WIDTH_OF_SUMMARY
+    caption += (
+        f" A terminal of {WIDTH_OF_SUMMARY} columns shows more."
+        if is_narrow
+        else " Identical, truncated: of the responses that θ_i was trained on."
     )
     table = Table(caption=caption, caption_style="", caption_justify="left")
-    for heading in SUMMARY_HEADINGS:
-        table.add_column(heading, justify="right")
+    kept = [k for k, h in enumerate(SUMMARY_HEADINGS) if not is_narrow or h in _NARROW]
+    for k in kept:
+        table.add_column(SUMMARY_HEADINGS[k], justify="right")
     for entry in summary["players"]:
         if (cells := summary_cells(entry)) is not None:
-            table.add_row(*cells)
+            table.add_row(*(cells[k] for k in kept))
     return table
 
 

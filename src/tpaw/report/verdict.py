@@ -43,7 +43,7 @@ def against_start(players: Sequence[Mapping[str, Any]]) -> str | None:
     p = found["versus_start"]["p_value"]
     difference = found["accuracy"] - start["accuracy"]
     than = "the same as" if difference == 0 else "better than" if difference > 0 else "worse than"
-    sure = "" if p < 0.05 else ", which may be chance"
+    sure = "" if p < 0.05 or difference == 0 else ", which may be chance"
     return (
         f"θ_{last['iteration']} answers {found['accuracy']:.1%} [{low:.1%}, {high:.1%}] of "
         f"{found['items']:,} held-out problems right, θ_0 {start['accuracy']:.1%}: {than} θ_0"

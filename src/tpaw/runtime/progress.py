@@ -183,7 +183,10 @@ def _advancing(bars: Progress, task: TaskID) -> Advance:
 
 
 def _print_note(text: str) -> None:
-    TextConsole(stderr=True).print_text(text)
+    if _screen is None:
+        TextConsole(stderr=True).print_text(text)
+    else:  # another console would write into the view
+        _screen.live.console.print(text, soft_wrap=True)
 
 
 _show_note: Callable[[str], None] = _print_note

@@ -61,12 +61,13 @@ def chart(
     ys = [v for line in lines for v in (*line.y, *line.low, *line.high) if math.isfinite(v)]
     xs = [v for line in lines for v in line.x]
     lost = sum(not math.isfinite(v) for line in lines for v in line.y)
+    is_whole = all(x == int(x) for x in xs)
     places: dict[float, str] = (
         dict(enumerate(x_names))
         if x_names
-        else {value: f"{value:g}" for value in _ticks(min(xs), max(xs), 4)}
+        else {value: f"{value:g}" for value in _ticks(min(xs), max(xs), 4, is_whole=is_whole)}
     )
-    y_ticks = _ticks(min(ys or [0]), max(ys or [1]), 4)
+    y_ticks = _ticks(min(ys or [0]), max(ys or [1]), 4, is_share=as_percent)
     x_low, x_high = min(xs), max(max(xs), min(xs) + 1e-9)
     y_low, y_high = y_ticks[0], y_ticks[-1]
 
@@ -174,11 +175,21 @@ def _thinned(line: Line) -> Line:
     return line._replace(x=[line.x[k] for k in kept], y=[line.y[k] for k in kept])
 
 
-def _ticks(low: float, high: float, count: int) -> list[float]:
-    """Round numbers from at most `low` to at least `high`, about `count` apart."""
+def _ticks(
+    low: float, high: float, count: int, *, is_whole: bool = False, is_share: bool = False
+) -> list[float]:
+    """Round numbers from at most `low` to at least `high`, about `count` apart.
+
+    Args:
+        is_whole: only whole numbers have a meaning.
+        is_share: no number is below 0 or above 1.
+    """
     if high - low < 1e-12 * max(abs(low), abs(high), 1e-12):
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+    if is_share:
+        low, high = max(0.0, low), min(1.0, high)
     raw = (high - low) / count
+    raw = max(raw, 1.0) if is_whole else raw
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

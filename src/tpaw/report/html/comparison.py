@@ -63,7 +63,8 @@ def _sentence(baseline: ComparisonRow, row: ComparisonRow) -> str:
     )
     if row.holm_p_value is None:
         return f"{text}. There is no test."
-    sure = "" if row.holm_p_value < 0.05 else ", which may be chance"
+    is_sure = row.holm_p_value < 0.05 or row.difference == 0
+    sure = "" if is_sure else ", which may be chance"
     return f"{text}{sure} (p = {row.holm_p_value:.2g} after Holm's correction)."
 
 
