@@ -238,3 +238,13 @@ def hub(monkeypatch, tmp_path):
     yield server
     huggingface_hub.close_session()
     server.close()
+
+
+@pytest.fixture
+def control_c():
+    """Ctrl-C as in a terminal. A process of pytest-xdist ignores it."""
+    import signal
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

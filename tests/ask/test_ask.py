@@ -207,7 +207,7 @@ def test_what_grows_is_shown_while_it_grows(monkeypatch):
     assert places == sorted(places)
 
 
-def test_control_c_ends_the_answer_and_then_the_program():
+def test_control_c_ends_the_answer_and_then_the_program(control_c):
     console, typed = terminal(), Typed("first", "second", KeyboardInterrupt, "never")
     slow = Fake("a", "abcdef", [], at=3)
     talk([slow], console, typed)

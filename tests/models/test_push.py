@@ -289,7 +289,9 @@ def test_a_hub_that_does_not_answer_is_one_line(tpaw_, hub, finished, monkeypatc
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_during_the_upload_leaves_nothing(tpaw_, hub, finished, tmp_path, number, code):
+def test_a_signal_during_the_upload_leaves_nothing(
+    tpaw_, hub, finished, tmp_path, control_c, number, code
+):
     run, _ = finished
     before = digest(run.root)
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]

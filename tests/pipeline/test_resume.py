@@ -169,7 +169,7 @@ def test_a_damaged_log_is_said_costs_its_metrics_and_nothing_else(finished, tmp_
         log.write_bytes(others.get(damage, b"[]\n"))
     assert self_play(config, copy.root).index == 4
     summary = read_json(copy.summary_file)
-    for of_the_log in ("training", "lines_not_finite"):
+    for of_the_log in ("training", "lines_not_finite", "first_step"):
         assert of_the_log not in summary["players"][2]
         del whole["players"][2][of_the_log]
     [note] = summary["notes"]

@@ -190,8 +190,9 @@ def _chosen(config: RunConfig, inputs: Inputs) -> Inputs:
     """The longest records, and others drawn at random."""
     tokens = int(np.median(inputs.examples.prompt_ids.lengths)) + config.generate.max_new_tokens
     in_batch = max(1, config.generate.tokens_per_batch // tokens)
-    wanted = max(STEPS * config.train.batch_size, BATCHES_OF_RESPONSES * in_batch)
-    parts = (inputs.examples, wanted), (inputs.heldout, max(FEWEST_HELDOUT, in_batch))
+    batches = BATCHES_OF_RESPONSES * in_batch
+    wanted = max(STEPS * config.train.batch_size, batches)
+    parts = (inputs.examples, wanted), (inputs.heldout, max(FEWEST_HELDOUT, batches))
     examples, heldout = (_some(part, count, config.seed) for part, count in parts)
     return inputs._replace(examples=examples, heldout=heldout)
 

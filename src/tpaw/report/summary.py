@@ -28,15 +28,27 @@ from tpaw.storage.seals import SEAL
 
 
 def write_summary(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
-    """Write summary.json of a run, and return it; see `summarise`. The same content stays."""
+    """Write summary.json of a run, and return it; see `summarise`. The same content stays.
+
+    A number that is not finite is text in the file, as in training.jsonl: JSON has no such number.
+    """
     summary = summarise(run, config)
+    written = _readable(summary)
     try:
         known = json.loads(run.summary_file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         known = None
-    if known != summary:
-        write_json(run.summary_file, summary)
+    if known != written:
+        write_json(run.summary_file, written)
     return summary
+
+
+def _readable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _readable(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_readable(part) for part in value]
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def summarise(run: RunDirectory, config: RunConfig) -> dict[str, Any]:
@@ -180,10 +192,8 @@ def _late_means(lines: list[dict[str, Any]]) -> dict[str, float]:
     late = [(b["step"] - a["step"], b) for a, b in pairwise([{"step": 0}, *lines])]
     late = [(weight, line) for weight, line in late if line["step"] > steps / 2]
     total = sum(weight for weight, _ in late)
-    means = {
+    return {
         name: sum(weight * float(line[name]) for weight, line in late) / total
         for name in late[-1][1]
         if name.startswith(("loss", "rewards/", "weights/", "logps/", "share/"))
     }
-    # JSON has no other numbers; `lines_not_finite` counts their lines.
-    return {name: mean for name, mean in means.items() if math.isfinite(mean)}
