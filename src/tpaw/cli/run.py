@@ -8,7 +8,7 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -38,6 +38,7 @@ config_app = typer.Typer(
 )
 app.add_typer(config_app, name="config", no_args_is_help=True)
 
+Found = TypeVar("Found")
 SECONDS_BETWEEN_LOOKS = 2.0
 Sources = Annotated[
     list[str],
@@ -170,8 +171,9 @@ def status(
     """
     if watch and not RunDirectory(directory).has_begun():
         console_of_stdout().print_text(f"{directory}: waiting for the run to begin")
-        while not RunDirectory(directory).has_begun():
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+        with contextlib.suppress(KeyboardInterrupt):
+            while not RunDirectory(directory).has_begun():
+                time.sleep(SECONDS_BETWEEN_LOOKS)
     run = _run_in(directory)
     settings = run.load_config()
     from tpaw.report.status import done_and_next
@@ -191,6 +193,9 @@ def _watch(run: RunDirectory, settings: RunConfig) -> None:
     """Show a view of a run until it is finished, or until Ctrl-C."""
     from rich.live import Live
 
+    from tpaw.report.live import live_view
+    from tpaw.report.status import done_and_next
+
     console, shown = console_of_stdout(), None
     with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
         show: Callable[[RenderableType], None] = console.print
@@ -198,27 +203,23 @@ def _watch(run: RunDirectory, settings: RunConfig) -> None:
             in_place = Live(console=console, transient=True, vertical_overflow="ellipsis")
             show = stack.enter_context(in_place).update
         while True:
-            found, view = _look(run, settings, console.width)
+            found = _tried_twice(lambda: done_and_next(run, settings))
             if found != shown:
-                show(view)
+                show(_tried_twice(lambda: live_view(run, settings, console.width)))
             shown = found
             if found[1] is None:
                 return
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
-def _look(
-    run: RunDirectory, settings: RunConfig, width: int
-) -> tuple[tuple[list[str], str | None], RenderableType]:
+def _tried_twice(look: Callable[[], Found]) -> Found:
     from tpaw.errors import ArtifactError
-    from tpaw.report.live import live_view
-    from tpaw.report.status import done_and_next
 
     try:
-        return done_and_next(run, settings), live_view(run, settings, width)
+        return look()
     except (ArtifactError, OSError):  # a file may be replaced while it is read
         time.sleep(SECONDS_BETWEEN_LOOKS)
-        return done_and_next(run, settings), live_view(run, settings, width)
+        return look()
 
 
 @app.command(cls=Command)

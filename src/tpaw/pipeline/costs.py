@@ -328,9 +328,12 @@ class _Measuring:
         The first training goes over all records and publishes. Another one ends after a few steps.
         """
         stages = self.stages
-        by_sft = stages.choose(t).examples if self.config.method == "critic" else None
-        by_sft = stages.inputs.examples if by_sft is None else by_sft
-        count = len(by_sft if triples is None else triples)
+        if triples is not None:
+            count = len(triples)
+        elif self.config.method == "critic":
+            count = len(stages.choose(t).examples)
+        else:
+            count = len(stages.inputs.examples)
         steps = optimizer_steps(self.config, count, t)
         job = TrainingJob(t, steps, policy, team.opponents, team.main_players)
         ends: list[float] = []

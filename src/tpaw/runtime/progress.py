@@ -127,7 +127,7 @@ def screen(
 
 class _Screen:
     def __init__(self, describe: Callable[[], RenderableType | None], console: TextConsole) -> None:
-        self.describe = describe
+        self.describe, self.console = describe, console
         self.bars = Progress(*_columns(), console=console)
         self.view: RenderableType | None = None
         # A view that is higher than the terminal is cut, so that it never scrolls.
@@ -152,7 +152,7 @@ class _Screen:
             [found] = [bar for bar in self.bars.tasks if bar.id == task]
             seconds = found.elapsed or 0.0
             text = f"{description}: {found.completed:.0f} {unit} in {seconds:.1f} s"
-            self.live.console.print(text, soft_wrap=True)
+            self.console.print_text(text)
         finally:
             self.bars.remove_task(task)
 
@@ -186,7 +186,7 @@ def _print_note(text: str) -> None:
     if _screen is None:
         TextConsole(stderr=True).print_text(text)
     else:  # another console would write into the view
-        _screen.live.console.print(text, soft_wrap=True)
+        _screen.console.print_text(text)
 
 
 _show_note: Callable[[str], None] = _print_note
