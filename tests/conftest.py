@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are too small to share out
+# Trackio reads it on import, and TRL imports Trackio.
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")
 
 import builders
 import pytest
@@ -16,6 +21,8 @@ import torch
 from builders import run_settings, save_model, starter_rows, sums, write_jsonl
 from fork_server import fork_server
 from messages import GOLDEN
+
+atexit.register(shutil.rmtree, os.environ["TRACKIO_DIR"], ignore_errors=True)
 
 
 def pytest_addoption(parser):

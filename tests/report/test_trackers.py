@@ -56,7 +56,7 @@ EACH = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where all trackers write, away from every network. Trackio reads its variable on import."""
+    """Where trackers write, away from every network. Trackio's folder is in conftest.py."""
     folder = tmp_path_factory.mktemp("trackers")
     (folder / "wandb").mkdir()
     with pytest.MonkeyPatch.context() as patch:
@@ -65,7 +65,6 @@ def folder(tmp_path_factory):
         patch.setenv("WANDB_SILENT", "true")
         patch.setenv("MLFLOW_TRACKING_URI", str(folder / "mlflow"))
         patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-        patch.setenv("TRACKIO_DIR", str(folder / "trackio"))
         yield folder
 
 
