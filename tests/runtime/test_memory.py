@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ import torch
 from messages import refused
 
 from tpaw.errors import MemoryShortageError
-from tpaw.runtime.memory import memory_limited_by
+from tpaw.runtime.memory import memory_limited_by, return_memory
 
 AMOUNT = {"reason": re.compile(r"(?<=out \().*(?=\))")}
 
@@ -51,3 +54,18 @@ def test_other_errors_pass_unchanged(error):
     with pytest.raises(type(error)) as caught, memory_limited_by("score.tokens_per_row", 1):
         raise error
     assert caught.value is error
+
+
+def resident():
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another library keeps no memory")
+def test_what_is_free_goes_back_to_the_operating_system():
+    size, count = 8_000, 10_000  # too small to be mapped alone, too large for Python's own pools
+    blocks = [bytearray(size) for _ in range(count)]
+    del blocks[:-1]  # the last one lies at the top, so that nothing below it goes back by itself
+    held = resident()
+    return_memory()
+    assert held - resident() > 0.8 * size * count
