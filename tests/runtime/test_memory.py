@@ -13,7 +13,7 @@ import torch
 from messages import refused
 
 from tpaw.errors import MemoryShortageError
-from tpaw.runtime.memory import memory_limited_by, return_memory
+from tpaw.runtime.memory import memory_limited_by, return_free_memory
 
 AMOUNT = {"reason": re.compile(r"(?<=out \().*(?=\))")}
 
@@ -67,5 +67,5 @@ def test_what_is_free_goes_back_to_the_operating_system():
     blocks = [bytearray(size) for _ in range(count)]
     del blocks[:-1]  # the last one lies at the top, so that nothing below it goes back by itself
     held = resident()
-    return_memory()
+    return_free_memory()
     assert held - resident() > 0.8 * size * count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from tpaw.models.adapters import AdaptedBase
 from tpaw.models.loading import load_base, load_model, pick_device
 from tpaw.models.sharding import ALONE, Member, shard
 from tpaw.runtime.interrupt import StopSignal
-from tpaw.runtime.memory import return_memory
+from tpaw.runtime.memory import return_free_memory
 from tpaw.runtime.processes import process_count
 from tpaw.runtime.progress import note_once
 from tpaw.scoring.score import Precision, ScoringModel
@@ -112,7 +113,9 @@ class LoadedPlayers:
             self._base.take_off()
         if not keep_base:
             self._base = None
-        return_memory()
+        gc.collect()  # a trainer and its policy refer to each other
+        torch.cuda.empty_cache()
+        return_free_memory()
 
     @property
     def _shares_memory(self) -> bool:
@@ -139,8 +142,9 @@ class LoadedPlayers:
             self._kept = self._scorer = None
             if self._shares_memory:
                 self.servers.close()
+                gc.collect()  # an output head and the `LogprobHead` on it refer to each other
+            return_free_memory()
             with self._loading():
-                return_memory()
                 if self.config.model.adapter is not None:
                     model = self._base_of(player).put_on(player.adapter_folder)
                 else:

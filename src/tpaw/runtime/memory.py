@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -59,16 +58,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(report in str(error).lower() for report in _REPORTS)
 
 
-def return_memory() -> None:
-    """Give memory that nothing uses back to the device and to the operating system.
+def return_free_memory() -> None:
+    """Give freed memory of the CPU back to the operating system.
 
-    glibc keeps what was freed. On a CPU the memory of a run would otherwise grow from stage to
-    stage.
+    glibc keeps it. The memory of a run would otherwise grow from stage to stage.
     """
-    import torch
-
-    gc.collect()  # a trainer and its policy refer to each other, an output head and its LogprobHead
-    torch.cuda.empty_cache()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
         if trim is not None:
