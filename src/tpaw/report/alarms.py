@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from tpaw.objectives.base import SATURATED
+
 TRUNCATED = 0.10
 IDENTICAL = 0.50
-SATURATED = 5.0
-"""Mean margin m, with λ. There the loss has less than 2 % of its first gradient left."""
 LESS_LIKELY = 0.05
 """Share of the log-prob of held-out targets."""
 OTHER_LENGTH = 1 / 3
