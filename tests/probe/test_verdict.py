@@ -169,6 +169,12 @@ def test_the_conclusion_of_four_models_whose_answer_is_known():
         assert ("do not expect a gain of either" in found[name]) == (name != "starter")
 
 
+def test_identical_responses_count_where_they_are_most_of_all():
+    some = conclusion(STEP, ANSWERS._replace(identical_share=0.5), CRITIC)
+    assert "equal their target" not in some
+    assert "equal their target" in conclusion(STEP, ANSWERS._replace(identical_share=0.51), CRITIC)
+
+
 def test_what_a_critic_adds_to_the_conclusion():
     long = Auc(0.9, (0.85, 0.95), 900, 64)
     at_chance = conclusion(STEP, ANSWERS, CRITIC)

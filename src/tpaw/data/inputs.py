@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from tpaw.config.schema import RunConfig
+from tpaw.data.chat_template import around_a_user_turn
 from tpaw.data.examples import Examples, read_examples, write_examples
 from tpaw.models.tokenizers import load_tokenizer
 from tpaw.storage.artifacts import publishing, read_manifest
@@ -101,6 +102,7 @@ def publish_inputs(folder: Path, inputs: Inputs) -> None:
         "rows": len(inputs.examples),
         "heldout_rows": len(inputs.heldout),
         "tokens": inputs.tokens,
+        "around_prompts": around_a_user_turn(inputs.tokenizer),
         "heldout_prompts_in_training": inputs.heldout_prompts_in_training(),
     }
     with publishing(folder, meta) as temporary:
