@@ -74,7 +74,7 @@ def test_no_record_is_lost_or_changed_and_a_prompt_stays_together(here, tpaw_):
     wanted = [{"question": r["question"], "answer": r["answer"]} for r in records]
     key = lambda record: (record["question"], record["answer"])  # noqa: E731
     assert sorted(train + heldout, key=key) == sorted(wanted, key=key)
-    assert "Records: 60 usable, 1 not" in out
+    assert "Records: 60 usable, 1 not: 1 (the prompt is empty)." in out
     assert yaml.safe_load((here / "mine.yaml").read_text())["data"]["max_skipped"] >= 1 / 55
 
 

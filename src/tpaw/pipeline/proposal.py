@@ -14,7 +14,7 @@ import yaml
 
 from tpaw.config.schema import DataConfig, ModelConfig, RunConfig
 from tpaw.data.columns import key_list
-from tpaw.data.examples import Example, Examples, Prepared, prepare_examples
+from tpaw.data.examples import Example, Examples, Prepared, described_skips, prepare_examples
 from tpaw.data.formats import columns_to_read
 from tpaw.data.inputs import Inputs
 from tpaw.data.readers import open_records
@@ -241,11 +241,9 @@ def _split(
 
 def _counted(found: Prepared) -> str:
     """How many records can be used, and why the others cannot."""
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in found.skipped.items())
     unusable = sum(found.skipped.values())
-    return (
-        f"Records: {len(found.examples):,} usable, {unusable:,} not{reasons and f' ({reasons})'}."
-    )
+    reasons = f": {described_skips(found.skipped)}" if unusable else ""
+    return f"Records: {len(found.examples):,} usable, {unusable:,} not{reasons}."
 
 
 def _checked(evaluated: Sequence[Example]) -> str:
