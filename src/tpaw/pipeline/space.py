@@ -414,7 +414,9 @@ def space_for_run(
     beside = temporary if on_one_disk else 0
     now = needed(config.keep) + beside
     smaller = [(keep, needed(keep) + beside) for keep in ("team", "last")]
-    options = [f"{keep} needs up to {readable_size(n)}" for keep, n in smaller if n < now]
+    options = [
+        f"--set keep={keep} needs up to {readable_size(n)}" for keep, n in smaller if n < now
+    ]
     advice = f"The setting keep lowers this: {', '.join(options)}." if options else ""
     require_space(root, now, "this run", advice)
     if not on_one_disk:
