@@ -373,8 +373,8 @@ def described_space(
         f"a saved step has {readable_size(saved_step)}.",
         f"With {'; with '.join(others)}. Results of suites are not counted.",
         f"Temporary files{' of each process' if _trains_in_a_group(config) else ''}: up to "
-        f"{readable_size(bytes_of_temporary_files(config, plans, inputs))} of rows, in the folder "
-        "that the environment variable TMPDIR names.",
+        f"{readable_size(bytes_of_temporary_files(config, plans, inputs))} of records, in the "
+        "folder that the environment variable TMPDIR names.",
         _described_memory(config, size),
     ]
 

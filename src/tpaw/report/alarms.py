@@ -87,7 +87,7 @@ def _of_responses(
         yield (
             "identical",
             f"{share:.0%} of the responses of {who} equal their target.",
-            "Little is left to learn from these rows: expect less of further iterations.",
+            "Little is left to learn from these records: expect less of further iterations.",
         )
     share, natural = (responses.get(f"repeating{of}_share", 0.0) for of in ("", "_targets"))
     if share - natural > REPEATING:
