@@ -75,6 +75,7 @@ starter: $(READY)  ## Make the starter's problems, tokenizer and model again.
 	$(BIN)/python -m tpaw.starter.build
 
 $(READY): pyproject.toml constraints.txt
+	@echo "Installing TPAW and the libraries it needs into .venv, once: some minutes without output."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $(READY)

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import importlib
 import json
+import logging
 import os
 import select
 import signal
@@ -181,6 +182,7 @@ def serve(path):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # as QUIET
     for name in PRELOADED:  # one that is not there is imported by whoever needs it
         with contextlib.suppress(ImportError):
             importlib.import_module(name)

@@ -193,6 +193,7 @@ def test_answers_take_turns_and_stand_side_by_side():
     talk(speakers, console, typed)
     assert turns == ["run@4", "run@0"] * 4 + ["run@0"]
     lines = console.file.getvalue().splitlines()
+    assert lines[0] == "An empty line or Ctrl-D leaves; Ctrl-C ends an answer."
     assert any("four" in line and "zeros" in line for line in lines)
     assert any("run@4" in line and "run@0" in line for line in lines)
     assert not typed.lines

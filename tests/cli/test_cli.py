@@ -624,6 +624,8 @@ def test_every_help_has_an_example_that_is_accepted(name):
     import shlex
 
     command = commands()[name]
+    # A line end within a paragraph would stay, however wide the terminal is.
+    assert not any("\n" in paragraph for paragraph in command.help.split("\n\n"))
     [example] = [line for line in command.help.splitlines() if line.startswith("Example: ")]
     words = shlex.split(example.removeprefix("Example: ").partition(" > ")[0])
     own = name.split()

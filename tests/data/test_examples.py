@@ -9,8 +9,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tpaw.config.schema import DataConfig, RunConfig
-from tpaw.data.examples import prepare_examples, read_examples, write_examples
-from tpaw.data.inputs import Inputs, publish_inputs
+from tpaw.data.examples import (
+    described_skips,
+    prepare_examples,
+    read_examples,
+    write_examples,
+)
+from tpaw.data.inputs import Inputs, described_skips_by_source, publish_inputs
 from tpaw.pipeline.preflight import read_inputs
 from tpaw.storage.artifacts import read_manifest
 
@@ -147,6 +152,12 @@ def test_skipped_rows_are_counted_by_reason_and_too_many_are_an_error(tmp_path):
     prepared = prepare(path, max_skipped=0.02)
     assert len(prepared.examples) == 98
     assert prepared.skipped == {"the prompt is empty": 1, "longer than max_length 128": 1}
+    both = "1 (the prompt is empty), 1 (longer than max_length 128)"
+    assert described_skips(prepared.skipped) == both
+    assert described_skips({}) == "none"
+    assert described_skips_by_source({"data": prepared.skipped, "evaluate.data": {}}) == (
+        f"in data {both}"
+    )
 
 
 def test_batches_give_the_ids_of_single_texts(tmp_path):
@@ -252,7 +263,7 @@ def test_duplicates_are_counted(settings, tmp_path):
     inputs = read_inputs(RunConfig.load(settings))
     assert len(inputs.examples) == 5  # each counts in training as often as it stands there
     assert inputs.duplicates() == {"data": 2, "evaluate.data": 0}
-    assert 'duplicates: {"data": 2};' in inputs.described()
+    assert "skipped: none; duplicates: 2 in data;" in inputs.described()
     publish_inputs(tmp_path / "inputs", inputs)
     assert read_manifest(tmp_path / "inputs")["duplicates"] == inputs.duplicates()
 

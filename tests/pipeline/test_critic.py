@@ -214,7 +214,7 @@ def test_a_critic_that_only_counts_tokens_ends_the_run(critic_settings, tmp_path
 def test_responses_without_an_end_leave_nothing_to_compare(critic_settings, model_folder, tmp_path):
     critic_settings["model"]["path"] = str(model_folder)  # random weights
     critic_settings["generate"]["max_new_tokens"] = 2
-    with refused("iteration 1", "of 24 rows", "generate.max_new_tokens", "critic.heldout"):
+    with refused("iteration 1", "of 24 records", "generate.max_new_tokens", "critic.heldout"):
         self_play(load(critic_settings), tmp_path / "r")
 
 

@@ -74,7 +74,7 @@ def test_no_record_is_lost_or_changed_and_a_prompt_stays_together(here, tpaw_):
     wanted = [{"question": r["question"], "answer": r["answer"]} for r in records]
     key = lambda record: (record["question"], record["answer"])  # noqa: E731
     assert sorted(train + heldout, key=key) == sorted(wanted, key=key)
-    assert "Records: 60 usable, 1 not" in out
+    assert "Records: 60 usable, 1 not: 1 (the prompt is empty)." in out
     assert yaml.safe_load((here / "mine.yaml").read_text())["data"]["max_skipped"] >= 1 / 55
 
 
@@ -120,6 +120,57 @@ def test_own_heldout_records_are_used_as_they_are(here, tpaw_):
     assert "only log-probs are measured" in out
     assert sorted(p.name for p in here.iterdir()) == ["data.jsonl", "mine.yaml", "other.jsonl"]
     assert RunConfig.load("mine.yaml").evaluate.data.path == "other.jsonl"
+
+
+@pytest.mark.parametrize("target", ["target", "completion"])
+def test_columns_with_unusual_names(here, tpaw_, target):
+    records = [{"frage": r["question"], "antwort": r["answer"], "n": 1} for r in problems(20)]
+    write_jsonl(here / "data.jsonl", records)
+    arguments = ("new", "mine.yaml", "--model", STARTER, "--data", "data.jsonl")
+    code, _, err = tpaw_(*arguments)
+    assert code == 2
+    says = " ".join(err.split())
+    assert "has columns antwort, frage, n" in says
+    assert "--columns prompt=NAME,target=NAME" in says
+    code, _, err = tpaw_(*arguments, "--columns", f"prompt=frage, {target}=antwort")
+    assert code == 0, err
+    inputs = read_inputs(RunConfig.load("mine.yaml"))
+    assert (len(inputs.examples), len(inputs.heldout)) == (18, 2)
+    parts = lines(here / "mine-train.jsonl") + lines(here / "mine-heldout.jsonl")
+    assert sorted(parts, key=str) == sorted(records, key=str)
+    texts = {example.target_text for example in (*inputs.examples, *inputs.heldout)}
+    assert texts == {r["antwort"] for r in records}
+
+
+def test_columns_of_conversations(here, tpaw_):
+    turns = [
+        [{"role": "user", "content": r["question"]}, {"role": "assistant", "content": r["answer"]}]
+        for r in problems(20)
+    ]
+    write_jsonl(here / "data.jsonl", [{"chat": turn} for turn in turns])
+    arguments = ("new", "mine.yaml", "--model", STARTER, "--data", "data.jsonl")
+    assert tpaw_(*arguments, "--columns", "messages=chat")[0] == 0
+    assert len(read_inputs(RunConfig.load("mine.yaml")).examples) == 18
+
+
+@pytest.mark.parametrize(
+    ("columns", "parts"),
+    [
+        ("text", ["--columns text", "ROLE=NAME"]),
+        ("prompt=", ["--columns prompt=", "ROLE=NAME"]),
+        ("target=a,completion=b", ["--columns", "each column once"]),
+        ("prompt=text", ["--columns prompt=text", "give prompt and target"]),
+        ("promt=text,target=label", ["promt: unknown key", "did you mean prompt"]),
+        ("prompt=question,target=label", ["has no column 'label'"]),
+    ],
+)
+def test_columns_that_cannot_be_read(here, tpaw_, columns, parts):
+    write_jsonl(here / "data.jsonl", problems(20))
+    arguments = ("new", "mine.yaml", "--model", STARTER, "--data", "data.jsonl")
+    code, _, err = tpaw_(*arguments, "--columns", columns)
+    assert code == 2
+    assert all(part in " ".join(err.split()) for part in parts), err
+    assert [p.name for p in here.iterdir()] == ["data.jsonl"]
 
 
 @pytest.mark.parametrize(

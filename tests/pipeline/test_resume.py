@@ -19,7 +19,8 @@ import tpaw.pipeline.space
 import tpaw.pipeline.stages
 import tpaw.pipeline.training
 import tpaw.training.iteration
-from tpaw.config.schema import RunConfig
+from tpaw.config.changes import differences
+from tpaw.config.schema import RunConfig, at_iteration
 from tpaw.errors import (
     ArtifactError,
     DivergenceError,
@@ -35,6 +36,7 @@ from tpaw.storage.artifacts import describe_file, read_json, write_manifest
 from tpaw.storage.run_directory import RunDirectory, restart_iteration
 from tpaw.storage.seals import seal_facts
 from tpaw.training.callbacks import Recorder
+from tpaw.training.iteration import _lower_rate
 from tpaw.training.trainer import TeamTrainer
 
 
@@ -364,7 +366,7 @@ def test_divergence_publishes_nothing_and_can_be_left(settings, tmp_path, monkey
 
     monkeypatch.setattr(TeamTrainer, "compute_loss", poisoned)
     run = tmp_path / "r"
-    advice = f"tpaw run {run} --restart-iteration 1"
+    advice = f"tpaw run {run} --restart-iteration 1 --set train.learning_rate=RATE"
     with refused("train.learning_rate", advice, error=DivergenceError):
         self_play(RunConfig.load(settings), run)
     assert not (run / "iterations" / "1" / "checkpoint").exists()
@@ -376,6 +378,18 @@ def test_divergence_publishes_nothing_and_can_be_left(settings, tmp_path, monkey
     restart_iteration(run, 1)
     assert self_play(RunConfig.load(settings), run).index == 1
     assert all(path.read_bytes() == content for path, content in shards.items())
+
+
+@pytest.mark.parametrize("rates", [1e-4, [1e-4, 2e-4, 3e-4]])
+@pytest.mark.parametrize("t", [0, 1, 2])
+def test_the_lower_rate_that_a_diverged_run_advises_is_accepted(settings, rates, t):
+    settings |= {"iterations": 3}
+    settings["train"] |= {"learning_rate": rates}
+    config = RunConfig.load(settings)
+    advised = _lower_rate(config, t).replace("RATE", "1e-9")
+    changed = RunConfig.load(settings, overrides=[advised])
+    assert differences(config, changed, begun=t) == []
+    assert [at_iteration(changed.train.learning_rate, i) for i in range(t, 3)] == [1e-9] * (3 - t)
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 9])

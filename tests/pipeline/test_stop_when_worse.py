@@ -8,6 +8,7 @@ import sys
 import pytest
 from messages import refused, says
 
+from tpaw.cli.run import load
 from tpaw.config.schema import RunConfig
 from tpaw.evaluation.items import read_items
 from tpaw.report.status import done_and_next
@@ -43,14 +44,14 @@ def test_it_ends_there_and_goes_on_when_told_to(finished, only_the_first_is_righ
     assert found[:2] == [1.0, 1.0]
     assert found[2] < 0.5
     says(summary["ended"], "iteration 2 of 3", "θ_2", "stop_when_worse")
+    assert f"tpaw run {run.root} --set evaluate.stop_when_worse=false" in summary["ended"]
     assert summary["ended"] in summary["notes"]
     assert [alarm["name"] for alarm in summary["alarms"]].count("worse") == 1
     assert "worse than θ_0" in run.report_file.read_text(encoding="utf-8")
     done, upcoming = done_and_next(run, config)
     assert upcoming is None
     assert done[-1] == "[2/3] evaluate θ_2"
-    settings["evaluate"]["stop_when_worse"] = False
-    going_on = RunConfig.load(settings)
+    going_on = load([str(run.root)], summary["ended"].split("--set ")[1:], trust=False)
     assert done_and_next(run, going_on)[1] == "[3/3] generate with θ_2"
     assert self_play(going_on, run.root).index == 3
     assert read_json(run.summary_file)["ended"] is None

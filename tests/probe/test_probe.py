@@ -15,17 +15,21 @@ from tpaw.runtime.interrupt import StopSignal
 
 
 def test_it_measures_speaks_and_leaves_nothing_behind(tpaw_, tmp_path, monkeypatch):
+    # TRL imports it; it makes temporary folders at import, and removes them when Python ends.
+    pytest.importorskip("wandb")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     for module in ("measure", "verdict"):
-        monkeypatch.setattr(f"tpaw.probe.{module}.ROWS_FOR_CRITIC", 64)
+        monkeypatch.setattr(f"tpaw.probe.{module}.RECORDS_FOR_CRITIC", 64)
     code, out, _ = tpaw_("probe", "starter", "--rows", 64)
     assert code == 0
     assert not list(tmp_path.iterdir())
     for line in ("share that is signal", "right responses", "small critic: AUC", "margin"):
         assert line in out
     text = " ".join(out.split())
+    # So few records cannot tell it; see docs/how-to/probe.md for more of them.
+    assert text.startswith("SFT has converged, as far as 64 of 1,500 records can show")
     assert "different ones of 4" in text
     assert "try the 1500 of the data with --rows" in text
     assert "Greedy decoding alone raises the share of right responses" in text
@@ -36,7 +40,9 @@ def test_a_critic_is_not_tried_on_few_rows(settings):
     found = probe(RunConfig.load(settings), 16, StopSignal())
     assert found.critic is None
     assert found.answers.samples == 2
-    assert "a critic needs 1,000 rows or more" in " ".join(verdict(*found))
+    assert "a critic needs 1,000 records or more, and a run would use 24." in " ".join(
+        verdict(*found)
+    )
 
 
 def test_what_it_measures(settings):
@@ -46,6 +52,8 @@ def test_what_it_measures(settings):
     answers = found.answers
     assert (answers.prompts, answers.samples, answers.temperature) == (16, 1, 0.0)
     assert not answers.is_plain
+    assert answers.is_covered
+    assert answers.records_of_data == 24
     assert answers.truncated_share == 1
     assert answers.right_share == answers.greedy_right_share == 0
     assert answers.response_tokens == 12  # generate.max_new_tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tpaw.probe.gradients import FirstStep
-from tpaw.probe.verdict import Answers, CriticFound, Margins, verdict
+from tpaw.probe.verdict import Answers, CriticFound, Margins, conclusion, verdict
 from tpaw.statistics.auc import Auc
 from tpaw.statistics.gradients import Signal
 
@@ -13,13 +13,13 @@ CONVERGED = Signal(squared_norm=0.0, share=0.001, p_value=0.6, batches=16)
 LEARNING = Signal(squared_norm=1.0, share=0.4, p_value=0.0005, batches=16)
 STEP = FirstStep(CONVERGED, CONVERGED, float("nan"), 0.98, 0.2)
 ANSWERS = Answers(
-    prompts=256, samples=4, temperature=1.0, is_plain=True, identical_share=0.01,
+    prompts=256, samples=4, temperature=1.0, is_plain=True, is_covered=True, identical_share=0.01,
     truncated_share=0.0, right_share=None, greedy_right_share=None, different_share=0.9,
-    target_tokens=12, response_tokens=12,
+    target_tokens=12, response_tokens=12, records_of_data=256,
 )  # fmt: skip
 CHANCE = Auc(0.51, (0.47, 0.55), 900, 64)
 TELLS = Auc(0.7, (0.66, 0.74), 900, 64)
-CRITIC = CriticFound(CHANCE, CHANCE, CHANCE, None, None, samples=4, rows=256, rows_of_data=256)
+CRITIC = CriticFound(CHANCE, CHANCE, CHANCE, None, None, samples=4)
 MARGINS = Margins(steps=10, steps_of_iteration=20, median=0.01, high=0.05)
 
 
@@ -29,18 +29,17 @@ def said(step=STEP, answers=ANSWERS, critic=CRITIC, margins=MARGINS):
 
 def test_a_converged_model_has_nothing_to_gain():
     text = said()
-    assert "SFT has converged, as far as these rows can show" in text
+    assert "SFT's gradient cannot be told from noise (p = 0.6, 16 batches)" in text
     assert "method critic has nothing to gain" in text
     assert "linear for nearly all pairs" in text
-    for other in ("not converged", "Greedy", "length limit", "at temperature 1, so", "--rows"):
+    for other in ("is signal", "Greedy", "length limit", "at temperature 1, so", "--rows"):
         assert other not in text
 
 
 def test_where_sft_still_learns_it_is_what_to_compare_with():
     text = said(STEP._replace(sft=LEARNING, cosine=1.0))
-    assert "SFT has not converged on these rows: 40%" in text
-    assert "sft_continue" in text
-    assert "has converged" not in text
+    assert "40% of a batch's squared SFT gradient is signal (p = 0.0005, 16 batches)" in text
+    assert "cannot be told from noise" not in text
 
 
 @pytest.mark.parametrize(
@@ -95,25 +94,116 @@ def test_a_critic_that_only_counts_tokens_is_caught():
 
 
 def test_more_rows_may_make_a_critic():
-    assert "try the 4000 of the data with --rows" in said(critic=CRITIC._replace(rows_of_data=4000))
+    more = ANSWERS._replace(records_of_data=4000)
+    assert "try the 4000 of the data with --rows" in said(answers=more)
+
+
+def test_how_many_records_say_that_sft_has_converged():
+    more = ANSWERS._replace(records_of_data=4000)
+    assert "as far as 256 of 4,000 records can show" in conclusion(STEP, more, CRITIC)
+    assert "More records may tell it: ask with --rows" in said(answers=more)
+    assert "as far as 256 of 256 records can show" in conclusion(STEP, ANSWERS, CRITIC)
+    assert "More records" not in said()
 
 
 def test_responses_that_all_equal_their_targets_leave_no_critic():
     assert "critic" not in said(answers=ANSWERS._replace(prompts=1000), critic=None)
 
 
-def test_few_rows_make_no_critic():
-    assert "Ask with --rows 1000 or more" in said(
-        answers=ANSWERS._replace(prompts=999), critic=None
-    )
+def test_few_records_make_no_critic():
+    few = ANSWERS._replace(prompts=999, records_of_data=1000)
+    assert "Ask with --rows 1000 or more" in said(answers=few, critic=None)
+    text = said(answers=few._replace(records_of_data=999), critic=None)
+    assert "a critic needs 1,000 records or more, and a run would use 999." in text
+    assert "--rows" not in text
 
 
 @pytest.mark.parametrize(
     ("high", "expected"),
-    [(4.0, "saturated for many pairs"), (1.0, "between linear"), (0.2, "linear for nearly all")],
+    [
+        (5.0, "saturated for one pair in twenty"),
+        (4.9, "between linear"),
+        (1.0, "between linear"),
+        (0.2, "linear for nearly all"),
+    ],
 )
 def test_margins(high, expected):
     found = said(margins=MARGINS._replace(high=high))
     assert expected in found
     assert f"at the end of an iteration of 20 steps at most {2 * high:.2g}" in found
     assert "at the end" not in said(margins=MARGINS._replace(high=high, steps=20))
+
+
+# The measurements of docs/how-to/probe.md, in the order of its table.
+FOUR = {
+    "starter": (0.001, 0.410, 0.641, 0.38, None),
+    "starter, converged": (0.35, 0.895, 0.973, 0.89, None),
+    "walks": (0.14, 0.593, 0.766, 0.005, Auc(0.567, (0.539, 0.596), 600, 64)),
+    "fork": (0.96, 0.394, 0.0, 0.15, None),
+}
+
+
+def concluded(name):
+    p_value, sampled, greedy, identical, auc = FOUR[name]
+    critic = CRITIC._replace(auc=auc, auc_of_like_length=auc) if auc else None
+    answers = ANSWERS._replace(
+        right_share=sampled, greedy_right_share=greedy, identical_share=identical
+    )
+    signal = CONVERGED._replace(p_value=p_value)
+    return conclusion(STEP._replace(sft=signal), answers, critic)
+
+
+def test_the_conclusion_of_four_models_whose_answer_is_known():
+    found = {name: concluded(name) for name in FOUR}
+    parts = {
+        "starter": ["SFT has not converged", "expect what more SFT would give", "sft_continue"],
+        "starter, converged": ["SFT has converged", "89% of the responses equal their target"],
+        "walks": ["SFT has converged", "a small critic tells targets", "gained nothing so far"],
+        "fork": ["SFT has converged", "(0.0%)", "(39.4%)", "sample at temperature 1"],
+    }
+    for name, wanted in parts.items():
+        assert all(part in found[name] for part in wanted), found[name]
+        # What sets a model apart is not said of another one.
+        others = [text for other, text in found.items() if other != name]
+        assert not any(wanted[1] in text for text in others)
+        assert ("do not expect a gain of either" in found[name]) == (name != "starter")
+
+
+def test_identical_responses_count_where_they_are_most_of_all():
+    some = conclusion(STEP, ANSWERS._replace(identical_share=0.5), CRITIC)
+    assert "equal their target" not in some
+    assert "equal their target" in conclusion(STEP, ANSWERS._replace(identical_share=0.51), CRITIC)
+
+
+def test_what_a_critic_adds_to_the_conclusion():
+    long = Auc(0.9, (0.85, 0.95), 900, 64)
+    at_chance = conclusion(STEP, ANSWERS, CRITIC)
+    counts = conclusion(STEP, ANSWERS, CRITIC._replace(auc=TELLS, auc_of_length_alone=long))
+    none = conclusion(STEP, ANSWERS, None)
+    assert "A small critic finds nothing" in at_chance
+    assert "by their length alone" in counts
+    assert "critic" not in none
+    for text in (at_chance, counts, none):
+        assert "other records, or a checker of right responses (recipe self_training)" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"is_plain": False}, "its responses are not samples at temperature 1"),
+        ({"is_covered": False}, "the argument does not cover this loss"),
+    ],
+)
+@pytest.mark.parametrize("sft", [LEARNING, CONVERGED])
+def test_where_the_first_step_need_not_be_that_of_sft(changes, reason, sft):
+    text = conclusion(STEP._replace(sft=sft), ANSWERS._replace(**changes), CRITIC)
+    assert reason in text
+    assert ("has converged" in text) == (sft is CONVERGED)
+    assert "expected first step" not in text
+    assert "Compare it with SFT of as many steps" in text
+
+
+def test_responses_that_are_cut_come_before_everything_else():
+    text = conclusion(STEP, ANSWERS._replace(truncated_share=0.3), CRITIC)
+    assert text.startswith("30% of the responses are cut")
+    assert "expect" not in text

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 import unicodedata
 
 import pytest
@@ -70,3 +71,15 @@ def test_a_bar_shows_text_as_it_is():
         advance(1, HOSTILE)
     assert printed(console).count(SHOWN) >= 2
     assert not set(printed(console)) & set("\x07\x9b\x7f\u202e\ud800")
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_bytes_are_shown_in_units_of_their_size(is_terminal):
+    console = TextConsole(file=io.StringIO(), width=400, force_terminal=is_terminal)
+    with progress("verify", 3_000_000, "bytes", console) as advance:
+        advance(1_500_000)
+        advance(1_500_000)
+    shown = printed(console)
+    assert "3.0 MB" in shown
+    assert "3000000" not in shown
+    assert not re.search(r"\d\d bytes", shown)

@@ -15,6 +15,7 @@ from tpaw.errors import InputError, for_terminal
 from tpaw.runtime.console import TextConsole
 
 PROMPT = "prompt> "
+HOW_TO_LEAVE = "An empty line or Ctrl-D leaves; Ctrl-C ends an answer."
 SECONDS_BETWEEN_FRAMES = 0.1
 
 
@@ -28,6 +29,7 @@ def talk(speakers: Sequence[Speaker], console: TextConsole, read: Callable[[str]
         console: the terminal.
         read: shows its argument and returns a line, as `input` does.
     """
+    console.print_text(HOW_TO_LEAVE)
     while True:
         try:
             prompt = read(PROMPT)

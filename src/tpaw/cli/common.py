@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 import sys
 from collections.abc import Iterator
@@ -34,7 +35,15 @@ Trust = Annotated[
 
 
 class Command(TyperCommand):
-    """A command whose usage line shows `CONFIG...`, where typer shows `{CONFIG...}...`."""
+    """A command whose help has whole paragraphs, as wide as the terminal.
+
+    Its usage line shows `CONFIG...`, where typer shows `{CONFIG...}...`.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        # Lines of a docstring end where the source does; typer would keep these line ends.
+        self.help = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(self.help or ""))
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """The parts of the usage line after the command's name."""

@@ -19,8 +19,8 @@ def probe(
         int,
         typer.Option(
             min=64,
-            help="Rows to measure on: the first ones of the data. From 1000 on a critic is fitted "
-            "too.",
+            help="Records to measure on: the first ones of the data. From 1000 on a critic is "
+            "fitted too.",
         ),
     ] = 256,
     set_: Overrides = [],  # noqa: B006
@@ -29,18 +29,20 @@ def probe(
     """Say what self-play can be expected to add, before a run is paid for.
 
     It answers a few hundred prompts, compares the first step with that of SFT, and trains for one
-    epoch on these rows. With many rows it fits a small critic too. Nothing of it is kept.
+    epoch on these records. With many records it fits a small critic too. Nothing of it is kept.
+    It prints a conclusion first, then the evidence.
 
     Example: tpaw probe mine.yaml --rows 1000
     """
     settings = load(config, set_, trust)
     from tpaw.probe.measure import probe as measure
     from tpaw.probe.table import probe_table
-    from tpaw.probe.verdict import verdict
+    from tpaw.probe.verdict import conclusion, verdict
 
     with stoppable("tpaw probe") as stop:
         found = measure(settings, rows, stop)
     console = console_of_stdout()
+    console.print_text(conclusion(found.step, found.answers, found.critic))
     console.print(probe_table(found))
     for text in verdict(*found):
         console.print_text(text)

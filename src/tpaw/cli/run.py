@@ -97,16 +97,25 @@ def new(
         str | None,
         typer.Option(help="Records to evaluate on. Default: a tenth of the prompts, split off."),
     ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROLE=NAME,...",
+            help="Columns with unusual names, such as prompt=text,target=label or messages=chat. "
+            "Roles: prompt, target (or completion, as in TRL), messages, chosen, rejected.",
+        ),
+    ] = None,
 ) -> None:
     """Look at a model and its data, and write a configuration that runs.
 
     Example: tpaw new mine.yaml --model ./sft-model --data train.jsonl
     """
-    from tpaw.pipeline.proposal import propose, write_proposal
+    from tpaw.pipeline.proposal import columns_of, propose, write_proposal
     from tpaw.runtime.progress import progress
 
+    named = columns_of(columns) if columns is not None else None
     with progress("read and tokenize", None, "records") as advance:
-        proposal = propose(config, model, data, heldout, advance)
+        proposal = propose(config, model, data, heldout, named, advance)
     write_proposal(config, proposal)
     console = console_of_stdout()
     for text in (*proposal.reasons, *proposal.first_rows):

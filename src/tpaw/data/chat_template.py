@@ -284,20 +284,24 @@ def is_templated(tokenizer: PreTrainedTokenizerBase, prompt: str) -> bool:
         tokenizer: the tokenizer.
         prompt: the text of a prompt as the model reads it; see `Encoded`.
     """
+    before, after = around_a_user_turn(tokenizer)
+    begins, ends = (bool(part.strip()) for part in (before, after))
+    return (begins and prompt.startswith(before)) or (ends and prompt.endswith(after))
+
+
+def around_a_user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What the chat template puts before and after a prompt of one user turn; empty without one."""
     if tokenizer.chat_template is None:
-        return False
+        return "", ""
     user = "TPAW"
     try:
         rendered = tokenizer.apply_chat_template(
             [{"role": "user", "content": user}], tokenize=False, add_generation_prompt=True
         )
     except Exception:  # a template may raise any type
-        return False
+        return "", ""
     before, found, after = str(rendered).partition(user)
-    begins, ends = (bool(part.strip()) for part in (before, after))
-    return bool(found) and (
-        (begins and prompt.startswith(before)) or (ends and prompt.endswith(after))
-    )
+    return (before, after) if found else ("", "")
 
 
 class _Tokenised(NamedTuple):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -255,6 +255,11 @@ def prepare_examples(
         )
     counts = {unusable.reason: count for unusable, count in skipped.items()}
     return Prepared(found, counts, instructions.finish())
+
+
+def described_skips(skipped: Mapping[str, int]) -> str:
+    """How many records were skipped, each number with its reason; `none` without any."""
+    return ", ".join(f"{count:,} ({reason})" for reason, count in skipped.items()) or "none"
 
 
 def write_examples(path: Path, examples: Iterable[Example]) -> None:

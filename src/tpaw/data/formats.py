@@ -177,8 +177,9 @@ def _format_of(
                 return convert
     raise InputError(
         f"{name}: has columns {available}; must have chosen/rejected, prompt/completion, messages, "
-        f"conversations, instruction/output or question/answer; if the columns have other names, "
-        f"set {key}.columns{_similar_names(present)}"
+        "conversations, instruction/output or question/answer; if the columns have other names, "
+        f"set {key}.columns, or use `tpaw new … --columns prompt=NAME,target=NAME`"
+        f"{_similar_names(present)}"
     )
 
 

@@ -6,7 +6,6 @@ data files again.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from tpaw.config.schema import RunConfig
-from tpaw.data.examples import Examples, read_examples, write_examples
+from tpaw.data.chat_template import around_a_user_turn
+from tpaw.data.examples import Examples, described_skips, read_examples, write_examples
 from tpaw.models.tokenizers import load_tokenizer
 from tpaw.storage.artifacts import publishing, read_manifest
 
@@ -51,12 +51,11 @@ class Inputs(NamedTuple):
 
     def described(self) -> str:
         """One line for display: the number of examples, of skipped records and of duplicates."""
-        skipped = {key: dict(reasons) for key, reasons in self.skipped.items() if reasons}
-        duplicates = {key: count for key, count in self.duplicates().items() if count}
+        skipped = described_skips_by_source(self.skipped)
+        duplicates = ", ".join(f"{n:,} in {key}" for key, n in self.duplicates().items() if n)
         return (
             f"{len(self.examples):,} examples, {len(self.heldout):,} held out; "
-            f"skipped: {json.dumps(skipped) if skipped else 'none'}; "
-            f"duplicates: {json.dumps(duplicates) if duplicates else 'none'}; "
+            f"skipped: {skipped}; duplicates: {duplicates or 'none'}; "
             f"held-out prompts in the training data: {self.heldout_prompts_in_training()}"
         )
 
@@ -87,6 +86,12 @@ class Inputs(NamedTuple):
         return int(np.isin(heldout, training).sum())
 
 
+def described_skips_by_source(skipped: Mapping[str, Mapping[str, int]]) -> str:
+    """How many records of `data` and of `evaluate.data` were skipped, and why."""
+    found = (f"in {key} {described_skips(reasons)}" for key, reasons in skipped.items() if reasons)
+    return ", ".join(found) or "none"
+
+
 def publish_inputs(folder: Path, inputs: Inputs) -> None:
     """Publish the inputs as an artifact.
 
@@ -101,6 +106,7 @@ def publish_inputs(folder: Path, inputs: Inputs) -> None:
         "rows": len(inputs.examples),
         "heldout_rows": len(inputs.heldout),
         "tokens": inputs.tokens,
+        "around_prompts": around_a_user_turn(inputs.tokenizer),
         "heldout_prompts_in_training": inputs.heldout_prompts_in_training(),
     }
     with publishing(folder, meta) as temporary:

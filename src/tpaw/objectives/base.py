@@ -15,6 +15,9 @@ if TYPE_CHECKING:  # configurations import this file, and must not wait for torc
 
 References = Literal["none", "newest", "team"]
 
+SATURATED = 5.0
+"""Margin, with λ, from which on a logistic loss has less than 2 % of its first gradient left."""
+
 
 class ObjectiveNeeds(NamedTuple):
     """Which log-probs an objective reads beside those of the policy on target and response.

@@ -164,7 +164,7 @@ def read_inputs(config: RunConfig, on_done: OnDone = ignore) -> Inputs:
         )
     for setting in ("exact_match", "temperatures", "stop_when_worse"):
         if getattr(config.evaluate, setting) and not heldout.examples:
-            raise InputError(f"evaluate.{setting}: it needs held-out rows; set evaluate.data")
+            raise InputError(f"evaluate.{setting}: it needs held-out records; set evaluate.data")
         if getattr(config.evaluate, setting) and not checker.can_check(heldout.examples):
             raise InputError(f"evaluate.{setting}: some held-out target has no `#### answer`")
     skipped = {"data": train.skipped, "evaluate.data": heldout.skipped}

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from tpaw.config.schema import DataConfig, ModelConfig, RunConfig
+from tpaw.config.messages import validate_as
+from tpaw.config.schema import Columns, DataConfig, ModelConfig, RunConfig
 from tpaw.data.columns import key_list
-from tpaw.data.examples import Example, Examples, Prepared, prepare_examples
+from tpaw.data.examples import Example, Examples, Prepared, described_skips, prepare_examples
 from tpaw.data.formats import columns_to_read
 from tpaw.data.inputs import Inputs
 from tpaw.data.readers import open_records
@@ -69,8 +70,35 @@ class _Choice(NamedTuple):
     reason: str
 
 
+def columns_of(text: str) -> Columns:
+    """The columns that an option names.
+
+    Args:
+        text: for example `prompt=text,target=label`. `completion`, as TRL says, is the target.
+
+    Raises:
+        InputError: it is no such list, or no valid combination.
+    """
+    names: dict[str, str] = {}
+    for part in text.split(","):
+        role, found, column = (piece.strip() for piece in part.partition("="))
+        role = "target" if role == "completion" else role
+        if not (role and found and column) or role in names:
+            raise InputError(
+                f"--columns {text}: must name each column once as ROLE=NAME, separated by commas, "
+                "such as prompt=text,target=label or messages=chat"
+            )
+        names[role] = column
+    return validate_as(Columns, names, f"--columns {text}: ")
+
+
 def propose(
-    output: Path, model: str, data: str, heldout: str | None, on_done: OnDone = ignore
+    output: Path,
+    model: str,
+    data: str,
+    heldout: str | None,
+    columns: Columns | None = None,
+    on_done: OnDone = ignore,
 ) -> Proposal:
     """Look at a model and at records, and propose a configuration.
 
@@ -80,6 +108,7 @@ def propose(
         model: path or hub id of the SFT model.
         data: path or hub id of the records.
         heldout: path or hub id of records to evaluate on.
+        columns: names of the columns to read, of both; None if they have usual names.
         on_done: called with the number of records read since the last call.
 
     Raises:
@@ -102,7 +131,7 @@ def propose(
     tokenizer.eos_token_id = stop_ids[0]
 
     def read(path: str, key: str) -> Prepared:
-        config = DataConfig(path=path, max_skipped=1.0)
+        config = DataConfig(path=path, columns=columns, max_skipped=1.0)
         return prepare_examples(config, key, tokenizer, stop_ids, longest, on_done)
 
     found = read(data, "data")
@@ -110,15 +139,17 @@ def propose(
     max_length = lengths.settings["max_length"]
     training = _training(settings, max_length)
     if heldout is None:
-        parts = _split_off(data, found.examples, max_length, beside)
+        source = DataConfig(path=data, columns=columns)
+        parts = _split_off(source, found.examples, max_length, beside)
     else:
         evaluated = list(read(heldout, "evaluate.data").examples)
         said = f"Held out: the {len(evaluated):,} records of {heldout}."
         parts = _Parts(data, heldout, list(found.examples), evaluated, {}, said)
+    named = {"columns": columns.model_dump(exclude_none=True)} if columns else {}
     tree: dict[str, Any] = {
         "model": {"path": model, **training.settings.get("model", {})},
-        "data": {"path": parts.train_path},
-        "evaluate": {"data": {"path": parts.heldout_path}},
+        "data": {"path": parts.train_path, **named},
+        "evaluate": {"data": {"path": parts.heldout_path, **named}},
         **lengths.settings,
         **{n: v for n, v in training.settings.items() if n not in ("model", "generate")},
     }
@@ -174,7 +205,7 @@ class _Parts(NamedTuple):
 
 
 def _split_off(
-    data: str, examples: Examples, max_length: int, beside: Mapping[str, Path]
+    source: DataConfig, examples: Examples, max_length: int, beside: Mapping[str, Path]
 ) -> _Parts:
     """Hold out a part of the prompts, with all their records.
 
@@ -183,7 +214,7 @@ def _split_off(
     """
     chosen = _heldout_prompts(examples, max_length)
     is_heldout = [key in chosen for key in key_list(examples.prompt_keys)]
-    records = list(_split(DataConfig(path=data), examples, is_heldout))
+    records = list(_split(source, examples, is_heldout))
     sides = {"train": False, "heldout": True}
     files = {
         path: "".join(f"{text}\n" for text, is_out in records if is_out == sides[part])
@@ -241,11 +272,9 @@ def _split(
 
 def _counted(found: Prepared) -> str:
     """How many records can be used, and why the others cannot."""
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in found.skipped.items())
     unusable = sum(found.skipped.values())
-    return (
-        f"Records: {len(found.examples):,} usable, {unusable:,} not{reasons and f' ({reasons})'}."
-    )
+    reasons = f": {described_skips(found.skipped)}" if unusable else ""
+    return f"Records: {len(found.examples):,} usable, {unusable:,} not{reasons}."
 
 
 def _checked(evaluated: Sequence[Example]) -> str:

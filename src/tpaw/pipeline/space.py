@@ -373,8 +373,8 @@ def described_space(
         f"a saved step has {readable_size(saved_step)}.",
         f"With {'; with '.join(others)}. Results of suites are not counted.",
         f"Temporary files{' of each process' if _trains_in_a_group(config) else ''}: up to "
-        f"{readable_size(bytes_of_temporary_files(config, plans, inputs))} of rows, in the folder "
-        "that the environment variable TMPDIR names.",
+        f"{readable_size(bytes_of_temporary_files(config, plans, inputs))} of records, in the "
+        "folder that the environment variable TMPDIR names.",
         _described_memory(config, size),
     ]
 
@@ -414,7 +414,9 @@ def space_for_run(
     beside = temporary if on_one_disk else 0
     now = needed(config.keep) + beside
     smaller = [(keep, needed(keep) + beside) for keep in ("team", "last")]
-    options = [f"{keep} needs up to {readable_size(n)}" for keep, n in smaller if n < now]
+    options = [
+        f"--set keep={keep} needs up to {readable_size(n)}" for keep, n in smaller if n < now
+    ]
     advice = f"The setting keep lowers this: {', '.join(options)}." if options else ""
     require_space(root, now, "this run", advice)
     if not on_one_disk:

@@ -243,7 +243,7 @@ class Stages:
             return
         kept = f"θ_{t} stays. " if t else ""
         advice = (
-            f"{kept}Use more rows or a better critic (critic.path, critic.steps), or set "
+            f"{kept}Use more records or a better critic (critic.path, critic.steps), or set "
             "critic.at_chance to go_on and begin anew"
         )
         if not low > 0.5:

@@ -26,13 +26,15 @@ from tpaw.statistics.gradients import Signal, expected_cosine, signal_in
 
 # So many coordinates are enough for a cosine: its error is below 1/sqrt(COORDINATES).
 COORDINATES = 1_000_000
+# Losses whose expected first step is SFT's with plain samples: see docs/concepts/why.md.
+COVERED = ("tpaw", "space", "alpha_spin", "irft", "spif_ls", "gsil")
 
 
 class FirstStep(NamedTuple):
     """The gradients of the first step.
 
     Attributes:
-        sft: signal in SFT's gradient. A large p-value: the model has converged on these rows, or
+        sft: signal in SFT's gradient. A large p-value: the model has converged on these records, or
             there are too few of them.
         responses: signal in the gradient of the responses; 0 is expected at temperature 1.
         cosine: of the expected first step with SFT's; NaN where one of them has no signal.

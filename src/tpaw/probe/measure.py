@@ -1,4 +1,4 @@
-"""Measure, on a few hundred rows, what a run would be made of. Nothing of it is kept.
+"""Measure, on a few hundred records, what a run would be made of. Nothing of it is kept.
 
 A short run of one iteration in a temporary folder gives the responses and the margins: the same
 code as the run itself.
@@ -42,8 +42,8 @@ from tpaw.pipeline.engines import parts as in_parts
 from tpaw.pipeline.players import LoadedPlayers
 from tpaw.pipeline.preflight import read_inputs
 from tpaw.pipeline.stages import Stages, opened_stages
-from tpaw.probe.gradients import FirstStep, batch_gradients, first_step
-from tpaw.probe.verdict import ROWS_FOR_CRITIC, Answers, CriticFound, Margins
+from tpaw.probe.gradients import COVERED, FirstStep, batch_gradients, first_step
+from tpaw.probe.verdict import RECORDS_FOR_CRITIC, Answers, CriticFound, Margins
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.progress import progress
 from tpaw.runtime.watch import Watch
@@ -66,7 +66,7 @@ class Probe(NamedTuple):
         step: the gradients of the first step.
         answers: what the model answers.
         critic: what a small critic learns; None if it was not fitted: there are fewer than
-            `ROWS_FOR_CRITIC` rows, or the responses leave nothing to compare.
+            `RECORDS_FOR_CRITIC` records, or the responses leave nothing to compare.
         margins: after a few steps of training.
     """
 
@@ -76,26 +76,26 @@ class Probe(NamedTuple):
     margins: Margins
 
 
-def probe(config: RunConfig, rows: int, stop: StopSignal) -> Probe:
-    """Measure on the first rows of the data.
+def probe(config: RunConfig, records: int, stop: StopSignal) -> Probe:
+    """Measure on the first records of the data.
 
     Args:
         config: the configuration of a run of self-play.
-        rows: how many rows to use.
+        records: how many to use.
         stop: tells whether the user asked for a stop.
 
     Raises:
         InputError: the configuration cannot be run, or is not one of self-play.
     """
-    short, watch = shortened(config, rows), Watch(stop)
+    short, watch = shortened(config, records), Watch(stop)
     with watch.progress("read and tokenize", None, "records") as on_done:
         count = len(read_inputs(config, on_done).examples)
     with TemporaryDirectory() as folder, opened_stages(short, folder, stop) as stages:
         return _Measuring(config, count, short, stages, RunDirectory(folder), watch).all()
 
 
-def shortened(config: RunConfig, rows: int) -> RunConfig:
-    """The configuration of one iteration over the first rows, with several responses to a prompt.
+def shortened(config: RunConfig, records: int) -> RunConfig:
+    """The configuration of one iteration over the first records, with several responses to each.
 
     Raises:
         InputError: it is not one of self-play, or asks for a cluster.
@@ -109,9 +109,9 @@ def shortened(config: RunConfig, rows: int) -> RunConfig:
             f"launch.engine: {config.launch.engine}: the probe runs in this process; set it to "
             "in_process"
         )
-    limit = min(rows, config.data.limit or rows)
+    limit = min(records, config.data.limit or records)
     several = config.generate.temperature > 0 and not config.objective.needs.one_response
-    wanted = SAMPLES_FOR_CRITIC if limit >= ROWS_FOR_CRITIC else SAMPLES
+    wanted = SAMPLES_FOR_CRITIC if limit >= RECORDS_FOR_CRITIC else SAMPLES
     samples = max(wanted, config.generate.samples) if several else config.generate.samples
     short = as_in_the_first_iteration(config)
     return short.model_copy(
@@ -129,14 +129,14 @@ class _Measuring:
     def __init__(
         self,
         config: RunConfig,
-        rows_of_data: int,
+        records_of_data: int,
         short: RunConfig,
         stages: Stages,
         run: RunDirectory,
         watch: Watch,
     ) -> None:
         self.config = config
-        self.rows_of_data = rows_of_data
+        self.records_of_data = records_of_data
         self.short = short
         self.stages = stages
         self.run = run
@@ -152,7 +152,7 @@ class _Measuring:
         parts = read_responses(self.run.responses(1)).in_parts_of(len(self.examples))
         answers = self._answers(start, parts)
         step = self._first_step(start, parts)
-        critic = self._critic(parts) if len(self.examples) >= ROWS_FOR_CRITIC else None
+        critic = self._critic(parts) if len(self.examples) >= RECORDS_FOR_CRITIC else None
         return Probe(step, answers, critic, self._margins(start))
 
     def _answers(self, start: Player, parts: Sequence[Responses]) -> Answers:
@@ -170,6 +170,7 @@ class _Measuring:
             samples=len(parts),
             temperature=generate.temperature,
             is_plain=(generate.temperature, generate.top_p, generate.top_k) == (1, 1, 0),
+            is_covered=config.objective.name in COVERED,
             identical_share=facts["identical"] / facts["rows"],
             truncated_share=facts["truncated"] / facts["rows"],
             right_share=right,
@@ -177,6 +178,7 @@ class _Measuring:
             different_share=float(np.mean([len(set(found)) / len(parts) for found in texts])),
             target_tokens=float(np.median(examples.target_ids.lengths)),
             response_tokens=float(np.median(lengths)),
+            records_of_data=self.records_of_data,
         )
 
     def _are_right(self, texts: Iterable[str]) -> list[bool]:
@@ -220,7 +222,7 @@ class _Measuring:
         return first_step(target_BC, generated_BC, eta)
 
     def _critic(self, parts: Sequence[Responses]) -> CriticFound | None:
-        """What a small critic learns from these rows."""
+        """What a small critic learns from these records."""
         settings, inputs = CriticConfig(heldout=0.3, patience=4), self.stages.inputs
         reader = reader_of(settings, inputs.tokenizer, inputs.stop_ids, self.short.max_length)
         pairs = comparisons(self.examples, parts, reader.encode)
@@ -269,12 +271,10 @@ class _Measuring:
             right,
             best,
             samples=len(parts),
-            rows=len(self.examples),
-            rows_of_data=self.rows_of_data,
         )
 
     def _margins(self, start: Player) -> Margins:
-        """λ(Δ − Γ) of the pairs after one epoch over the rows."""
+        """λ(Δ − Γ) of the pairs after one epoch over the records."""
         stages, config = self.stages, self.short
         team = Team(*players_of(config, [start]))
         triples = stages.build_triples(self.examples, team.opponents)
@@ -299,7 +299,7 @@ class _Measuring:
         margins = np.abs(lambda_ * (target - generated))
         return Margins(
             steps=optimizer_steps(config, len(triples), 0),
-            steps_of_iteration=plan_run(self.config, self.rows_of_data)[0].optimizer_steps,
+            steps_of_iteration=plan_run(self.config, self.records_of_data)[0].optimizer_steps,
             median=float(np.median(margins)),
             high=float(np.quantile(margins, 0.95)),
         )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from tpaw.critic.comparisons import only_counts_tokens
+from tpaw.objectives.base import SATURATED
 from tpaw.probe.gradients import FirstStep
 from tpaw.statistics.auc import Auc
 
@@ -13,10 +14,8 @@ from tpaw.statistics.auc import Auc
 SIGNIFICANT = 0.05
 # A logistic loss is nearly linear up to this margin: its slope is still 0.38 of 0.5.
 LINEAR_TO = 0.5
-# From this margin on its slope is below a tenth of that at 0.
-SATURATED_FROM = 3.0
-# With 256 rows a critic learned nothing from any model that was tried.
-ROWS_FOR_CRITIC = 1000
+# With 256 records a critic learned nothing from any model that was tried.
+RECORDS_FOR_CRITIC = 1000
 # From these shares on, they decide what self-play can do.
 MANY_IDENTICAL = 0.5
 MANY_TRUNCATED = 0.1
@@ -29,17 +28,21 @@ class Answers(NamedTuple):
         prompts, samples: how many, and how many responses to each.
         temperature: of the responses.
         is_plain: whether they are samples of the model: temperature 1, no top_p, no top_k.
+        is_covered: whether docs/concepts/why.md covers the loss: with plain samples its expected
+            first step is SFT's.
         identical_share, truncated_share: of all responses.
         right_share: of sampled responses; None if it cannot be told.
         greedy_right_share: of greedy responses; None if it cannot be told.
         different_share: of the responses to a prompt.
         target_tokens, response_tokens: medians.
+        records_of_data: all that a run would use.
     """
 
     prompts: int
     samples: int
     temperature: float
     is_plain: bool
+    is_covered: bool
     identical_share: float
     truncated_share: float
     right_share: float | None
@@ -47,17 +50,17 @@ class Answers(NamedTuple):
     different_share: float
     target_tokens: float
     response_tokens: float
+    records_of_data: int
 
 
 class CriticFound(NamedTuple):
-    """What a critic learns from the probe's rows.
+    """What a critic learns from the probe's records.
 
     Attributes:
         auc, auc_of_like_length, auc_of_length_alone: on prompts that had no part in the fit.
         right_share, best_right_share: of the responses to these prompts, and of the critic's best
             ones; None if it cannot be told.
         samples: responses to a prompt.
-        rows, rows_of_data: what the probe used, and all that a run would use.
     """
 
     auc: Auc
@@ -66,8 +69,6 @@ class CriticFound(NamedTuple):
     right_share: float | None
     best_right_share: float | None
     samples: int
-    rows: int
-    rows_of_data: int
 
 
 class Margins(NamedTuple):
@@ -89,32 +90,130 @@ class Margins(NamedTuple):
         return self.high * max(self.steps_of_iteration / self.steps, 1)
 
 
+def conclusion(step: FirstStep, answers: Answers, critic: CriticFound | None) -> str:
+    """What self-play can be expected to add to SFT here, and what would have to change."""
+    if answers.truncated_share > MANY_TRUNCATED:
+        return (
+            f"{answers.truncated_share:.0%} of the responses are cut at the length limit, so "
+            "self-play would first of all teach the model to end. Raise generate.max_new_tokens, "
+            "then probe again."
+        )
+    if not (answers.is_plain and answers.is_covered):
+        return _conclusion_elsewhere(step, answers)
+    if not _has_converged(step):
+        return (
+            "SFT has not converged on these records, and the expected first step of self-play is "
+            "SFT's: expect what more SFT would give. Train with more SFT first (recipe "
+            "sft_continue), or compare with as many steps of it."
+        )
+    nothing = (
+        f"SFT has converged, {_as_far_as(answers)}, and the expected first step of self-play is "
+        "SFT's: do not expect a gain of either."
+    )
+    return f"{nothing} {_what_would_have_to_change(answers, critic)}"
+
+
+def _as_far_as(answers: Answers) -> str:
+    """How sure it is that SFT has converged: a small gradient needs many records to be seen."""
+    return f"as far as {answers.prompts:,} of {answers.records_of_data:,} records can show"
+
+
+def _conclusion_elsewhere(step: FirstStep, answers: Answers) -> str:
+    """Where the first step need not be SFT's."""
+    sft = "has not converged on these records"
+    if _has_converged(step):
+        sft = f"has converged, {_as_far_as(answers)}"
+    reason = (
+        "the argument does not cover this loss"
+        if answers.is_plain
+        else "its responses are not samples at temperature 1"
+    )
+    return (
+        f"SFT {sft}. The first step of self-play need not be SFT's here, because {reason}: only a "
+        "run tells whether it gains. Compare it with SFT of as many steps (recipe sft_continue)."
+    )
+
+
+def _what_would_have_to_change(answers: Answers, critic: CriticFound | None) -> str:
+    """Of a model on which SFT has converged."""
+    if _greedy_against_sampled(answers) < 0:
+        return (
+            "What can change the share of right responses is decoding: greedy responses are right "
+            f"less often ({answers.greedy_right_share:.1%}) than sampled ones "
+            f"({answers.right_share:.1%}), so sample at temperature 1."
+        )
+    if answers.identical_share > MANY_IDENTICAL:
+        return (
+            f"{answers.identical_share:.0%} of the responses equal their target already, so these "
+            "records have little left to teach: other records would have to come."
+        )
+    outside = "other records, or a checker of right responses (recipe self_training)"
+    if critic is None:
+        return f"Something else would have to come: {outside}."
+    if not _tells(critic):
+        return (
+            "A small critic finds nothing either in which targets and responses differ. Something "
+            f"else would have to come: {outside}."
+        )
+    if _counts_tokens(critic):
+        return (
+            "A small critic tells targets from responses by their length alone, which is no help. "
+            f"Something else would have to come: {outside}."
+        )
+    return (
+        "But a small critic tells targets from responses, so another reward than the likelihood "
+        "has something to go by: method critic may use it, though it has gained nothing so far "
+        "where it was tried."
+    )
+
+
 def verdict(
     step: FirstStep, answers: Answers, critic: CriticFound | None, margins: Margins | None
 ) -> list[str]:
-    """Sentences for a person who is about to pay for a run."""
+    """The evidence in sentences, for a person who is about to pay for a run."""
     return [
-        *_about_sft(step),
+        _about_sft(step, answers),
         *_about_responses(step, answers),
-        *(_about_no_critic(answers) if critic is None else _about_critic(critic)),
+        *(_about_no_critic(answers) if critic is None else _about_critic(critic, answers)),
         *(_about_margins(margins) if margins is not None else ()),
     ]
 
 
-def _about_sft(step: FirstStep) -> Iterator[str]:
+def _has_converged(step: FirstStep) -> bool:
+    """Whether SFT's gradient cannot be told from noise."""
+    return step.sft.p_value > SIGNIFICANT
+
+
+def _greedy_against_sampled(answers: Answers) -> int:
+    """1 if greedy responses are right more often, -1 if less often, 0 if it cannot be told."""
+    greedy, sampled = answers.greedy_right_share, answers.right_share
+    if greedy is None or sampled is None:
+        return 0
+    # Two standard errors of a share.
+    error = 2 * (sampled * (1 - sampled) / (answers.prompts * answers.samples)) ** 0.5
+    error += 2 * (greedy * (1 - greedy) / answers.prompts) ** 0.5
+    return int(greedy > sampled + error) - int(greedy < sampled - error)
+
+
+def _tells(critic: CriticFound) -> bool:
+    return critic.auc.interval_95[0] > 0.5
+
+
+def _counts_tokens(critic: CriticFound) -> bool:
+    return only_counts_tokens(critic.auc_of_like_length, critic.auc_of_length_alone)
+
+
+def _about_sft(step: FirstStep, answers: Answers) -> str:
     p = f"p = {step.sft.p_value:.2g}, {step.sft.batches} batches"
-    if step.sft.p_value > SIGNIFICANT:
-        yield (
-            "SFT has converged, as far as these rows can show: its gradient cannot be told from "
-            f"noise ({p}). More SFT has nothing to gain in likelihood, and self-play against "
-            "samples at temperature 1 neither: its expected first step is SFT's."
+    if _has_converged(step):
+        more = ""
+        if answers.prompts < answers.records_of_data:
+            more = " More records may tell it: ask with --rows."
+        return (
+            f"SFT's gradient cannot be told from noise ({p}): more SFT has nothing to gain in "
+            f"likelihood that these records could show.{more}"
         )
-        return
-    yield (
-        f"SFT has not converged on these rows: {step.sft.share:.0%} of a batch's squared gradient "
-        f"is signal ({p}). What self-play gains first is what more SFT gains: compare with SFT of "
-        "as many steps (recipe sft_continue)."
-    )
+    return f"{step.sft.share:.0%} of a batch's squared SFT gradient is signal ({p})."
 
 
 def _about_responses(step: FirstStep, answers: Answers) -> Iterator[str]:
@@ -127,7 +226,7 @@ def _about_responses(step: FirstStep, answers: Answers) -> Iterator[str]:
     if answers.identical_share > MANY_IDENTICAL:
         yield (
             f"{answers.identical_share:.0%} of the responses equal their target. Such pairs teach "
-            "nothing, so self-play has few rows to learn from."
+            "nothing, so self-play has few records to learn from."
         )
     if not answers.is_plain:
         told = "can" if step.responses.p_value <= SIGNIFICANT else "cannot"
@@ -135,50 +234,49 @@ def _about_responses(step: FirstStep, answers: Answers) -> Iterator[str]:
             "The responses are not samples at temperature 1, so self-play can move where SFT does "
             f"not. Their gradient {told} be told from noise (p = {step.responses.p_value:.2g})."
         )
-    greedy, sampled = answers.greedy_right_share, answers.right_share
-    if greedy is None or sampled is None:
-        return
-    # Two standard errors of a share.
-    error = 2 * (sampled * (1 - sampled) / (answers.prompts * answers.samples)) ** 0.5
-    error += 2 * (greedy * (1 - greedy) / answers.prompts) ** 0.5
-    if greedy < sampled - error:
+    better = _greedy_against_sampled(answers)
+    if better < 0:
         yield (
-            f"Greedy responses are right less often ({greedy:.1%}) than sampled ones "
-            f"({sampled:.1%}): the likeliest first tokens lead away from the right answers. A "
-            "lower temperature makes this worse. Opponents at a higher temperature "
-            "(generate.temperature 1.5 to 2) or a choice among several responses can help."
+            f"Greedy responses are right less often ({answers.greedy_right_share:.1%}) than "
+            f"sampled ones ({answers.right_share:.1%}): the likeliest first tokens lead away from "
+            "the right answers. A lower temperature makes this worse. Where this was tried so far, "
+            "no method changed it, nor did opponents at a higher temperature."
         )
-    elif greedy > sampled + error:
+    elif better > 0:
         yield (
-            f"Greedy decoding alone raises the share of right responses from {sampled:.1%} to "
-            f"{greedy:.1%}. It costs nothing; a method must beat it."
+            f"Greedy decoding alone raises the share of right responses from "
+            f"{answers.right_share:.1%} to {answers.greedy_right_share:.1%}. It costs nothing; a "
+            "method must beat it."
         )
 
 
 def _about_no_critic(answers: Answers) -> Iterator[str]:
-    if answers.prompts < ROWS_FOR_CRITIC:
-        yield (
-            f"Method critic was not tried: a critic needs {ROWS_FOR_CRITIC:,} rows or more. Ask "
-            f"with --rows {ROWS_FOR_CRITIC} or more; this takes longer."
-        )
+    if answers.prompts >= RECORDS_FOR_CRITIC:
+        return
+    needs = f"Method critic was not tried: a critic needs {RECORDS_FOR_CRITIC:,} records or more"
+    if answers.records_of_data < RECORDS_FOR_CRITIC:
+        yield f"{needs}, and a run would use {answers.records_of_data:,}."
+        return
+    yield f"{needs}. Ask with --rows {RECORDS_FOR_CRITIC} or more; this takes longer."
 
 
-def _about_critic(critic: CriticFound) -> Iterator[str]:
+def _about_critic(critic: CriticFound, answers: Answers) -> Iterator[str]:
     low, high = critic.auc.interval_95
     shown = f"AUC {critic.auc.value:.3f} [{low:.3f}, {high:.3f}], {critic.auc.prompts} prompts"
-    if not low > 0.5:
+    if not _tells(critic):
         more = ""
-        if critic.rows < critic.rows_of_data:
+        if answers.prompts < answers.records_of_data:
             more = (
-                f" A critic needs many rows: try the {critic.rows_of_data} of the data with --rows."
+                " A critic needs many records: try the "
+                f"{answers.records_of_data} of the data with --rows."
             )
         yield (
-            f"A small critic cannot tell targets from responses ({shown}). With {critic.rows} "
-            f"rows, method critic has nothing to gain.{more}"
+            f"A small critic cannot tell targets from responses ({shown}). With {answers.prompts} "
+            f"records, method critic has nothing to gain.{more}"
         )
         return
     length, alike = critic.auc_of_length_alone.value, critic.auc_of_like_length
-    if only_counts_tokens(alike, critic.auc_of_length_alone):
+    if _counts_tokens(critic):
         yield (
             f"A small critic tells targets from responses ({shown}), but by their length (AUC of "
             f"length alone {length:.3f}; of like length {alike.value:.3f}). What it chooses would "
@@ -199,8 +297,11 @@ def _about_critic(critic: CriticFound) -> Iterator[str]:
 
 
 def _about_margins(margins: Margins) -> Iterator[str]:
-    if margins.high >= SATURATED_FROM:
-        state = "saturated for many pairs, which then teach nothing more: lower objective.lambda"
+    if margins.high >= SATURATED:
+        state = (
+            "saturated for one pair in twenty or more, which then teaches nothing more: lower "
+            "objective.lambda"
+        )
     elif margins.high_at_the_end <= LINEAR_TO:
         state = "linear for nearly all pairs: objective.lambda then only scales the gradient"
     else:

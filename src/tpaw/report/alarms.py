@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from tpaw.objectives.base import SATURATED
+
 TRUNCATED = 0.10
 IDENTICAL = 0.50
-SATURATED = 5.0
-"""Mean margin m, with λ. There the loss has less than 2 % of its first gradient left."""
 LESS_LIKELY = 0.05
 """Share of the log-prob of held-out targets."""
 OTHER_LENGTH = 1 / 3
@@ -87,7 +87,7 @@ def _of_responses(
         yield (
             "identical",
             f"{share:.0%} of the responses of {who} equal their target.",
-            "Little is left to learn from these rows: expect less of further iterations.",
+            "Little is left to learn from these records: expect less of further iterations.",
         )
     share, natural = (responses.get(f"repeating{of}_share", 0.0) for of in ("", "_targets"))
     if share - natural > REPEATING:

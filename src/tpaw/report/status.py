@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 
 from tpaw.config.schema import RunConfig
 from tpaw.report.alarms import is_worse
@@ -55,7 +56,8 @@ def ended_early(run: RunDirectory, config: RunConfig) -> str | None:
         return None
     return (
         f"The run ended after iteration {newest} of {config.iterations}: θ_{newest} is worse than "
-        "θ_0 (evaluate.stop_when_worse). To go on, set it to false and run again."
+        "θ_0 (evaluate.stop_when_worse). To go on: "
+        f"tpaw run {shlex.quote(str(run.root))} --set evaluate.stop_when_worse=false"
     )
 
 

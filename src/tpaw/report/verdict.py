@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 NOT_COMPARED = (
-    "Whether as many steps of SFT on the same rows would do as well is not part of a run: run the "
-    "recipe sft_continue and use `tpaw compare`."
+    "Whether as many steps of SFT on the same records would do as well is not part of a run: run "
+    "the recipe sft_continue and use `tpaw compare`."
 )
 
 

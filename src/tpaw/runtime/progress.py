@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
+from rich import filesize
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress import (
@@ -52,7 +53,27 @@ class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
         unit = task.fields.get("unit", "")
-        return Text(f"{speed:.3g} {unit}/s" if speed else "", style="progress.data.speed")
+        shown = f"{_rate(speed, unit)}/s" if speed else ""
+        return Text(shown, style="progress.data.speed")
+
+
+class _DoneColumn(MofNCompleteColumn):
+    def render(self, task: Task) -> Text:
+        if task.fields.get("unit") != "bytes" or task.total is None:
+            return super().render(task)
+        done, total = (_amount(int(count), "bytes") for count in (task.completed, task.total))
+        return Text(f"{done}{self.separator}{total}", style="progress.download")
+
+
+def _amount(count: int, unit: str) -> str:
+    """A count with its unit, for people."""
+    return filesize.decimal(count) if unit == "bytes" else f"{count} {unit}"
+
+
+def _rate(speed: float, unit: str) -> str:
+    if unit == "bytes":
+        return _amount(round(speed), unit)
+    return f"{speed:,.0f} {unit}" if speed >= 100 else f"{speed:.3g} {unit}"
 
 
 @contextlib.contextmanager
@@ -91,13 +112,13 @@ def progress(
         if now - last_line > SECONDS_BETWEEN_LINES:
             last_line = now
             left = (total - done) * (now - started) / done if total and done else None
-            ahead = f" of {total}" if total else ""
+            ahead = f" of {_amount(total, unit) if unit == 'bytes' else total}" if total else ""
             ahead += "" if left is None else f", {left:.0f} s left"
-            console.print_text(f"{description}: {done} {unit}{ahead} {note}")
+            console.print_text(f"{description}: {_amount(done, unit)}{ahead} {note}")
 
     yield advance_quietly
     seconds = time.monotonic() - started
-    console.print_text(f"{description}: {done} {unit} in {seconds:.1f} s")
+    console.print_text(f"{description}: {_amount(done, unit)} in {seconds:.1f} s")
 
 
 @contextlib.contextmanager
@@ -151,7 +172,8 @@ class _Screen:
             yield _advancing(self.bars, task)
             [found] = [bar for bar in self.bars.tasks if bar.id == task]
             seconds = found.elapsed or 0.0
-            text = f"{description}: {found.completed:.0f} {unit} in {seconds:.1f} s"
+            done = _amount(round(found.completed), unit)
+            text = f"{description}: {done} in {seconds:.1f} s"
             self.console.print_text(text)
         finally:
             self.bars.remove_task(task)
@@ -164,7 +186,7 @@ def _columns() -> Iterable[ProgressColumn]:
     return (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        MofNCompleteColumn(),
+        _DoneColumn(),
         _RateColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import platform
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -440,7 +441,8 @@ def check_output(root: str | Path, config: RunConfig) -> RunConfig | None:
         raise InputError(
             f"--output {root}: holds a run with other settings (stored → given):\n  "
             + "\n  ".join(changed)
-            + "\nChoose another --output, or use the settings that the run began with."
+            + "\nChoose another --output, or go on with the settings that the run began with: "
+            f"tpaw run {shlex.quote(str(root))}"
         )
     return kept
 

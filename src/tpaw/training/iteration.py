@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,7 +145,7 @@ def train_iteration(
     )
     policy.generation_config = generation
     arguments = training_arguments(config, iteration.t, iteration.training)
-    with _with_advice(iteration):
+    with _with_advice(iteration, config):
         trainer = build(policy, arguments)
         _check_parallel(trainer, config)
         _check_saved_step(resume_from, trainer, iteration)
@@ -202,17 +203,29 @@ def _check_saved_step(saved: Path | None, trainer: Trainer, iteration: Iteration
 
 
 @contextlib.contextmanager
-def _with_advice(iteration: Iteration) -> Iterator[None]:
+def _with_advice(iteration: Iteration, config: RunConfig) -> Iterator[None]:
+    again = (
+        f"tpaw run {shlex.quote(str(iteration.run_root))} --restart-iteration {iteration.number}"
+    )
     try:
         yield
     except DivergenceError as error:
         raise DivergenceError(
-            f"Training of θ_{iteration.number} diverged: {error}. Lower train.learning_rate and "
-            f"run `tpaw run {iteration.run_root} --restart-iteration {iteration.number}`."
+            f"Training of θ_{iteration.number} diverged: {error}. Train it again with a lower "
+            f"RATE: `{again} --set {shlex.quote(_lower_rate(config, iteration.t))}`."
         ) from None
     except pickle.UnpicklingError:  # torch runs no code from it
         raise ArtifactError(
             f"{iteration.last_saved_step()}: a file of this saved step contains what tpaw never "
             "writes, and it may be harmful; it was not run. If you trust the rest of the run, run "
-            f"`tpaw run {iteration.run_root} --restart-iteration {iteration.number}`."
+            f"`{again}`."
         ) from None
+
+
+def _lower_rate(config: RunConfig, t: int) -> str:
+    """Another learning rate from iteration t on; those before have trained with theirs."""
+    if t == 0:
+        return "train.learning_rate=RATE"
+    rates = [str(at_iteration(config.train.learning_rate, i)) for i in range(t)]
+    rates += ["RATE"] * (config.iterations - t)
+    return f"train.learning_rate=[{', '.join(rates)}]"

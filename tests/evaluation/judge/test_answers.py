@@ -191,10 +191,11 @@ def test_a_tokenizer_of_another_model_is_refused(model_folder, heldout_file, tmp
     assert not (tmp_path / "o").exists()
 
 
-def test_rows_that_are_skipped_shift_nothing(model_folder, tmp_path):
+def test_rows_that_are_skipped_shift_nothing(model_folder, tmp_path, capsys):
     rows = [{"question": "?" * 500, "answer": "long"}, *sums(3)]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     folder = answer(model_folder, data, tmp_path / "o", "evaluate.data.max_skipped=0.5")
+    assert "3 prompts; skipped: 1 (longer than max_length 128)" in capsys.readouterr().err
     assert [row["instruction"] for row in outputs(folder)] == [r["question"] for r in sums(3)]
 
 

@@ -8,6 +8,7 @@ import json
 import re
 
 import pytest
+from builders import sums
 
 from tests.report.html.hostile import ATTACK, hostile_run
 from tests.report.html.parsed import Parsed
@@ -49,6 +50,8 @@ def test_it_shows_every_prompt_with_its_responses(finished):
     for item in data["heldout"]["items"]:
         assert item["answers"][3]["text"] == known[item["id"]]
         assert all(len(answer["logps"]) == 2 for answer in item["answers"])
+    asked = [item["prompt"] for item in data["training"]["items"]]
+    assert asked == [row["question"] for row in sums(24)]  # no token of the chat template
 
 
 def test_texts_stay_texts(finished, tmp_path):

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from tpaw.report.html.samples import KINDS, within_budget
+from tpaw.report.html.samples import KINDS, within_budget, without_template
 
 
 def sample(rng, number):
@@ -37,3 +37,23 @@ def test_all_are_shown_where_they_fit_and_none_where_none_does():
     assert within_budget(items, 10**6) == items
     assert within_budget(items, 10) == []
     assert within_budget([], 10) == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown"),
+    [
+        ("<u>Hi?<e><a>", "Hi?"),
+        ("<s>Be short.<e><u>Hi?<e><a>", "<s>Be short.<e><u>Hi?<e><a>"),
+        ("Hi?", "Hi?"),
+        ("<u>Hi?", "<u>Hi?"),
+        ("<u><e><a>", ""),
+        ("<e><a>", "<e><a>"),
+    ],
+)
+def test_a_user_turn_is_shown_without_its_template(prompt, shown):
+    assert without_template(prompt, "<u>", "<e><a>") == shown
+
+
+def test_a_template_whose_ends_overlap_in_a_prompt_did_not_make_it():
+    assert without_template("aba", "ab", "ba") == "aba"
+    assert without_template("Hi?", "", "") == "Hi?"

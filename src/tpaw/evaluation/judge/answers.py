@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tpaw.config.schema import DataConfig, RunConfig
-from tpaw.data.examples import Example, Prepared, prepare_examples
+from tpaw.data.examples import Example, Prepared, described_skips, prepare_examples
 from tpaw.data.token_ids import TokenIds
 from tpaw.errors import InputError
 from tpaw.evaluation.judge.outputs import OUTPUTS
@@ -84,7 +84,7 @@ def answer_rows(
     with watch.progress("read and tokenize", None, "records") as on_done:
         prepared = prepare_examples(source, KEY, tokenizer, stop_ids, config.max_length, on_done)
     check_vocabulary(config.model, found, max(int(e.prompt_ids.max()) for e in prepared.examples))
-    note(f"{len(prepared.examples):,} prompts; skipped: {prepared.skipped or 'none'}")
+    note(f"{len(prepared.examples):,} prompts; skipped: {described_skips(prepared.skipped)}")
     params = SamplingParams.of(config.generate, config.max_length, stop_ids)
     if greedy:
         params = params.greedy()

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from tpaw.config.files import to_yaml
 from tpaw.config.schema import RunConfig
+from tpaw.data.inputs import described_skips_by_source
 from tpaw.errors import ArtifactError
 from tpaw.report.html.charts import Line, chart
 from tpaw.storage.artifacts import is_published, read_manifest
@@ -158,17 +159,12 @@ def data_facts(run: RunDirectory, summary: Mapping[str, Any]) -> list[Cell]:
     if not is_published(run.inputs):
         return []
     inputs = read_manifest(run.inputs)
-    skipped = "; ".join(
-        f"{source}: {count:,} {reason}"
-        for source, reasons in inputs["skipped"].items()
-        for reason, count in reasons.items()
-    )
     duplicates = ", ".join(f"{n:,} in {source}" for source, n in inputs["duplicates"].items() if n)
     facts = [
         ("training prompts", f"{inputs['rows']:,}"),
         ("held-out prompts", f"{inputs['heldout_rows']:,}"),
         ("tokens of both", f"{inputs['tokens']:,}"),
-        ("skipped records", skipped or "none"),
+        ("skipped records", described_skips_by_source(inputs["skipped"])),
         ("duplicates", duplicates or "none"),
         ("held-out prompts in the training data", f"{inputs['heldout_prompts_in_training']:,}"),
     ]

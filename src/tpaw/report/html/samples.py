@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tpaw.evaluation.items import read_items
-from tpaw.storage.artifacts import MANIFEST, is_published, read_files
+from tpaw.storage.artifacts import MANIFEST, is_published, read_files, read_manifest
 from tpaw.storage.run_directory import RunDirectory
 
 KINDS = (
@@ -146,11 +146,14 @@ def _chosen(
     inputs: Path, answers: dict[str, dict[str, dict[str, Any]]], budget: int, problems: list[str]
 ) -> Samples:
     systems = list(answers)
+    around = _around_prompts(inputs.parent)
     try:
         file = pq.ParquetFile(inputs)
         total = file.metadata.num_rows
         rows = islice(_rows(file), LOOKED_AT)
-        items = [_sample(row, [answers[name].get(row["id"]) for name in systems]) for row in rows]
+        items = [
+            _sample(row, [answers[name].get(row["id"]) for name in systems], around) for row in rows
+        ]
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         if inputs.exists():
             problems.append(f"{inputs.name}: {error}")
@@ -165,12 +168,33 @@ def _rows(file: pq.ParquetFile) -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
-def _sample(row: dict[str, Any], answers: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
+def _around_prompts(inputs: Path) -> tuple[str, str]:
+    """What the chat template puts around a user turn; runs of earlier versions do not say."""
+    if not is_published(inputs):
+        return "", ""
+    before, after = read_manifest(inputs).get("around_prompts", ("", ""))
+    return before, after
+
+
+def without_template(prompt: str, before: str, after: str) -> str:
+    """A prompt for people: the user turn alone where the chat template made nothing else of it.
+
+    Args:
+        prompt: as the model reads it.
+        before, after: what the chat template puts around a user turn.
+    """
+    is_around = prompt.startswith(before) and prompt[len(before) :].endswith(after)
+    return prompt[len(before) : len(prompt) - len(after)] if is_around else prompt
+
+
+def _sample(
+    row: dict[str, Any], answers: Sequence[dict[str, Any] | None], around: tuple[str, str]
+) -> dict[str, Any]:
     """A prompt with its target and one response of each player, None where there is none."""
     target = row["target"][:LONGEST_TEXT]
     return {
         "id": row["id"],
-        "prompt": row["prompt"][:LONGEST_TEXT],
+        "prompt": without_template(row["prompt"], *around)[:LONGEST_TEXT],
         "target": target,
         "answers": list(answers),
         "kinds": _kinds(target, [a for a in answers if a and "text" in a]),
