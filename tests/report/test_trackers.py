@@ -12,6 +12,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from fork_server import Forked
 
 from tpaw.config.schema import RunConfig
 from tpaw.errors import InputError
-from tpaw.report import trackers as trackers_module
+from tpaw.report import pace
 from tpaw.report.html.content import cost_rows
 from tpaw.report.summary import summarise
 from tpaw.report.tracker_clients import CLIENTS, check_trackers
@@ -383,7 +384,7 @@ class Fake:
 def fake(monkeypatch):
     monkeypatch.setattr(Fake, "sessions", [], raising=False)
     monkeypatch.setitem(CLIENTS, "fake", Fake)
-    monkeypatch.setattr(trackers_module, "SHARE_OF_TIME", 1e9)  # tried again at once
+    monkeypatch.setattr(pace, "SHARE_OF_TIME", 1e9)  # tried again at once
     return Fake
 
 
@@ -479,8 +480,8 @@ def test_a_tracker_that_fails_takes_a_small_share_of_the_time(fake, copied, monk
         now[0] += 30.0
         raise TimeoutError
 
-    monkeypatch.setattr(trackers_module, "SHARE_OF_TIME", 0.03)
-    monkeypatch.setattr(trackers_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(pace, "SHARE_OF_TIME", 0.03)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(Fake, "breaks", staticmethod(breaks))
     trackers = Trackers(run, config)
     while now[0] < 10_000:
