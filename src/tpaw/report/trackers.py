@@ -287,7 +287,7 @@ class _Tracker:
             newest = max(self._sent.lines, default=1)
             next_step = self.steps_before(newest) + self._sent.lines.get(newest, 0) + 1
             name = self._config.train.training_arguments.get("run_name")
-            name = name or self._run.root.resolve().name
+            name = name or self._run.name()
             start = Start(self._sent.id, name, self._config, self._run.tensorboard, next_step)
             self._client = CLIENTS[self.name](start)
             if self._sent.id is None:
