@@ -6,7 +6,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -42,6 +42,24 @@ class Advance(Protocol):
             count: work done since the last call.
             note: new text to show beside the bar. Empty text keeps the old one.
         """
+
+
+class Bar(NamedTuple):
+    """How far a piece of work is.
+
+    Attributes:
+        done: of the total.
+        total: amount of work.
+        unit: what is counted; see `progress`.
+    """
+
+    done: float
+    total: float
+    unit: str
+
+
+# What stands below the running bar. It is drawn again and again, with what the bar says then.
+View = Callable[[Bar | None], RenderableType]
 
 
 def ignore(count: int) -> None:
@@ -102,14 +120,14 @@ def progress(
 
 @contextlib.contextmanager
 def screen(
-    describe: Callable[[], RenderableType | None], console: TextConsole | None = None
+    describe: Callable[[], View | None], console: TextConsole | None = None
 ) -> Iterator[None]:
     """Keep the running bar of this process, and a view below it, at the bottom of the terminal.
 
     Lines that are printed meanwhile go above. Without a terminal nothing changes.
 
     Args:
-        describe: the view. It is asked when a bar appears. If it fails, the old view stays.
+        describe: gives the view. It is asked when a bar appears. If it fails, the old view stays.
         console: where to print. Default: stderr.
     """
     global _screen
@@ -126,10 +144,10 @@ def screen(
 
 
 class _Screen:
-    def __init__(self, describe: Callable[[], RenderableType | None], console: TextConsole) -> None:
+    def __init__(self, describe: Callable[[], View | None], console: TextConsole) -> None:
         self.describe, self.console = describe, console
         self.bars = Progress(*_columns(), console=console)
-        self.view: RenderableType | None = None
+        self.view: View | None = None
         # A view that is higher than the terminal is cut, so that it never scrolls.
         self.live = Live(
             get_renderable=self._render,
@@ -139,7 +157,16 @@ class _Screen:
         )
 
     def _render(self) -> RenderableType:
-        return Group(self.bars, *([] if self.view is None else [self.view]))
+        shown: list[RenderableType] = [self.bars]
+        if self.view is not None:
+            with contextlib.suppress(Exception):  # a view is no reason to lose a run
+                shown.append(self.view(self._bar()))
+        return Group(*shown)
+
+    def _bar(self) -> Bar | None:
+        running = self.bars.tasks[-1:]
+        found = [Bar(b.completed, b.total, b.fields["unit"]) for b in running if b.total]
+        return found[0] if found else None
 
     @contextlib.contextmanager
     def stage(self, description: str, total: int | None, unit: str) -> Iterator[Advance]:
