@@ -132,16 +132,27 @@ def test_the_time_left_falls_while_a_bar_advances(finished, tmp_path):
     lines = [" ".join(shown(view(bar)).split()) for bar in (None, Bar(12, 24, "prompts"))]
     assert "of work left with the whole of this stage" in lines[0]
     assert "of work left next" in lines[1]
-    seen = []
-    monitored = lambda: lambda bar: seen.append(bar) or "view"  # noqa: E731
-    with screen(monitored, terminal()), progress("generate", 24, "prompts") as advance:
-        advance(12)
-        tpaw.runtime.progress._screen.live.refresh()
-        advance(6)
-        tpaw.runtime.progress._screen.live.refresh()
-    assert Bar(12, 24, "prompts") in seen
-    assert Bar(18, 24, "prompts") in seen
-    assert seen[-1] is None  # the bar has gone
+    seen, asked = [], []
+
+    def describe():
+        asked.append(1)
+        number = len(asked)
+        return lambda bar: seen.append((number, bar)) or "view"
+
+    with screen(describe, terminal()):
+        live = tpaw.runtime.progress._screen.live
+        with progress("generate", 24, "prompts") as advance:
+            advance(12)
+            live.refresh()
+            advance(12)
+        live.refresh()  # between two bars the work of the first is done
+        between = seen[-1]
+        with progress("train", 6, "steps"):
+            live.refresh()
+    assert (1, Bar(12, 24, "prompts")) in seen
+    assert between == (1, Bar(24, 24, "prompts"))
+    assert (2, Bar(0, 6, "steps")) in seen
+    assert {unit for number, (_, _, unit) in seen if number == 1} == {"prompts"}
 
 
 def test_no_number_is_cut_in_a_narrow_terminal(finished):

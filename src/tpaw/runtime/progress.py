@@ -58,7 +58,7 @@ class Bar(NamedTuple):
     unit: str
 
 
-# What stands below the running bar. It is drawn again and again, with what the bar says then.
+# What stands below the newest bar. It is drawn again and again, with what the bar says then.
 View = Callable[[Bar | None], RenderableType]
 
 
@@ -148,6 +148,7 @@ class _Screen:
         self.describe, self.console = describe, console
         self.bars = Progress(*_columns(), console=console)
         self.view: View | None = None
+        self.newest: Task | None = None
         # A view that is higher than the terminal is cut, so that it never scrolls.
         self.live = Live(
             get_renderable=self._render,
@@ -164,19 +165,23 @@ class _Screen:
         return Group(*shown)
 
     def _bar(self) -> Bar | None:
-        running = self.bars.tasks[-1:]
-        found = [Bar(b.completed, b.total, b.fields["unit"]) for b in running if b.total]
-        return found[0] if found else None
+        """The newest bar. When it has ended, its stage is still to be published."""
+        task = self.newest
+        if task is None or not task.total:
+            return None
+        return Bar(task.completed, task.total, task.fields["unit"])
 
     @contextlib.contextmanager
     def stage(self, description: str, total: int | None, unit: str) -> Iterator[Advance]:
         """A bar while the work goes on, and a line of what was done above the view."""
+        view = self.view
         with contextlib.suppress(Exception):  # a view is no reason to lose a run
-            self.view = self.describe()
+            view = self.describe()
         task = self.bars.add_task(for_terminal(description), total=total, unit=unit, note="")
+        [found] = [bar for bar in self.bars.tasks if bar.id == task]
+        self.view, self.newest = view, found
         try:
             yield _advancing(self.bars, task)
-            [found] = [bar for bar in self.bars.tasks if bar.id == task]
             seconds = found.elapsed or 0.0
             text = f"{description}: {found.completed:.0f} {unit} in {seconds:.1f} s"
             self.console.print_text(text)
