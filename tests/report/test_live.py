@@ -16,10 +16,10 @@ from rich.console import Group
 
 import tpaw.runtime.progress
 from tpaw.config.plan import plan_run
-from tpaw.report.forecast import seconds_left
+from tpaw.report.forecast import Running, running_stage, seconds_left
 from tpaw.report.live import live_view
 from tpaw.runtime.console import TextConsole
-from tpaw.runtime.progress import note, progress, screen
+from tpaw.runtime.progress import Bar, note, progress, screen
 from tpaw.storage.run_directory import RunDirectory
 
 HOSTILE = "\x1b[31mred\x07 [bold]x[/bold] :smile:"
@@ -56,6 +56,41 @@ def test_the_time_left_by_hand(finished):
     assert seconds_left({**done, "ended": "worse"}, plans) == 0
 
 
+def test_what_a_bar_has_done_is_not_left(finished):
+    _, config = finished
+    plans = plan_run(config, 24)
+    first = {"generate": 2.0, "score": 4.8, "train": 12.0, "evaluate": 3.0}
+    start = {"evaluate": 5.0}
+
+    def left(bar, *entries, **others):
+        summary = seconds(start, first, *entries, *[{}] * (3 - len(entries)), **others)
+        running = running_stage(bar, summary, plans)
+        less = seconds_left(summary, plans) - seconds_left(summary, plans, running)
+        return running, pytest.approx(less)
+
+    assert plans[1].to_generate == 24
+    assert left(Bar(6, 24, "prompts")) == (Running("generate", 6), 0.5)  # a quarter of 2 s
+    assert left(Bar(24, 24, "prompts")) == (Running("generate", 24), 2.0)
+    # 96 pairs of two players, at .1; the bar of one of them counts what is missing, 40 of it.
+    assert left(Bar(10, 40, "sequences"), {"generate": 2.0}) == (Running("score", 10), 1.0)
+    # 2 s a step
+    scored = {"generate": 2.0, "score": 9.6}
+    assert left(Bar(4, 6, "steps"), scored) == (Running("train", 4), 8.0)
+    # Work of another kind, and an evaluation, whose bars are parts of it.
+    assert left(Bar(4, 6, "bytes"), scored) == (None, 0)
+    assert left(None, scored) == (None, 0)
+    trained = scored | {"train": 12.0}
+    assert left(Bar(5, 10, "prompts"), trained) == (None, 0)
+    whole = seconds(start, *[first] * 4)
+    assert running_stage(Bar(5, 10, "prompts"), whole, plans) is None
+    # A critic counts as one, whatever the number of its steps: half of 7 s.
+    critic = seconds(start, first | {"critic": 7.0}, {"generate": 2.0}, {}, {}, method="critic")
+    running = running_stage(Bar(50, 100, "steps"), critic, plans)
+    assert running == Running("critic", 0.5)
+    less = seconds_left(critic, plans) - seconds_left(critic, plans, running)
+    assert less == pytest.approx(3.5)
+
+
 def test_a_critic_that_was_not_fitted_yet_is_not_guessed(finished):
     _, config = finished
     plans = plan_run(config, 24)
@@ -74,24 +109,56 @@ def shown(view):
 
 def test_the_view_of_a_run_half_done_and_finished(finished, tmp_path):
     run, config = finished
-    text = shown(live_view(run, config, 140))
+    text = shown(live_view(run, config, 140)(None))
     assert "finished" in text
     assert "next" not in text
     assert "alarm: " in text
     half = RunDirectory(shutil.copytree(run.root, tmp_path / "run"))
     for i in (3, 4):
         shutil.rmtree(half.iteration(i - 1).folder)
-    lines = shown(live_view(half, config, 140)).splitlines()
+    lines = shown(live_view(half, config, 140)(None)).splitlines()
     assert re.search(r"stages done: \d+, about .* of work left", " ".join(lines[:2]))
     assert any("next  [3/4] generate with θ_2" in line for line in lines)
     assert any("θ_2" in line for line in lines)
     assert not any("│       θ_3" in line for line in lines)
 
 
+def test_the_time_left_falls_while_a_bar_advances(finished, tmp_path):
+    run, config = finished
+    half = RunDirectory(shutil.copytree(run.root, tmp_path / "run"))
+    for i in (3, 4):
+        shutil.rmtree(half.iteration(i - 1).folder)
+    view = live_view(half, config, 140)
+    lines = [" ".join(shown(view(bar)).split()) for bar in (None, Bar(12, 24, "prompts"))]
+    assert "of work left with the whole of this stage" in lines[0]
+    assert "of work left next" in lines[1]
+    seen, asked = [], []
+
+    def describe():
+        asked.append(1)
+        number = len(asked)
+        return lambda bar: seen.append((number, bar)) or "view"
+
+    with screen(describe, terminal()):
+        live = tpaw.runtime.progress._screen.live
+        with progress("generate", 24, "prompts") as advance:
+            advance(12)
+            live.refresh()
+            advance(12)
+        live.refresh()  # between two bars the work of the first is done
+        between = seen[-1]
+        with progress("train", 6, "steps"):
+            live.refresh()
+    assert (1, Bar(12, 24, "prompts")) in seen
+    assert between == (1, Bar(24, 24, "prompts"))
+    assert (2, Bar(0, 6, "steps")) in seen
+    assert {unit for number, (_, _, unit) in seen if number == 1} == {"prompts"}
+
+
 def test_no_number_is_cut_in_a_narrow_terminal(finished):
     run, config = finished
     console = TextConsole(file=io.StringIO(), width=80)
-    console.print(live_view(run, config, console.width))
+    console.print(live_view(run, config, console.width)(None))
     text = console.file.getvalue()
     table = [line for line in text.splitlines() if line.startswith(("│", "┃"))]
     assert not any("…" in line for line in table)
@@ -107,8 +174,8 @@ def test_a_note_stands_above_the_view():
     master, slave = os.openpty()
     code = (
         "import time\n"
-        "from tpaw.runtime.progress import note, progress, screen\n"
-        "with screen(lambda: 'view\\n' * 3):\n"
+        "from tpaw.runtime.progress import Bar, note, progress, screen\n"
+        "with screen(lambda: lambda bar: 'view\\n' * 3):\n"
         "    for name in ('first', 'second'):\n"
         "        with progress(name, 1, 'rows') as advance:\n"
         "            advance(1)\n"
@@ -151,7 +218,8 @@ def test_one_place_for_the_bar_and_the_view(monkeypatch):
 
     def describe():
         asked.append(1)
-        return Group(f"view {len(asked)}", HOSTILE)
+        number = len(asked)
+        return lambda bar: Group(f"view {number}", HOSTILE)
 
     with screen(describe, console):
         for name in ("generate", HOSTILE):
@@ -177,6 +245,10 @@ def test_a_view_that_fails_costs_nothing_and_an_error_in_the_work_comes_through(
 
     def describe():
         raise RuntimeError("no view")
+
+    with screen(lambda: lambda bar: describe(), console), progress("drawn", 1, "rows") as advance:
+        advance(1)
+    assert "drawn: 1 rows in" in console.file.getvalue()
 
     def work():
         with progress("first", 1, "rows") as advance:

@@ -12,6 +12,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -24,13 +25,13 @@ from fork_server import Forked
 
 from tpaw.config.schema import RunConfig
 from tpaw.errors import InputError
-from tpaw.report import trackers as trackers_module
+from tpaw.report import pace
 from tpaw.report.html.content import cost_rows
 from tpaw.report.summary import summarise
 from tpaw.report.tracker_clients import CLIENTS, check_trackers
 from tpaw.report.trackers import Trackers
 from tpaw.selfplay import self_play
-from tpaw.storage.run_directory import RunDirectory, restart_iteration
+from tpaw.storage.run_directory import RunDirectory, open_run, restart_iteration
 
 TRAINED = [3, 6]  # steps of two iterations: 24 rows against one opponent and two, 8 a step
 
@@ -383,7 +384,7 @@ class Fake:
 def fake(monkeypatch):
     monkeypatch.setattr(Fake, "sessions", [], raising=False)
     monkeypatch.setitem(CLIENTS, "fake", Fake)
-    monkeypatch.setattr(trackers_module, "SHARE_OF_TIME", 1e9)  # tried again at once
+    monkeypatch.setattr(pace, "SHARE_OF_TIME", 1e9)  # tried again at once
     return Fake
 
 
@@ -421,6 +422,26 @@ def test_a_tracker_that_is_added_later_gets_the_whole_run(fake, copied):
     assert session.got[-1] == ("close", None, True)
     Trackers(run, config).close()
     assert len(fake.sessions) == 1  # nothing was left to send, so none was opened
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        (None, {}, "seed-3"),
+        ("tpaw, λ = 10, seed 3", {}, "tpaw, λ = 10, seed 3"),
+        ("tpaw, λ = 10, seed 3", {"run_name": "mine"}, "mine"),
+        (None, {"run_name": "mine"}, "mine"),
+    ],
+)
+def test_the_name_of_a_run(fake, settings, tmp_path, name, arguments, expected):
+    settings["train"] |= {"report_to": "fake", "training_arguments": arguments}
+    config = RunConfig.load(settings)
+    with open_run(tmp_path / "seed-3", config, name):
+        pass
+    with open_run(tmp_path / "seed-3", config) as run:  # as a study does: first it begins the run
+        Trackers(run, config).after_a_stage()
+    [session] = fake.sessions
+    assert session.start.name == expected
 
 
 @pytest.mark.parametrize("broken", ["open", "config", "log", "alert", "table"])
@@ -479,8 +500,8 @@ def test_a_tracker_that_fails_takes_a_small_share_of_the_time(fake, copied, monk
         now[0] += 30.0
         raise TimeoutError
 
-    monkeypatch.setattr(trackers_module, "SHARE_OF_TIME", 0.03)
-    monkeypatch.setattr(trackers_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(pace, "SHARE_OF_TIME", 0.03)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(Fake, "breaks", staticmethod(breaks))
     trackers = Trackers(run, config)
     while now[0] < 10_000:

@@ -132,7 +132,7 @@ def test_a_run_with_links_is_a_run_without(tmp_path, settings):
     assert is_prepared(shared)
     began = {p: p.read_bytes() for p in shared.rglob("*") if p.is_file()}
 
-    begin_run(config, tmp_path / "linked", shared)
+    begin_run(config, tmp_path / "linked", shared, "linked")
     self_play(config, tmp_path / "linked")
     self_play(config, tmp_path / "alone")
     assert checkpoints(tmp_path / "linked") == checkpoints(tmp_path / "alone")
@@ -144,7 +144,7 @@ def test_a_run_with_links_is_a_run_without(tmp_path, settings):
     assert {p: p.read_bytes() for p in shared.rglob("*") if p.is_file()} == began
     for manifest in RunDirectory(shared).manifests(2):
         verify(manifest)
-    begin_run(config, tmp_path / "linked", shared)  # trains already: left alone
+    begin_run(config, tmp_path / "linked", shared, "linked")  # trains already: left alone
 
 
 def test_a_method_that_keeps_right_responses_prepares_all_for_those_that_share(tmp_path, settings):
@@ -154,7 +154,7 @@ def test_a_method_that_keeps_right_responses_prepares_all_for_those_that_share(t
     assert shared_name(picky) == shared_name(config)
     begin_shared(picky, shared)
     prepare_shared(shared, StopSignal())
-    begin_run(config, tmp_path / "linked", shared)
+    begin_run(config, tmp_path / "linked", shared, "linked")
     self_play(config, tmp_path / "alone")
     linked, alone = (
         {path.name: path.read_bytes() for path in (tmp_path / name / "logprobs").rglob("*.parquet")}
@@ -177,6 +177,23 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_one_of_the_study(writ
     changed = runs_of(conditions, study.seeds, tmp_path / "study")
     with refused("objective.eta: 6.0", "2.0"):
         run_study(changed, tmp_path / "study", 1, StopSignal())
+
+
+class Done:
+    """A process that has ended."""
+
+    def poll(self):
+        return 0
+
+
+def test_every_run_has_the_name_of_its_condition_and_seed(write, tmp_path):
+    study, conditions = read_study(write(vary={"objective.eta": [1.0, 2.0]}, seeds=[3, 5]))
+    runs = runs_of(conditions, study.seeds, tmp_path / "study")
+    run_study(runs, tmp_path / "study", 1, StopSignal(), lambda *_, log, threads: Done())
+    assert {RunDirectory(run.folder).name() for run in runs} == {
+        "tpaw, eta = 1.0, seed 3", "tpaw, eta = 2.0, seed 3",
+        "tpaw, eta = 1.0, seed 5", "tpaw, eta = 2.0, seed 5",
+    }  # fmt: skip
 
 
 def test_who_shares(settings):

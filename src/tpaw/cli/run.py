@@ -214,7 +214,7 @@ def _watch(run: RunDirectory, settings: RunConfig) -> None:
         while True:
             found = _tried_twice(lambda: done_and_next(run, settings))
             if found != shown:
-                show(_tried_twice(lambda: live_view(run, settings, console.width)))
+                show(_tried_twice(lambda: live_view(run, settings, console.width))(None))
             shown = found
             if found[1] is None:
                 return

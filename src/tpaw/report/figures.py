@@ -11,31 +11,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from tpaw.report.series import (
+    SAMPLED_ACCURACY,
+    Series,
+    Study,
+    has_one_length,
+    label_of,
+    series_of,
+    single_axis,
+    values_of,
+    x_label,
+)
 from tpaw.storage.artifacts import write_file
-
-Study = Mapping[str, Any]
-
-_LABELS = {
-    "accuracy": "accuracy",
-    "gap": "log π(y) − log π(y₀), nats",
-    "nonpositive_gap_share": "share of gaps ≤ 0",
-    "target_logp_per_token": "log π(y) per token, nats",
-    "target_reward": "target reward P(x, y)",
-    "reward_margin": "margin P(x, y) − P(x, y_gen)",
-    "identical": "share of answers equal to the target",
-}
-SAMPLED_ACCURACY = "accuracy at T = "
-"""Begins the name of a measure; the temperature follows."""
-DIFFERENT_RIGHT = "different right ones of "
-"""Begins the name of a measure; the number of samples and the temperature follow."""
-
-
-def label_of(measure: str) -> str:
-    """Return the label of a measure for figures and tables. A suite has its own name."""
-    if measure.startswith((SAMPLED_ACCURACY, DIFFERENT_RIGHT)):
-        return measure
-    return _LABELS.get(measure, f"{measure}, %")
-
 
 # Those of report.html on white: the colours of Okabe and Ito, which colour-blind people can
 # distinguish, as dark as text must be. Markers distinguish the lines in black-and-white print.
@@ -92,28 +79,15 @@ def _by_iteration(study: Study, measures: Sequence[str]) -> Figure:
 
     If the conditions have different numbers of iterations, the x axis is the share of them.
     """
-    is_share = not has_one_length(study)
     figure = _figure(len(measures))
     for axes, measure in zip(figure.axes, measures, strict=True):
-        for i, (name, condition) in enumerate(study["conditions"].items()):
-            entries = condition["by_iteration"]
-            last = max(len(entries) - 1, 1) if is_share else 1
-            points = [
-                (t / last, found) for t, entry in enumerate(entries)
-                if (found := entry.get(measure))
-            ]  # fmt: skip
-            _line(axes, i, name, [x for x, _ in points], [found for _, found in points])
-        what = "share of the iterations" if is_share else "iteration"
-        axes.set_xlabel(f"{what} (0: the SFT model)")
+        for i, line in enumerate(series_of(study, measure)):
+            _line(axes, i, line)
+        axes.set_xlabel(f"{x_label(study)} (0: the SFT model)")
         _title(axes, label_of(measure))
-        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=not is_share))
+        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=has_one_length(study)))
     _name_lines(figure, study)
     return figure
-
-
-def has_one_length(study: Study) -> bool:
-    """Whether all conditions with results have the same number of iterations."""
-    return len({len(c["by_iteration"]) for c in study["conditions"].values()} - {0}) <= 1
 
 
 def _by_temperature(study: Study) -> Figure:
@@ -127,7 +101,7 @@ def _by_temperature(study: Study) -> Figure:
     lines += [("the SFT model", conditions[0][1]["by_iteration"][0])]
     for i, (name, entry) in enumerate(lines):
         points = [(t, entry[m]) for t, m in sorted(by_temperature.items()) if m in entry]
-        _line(axes, i, name, [t for t, _ in points], [found for _, found in points])
+        _line(axes, i, Series.of(name, points))
     axes.set_xlabel("temperature (0: greedy)")
     _title(axes, "accuracy, last iteration")
     _name_lines(figure, study)
@@ -138,21 +112,12 @@ def _by_setting(study: Study, setting: str, measure: str) -> Figure:
     """Draw the last iteration by the value of one setting: the paper's figures 4 and 5."""
     figure = _figure(1)
     [axes] = figure.axes
-    methods = list(dict.fromkeys(c["method"] for c in study["conditions"].values()))
-    for i, method in enumerate(methods):
-        points = [
-            (value_of(condition["settings"][setting]), found)
-            for condition in study["conditions"].values()
-            if condition["method"] == method
-            # If every run of a condition failed, the condition has no iterations.
-            and condition["by_iteration"]
-            and (found := condition["by_iteration"][-1].get(measure))
-        ]
-        _line(axes, i, method, [value for value, _ in points], [found for _, found in points])
-    values = [value_of(c["settings"][setting]) for c in study["conditions"].values()]
-    if min(values) > 0 and max(values) > LOGARITHMIC_FROM * min(values):
+    for i, line in enumerate(series_of(study, measure)):
+        _line(axes, i, line)
+    values = values_of(study, setting)
+    if values[0] > 0 and values[-1] > LOGARITHMIC_FROM * values[0]:
         axes.set_xscale("log")
-    axes.set_xlabel(setting.partition(",")[0])
+    axes.set_xlabel(x_label(study))
     _title(axes, f"{label_of(measure)}, last iteration")
     _name_lines(figure, study)
     return figure
@@ -183,15 +148,13 @@ def _curves(study: Study) -> Figure:
     return figure
 
 
-def _line(
-    axes: Axes, i: int, label: str, x: Sequence[float], found: Sequence[Mapping[str, Any]]
-) -> None:
-    style = _style(i)
-    mean = [f["mean"] for f in found]
-    axes.plot(x, mean, **style, marker=MARKERS[i % len(MARKERS)], markersize=4, label=label)
-    if found and all(f["interval_95"] for f in found):
-        low, high = zip(*(f["interval_95"] for f in found), strict=True)
-        axes.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
+def _line(axes: Axes, i: int, line: Series) -> None:
+    style, marker = _style(i), MARKERS[i % len(MARKERS)]
+    axes.plot(line.x, line.y, **style, marker=marker, markersize=4, label=line.name)
+    if line.low:
+        axes.fill_between(
+            line.x, line.low, line.high, color=style["color"], alpha=0.12, linewidth=0
+        )
 
 
 def _style(i: int) -> dict[str, Any]:
@@ -305,25 +268,6 @@ def _saver(figure: Figure, suffix: str) -> Callable[[Path], None]:
             figure.savefig(path, format=suffix[1:], dpi=160, metadata=metadata)
 
     return save
-
-
-def single_axis(study: Study) -> str | None:
-    """Return the setting that varies, or None.
-
-    There must be only one, and its values must be numbers or lists of numbers.
-    """
-    settings = [condition["settings"] for condition in study["conditions"].values()]
-    keys = {key for of_condition in settings for key in of_condition}
-    if len(keys) != 1:
-        return None
-    [key] = keys
-    numbers = all(isinstance(value_of(s[key]), int | float) for s in settings)
-    return key if numbers else None
-
-
-def value_of(value: Any) -> Any:
-    """Return the value itself, or the first value if it is a list with one value per iteration."""
-    return value[0] if isinstance(value, list) else value
 
 
 def _runs(study: Study) -> Iterator[Mapping[str, Any]]:

@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from tpaw.config.plan import IterationPlan
+from tpaw.runtime.progress import Bar
+
+_UNITS = {"generate": "prompts", "critic": "steps", "score": "sequences", "train": "steps"}
+"""Of the bar of each stage. An evaluation has several bars, so none says how far it is."""
 
 
-def seconds_left(summary: Mapping[str, Any], plans: Sequence[IterationPlan]) -> float | None:
+class Running(NamedTuple):
+    """The stage that runs now.
+
+    Attributes:
+        stage: its name.
+        done: how much of its work is done, counted as in the plan.
+    """
+
+    stage: str
+    done: float
+
+
+def seconds_left(
+    summary: Mapping[str, Any], plans: Sequence[IterationPlan], running: Running | None = None
+) -> float | None:
     """Seconds of work that the stages without a published result will take.
 
     A stage takes as long for each response, sequence, step or evaluation as in the iterations so
-    far. A stage that runs counts as not begun. Benchmark suites are not counted.
+    far. Benchmark suites are not counted.
 
     Args:
         summary: the content of summary.json.
         plans: who plays in each iteration; see `plan_run`.
+        running: see `running_stage`. If it is not known, the stage counts as not begun.
 
     Returns:
         The seconds; None until each kind of stage that is left has been done once.
@@ -27,7 +46,7 @@ def seconds_left(summary: Mapping[str, Any], plans: Sequence[IterationPlan]) -> 
     found = [entry["seconds"] for entry in summary["players"]]
     for stage, amounts in _amounts(summary, plans).items():
         done = [(amount, s[stage]) for amount, s in zip(amounts, found, strict=True) if stage in s]
-        rest = sum(
+        rest: float = sum(
             amount for amount, s in zip(amounts, found, strict=True) if amount and stage not in s
         )
         if not rest:
@@ -35,8 +54,34 @@ def seconds_left(summary: Mapping[str, Any], plans: Sequence[IterationPlan]) -> 
         work = sum(amount for amount, _ in done)
         if not work:
             return None
+        if running is not None and stage == running.stage:
+            rest -= running.done
         left += rest * sum(seconds for _, seconds in done) / work
     return left
+
+
+def running_stage(
+    bar: Bar | None, summary: Mapping[str, Any], plans: Sequence[IterationPlan]
+) -> Running | None:
+    """The first stage without a published result, and how far it is.
+
+    Args:
+        bar: the one that runs now.
+        summary, plans: see `seconds_left`.
+
+    Returns:
+        The stage; None if the bar does not say how far it is.
+    """
+    of_stages = _amounts(summary, plans).items()
+    for i, entry in enumerate(summary["players"]):
+        for stage, amounts in of_stages:
+            if amounts[i] and stage not in entry["seconds"]:
+                if bar is None or bar.unit != _UNITS.get(stage):
+                    return None
+                # A bar of scoring counts the sequences of one player.
+                share = min(bar.done / bar.total, 1.0)
+                return Running(stage, share * min(amounts[i], bar.total))
+    return None
 
 
 def _amounts(summary: Mapping[str, Any], plans: Sequence[IterationPlan]) -> dict[str, list[int]]:

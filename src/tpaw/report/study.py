@@ -10,9 +10,8 @@ from typing import Any
 from rich.table import Table
 
 from tpaw.errors import InputError, printable
-from tpaw.report.figures import has_one_length, label_of
+from tpaw.report.series import Study, has_one_length, label_of
 
-Study = Mapping[str, Any]
 _KEYS = {
     "name", "command", "study", "seeds", "evaluated_on", "jobs", "machine", "failures", "measures",
     "primary", "baseline", "conditions", "comparisons",

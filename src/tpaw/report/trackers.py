@@ -23,6 +23,7 @@ from pydantic import BaseModel, TypeAdapter
 from tpaw.config.schema import RunConfig
 from tpaw.errors import first_line, printable
 from tpaw.report.alarms import Alarm
+from tpaw.report.pace import not_before
 from tpaw.report.status import done_and_next
 from tpaw.report.summary import summarise
 from tpaw.report.tables import SUMMARY_HEADINGS, summary_cells
@@ -30,9 +31,6 @@ from tpaw.report.tracker_clients import CLIENTS, Client, Start
 from tpaw.runtime.progress import Advance, note
 from tpaw.storage.artifacts import is_published, write_text
 from tpaw.storage.run_directory import RunDirectory
-
-SHARE_OF_TIME = 0.03
-"""Of a run's time, at most, for a tracker that fails."""
 
 
 class Sent(BaseModel):
@@ -190,8 +188,7 @@ class _Tracker:
                 )
             with contextlib.suppress(Exception):
                 self._end(is_done=False)
-            ended = time.monotonic()
-            self._not_before = ended + (ended - began) / SHARE_OF_TIME
+            self._not_before = not_before(began)
             return
         self._not_before = 0.0
 
@@ -290,7 +287,7 @@ class _Tracker:
             newest = max(self._sent.lines, default=1)
             next_step = self.steps_before(newest) + self._sent.lines.get(newest, 0) + 1
             name = self._config.train.training_arguments.get("run_name")
-            name = name or self._run.root.resolve().name
+            name = name or self._run.name()
             start = Start(self._sent.id, name, self._config, self._run.tensorboard, next_step)
             self._client = CLIENTS[self.name](start)
             if self._sent.id is None:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from rich import filesize
 from rich.console import Group, RenderableType
@@ -43,6 +43,24 @@ class Advance(Protocol):
             count: work done since the last call.
             note: new text to show beside the bar. Empty text keeps the old one.
         """
+
+
+class Bar(NamedTuple):
+    """How far a piece of work is.
+
+    Attributes:
+        done: of the total.
+        total: amount of work.
+        unit: what is counted; see `progress`.
+    """
+
+    done: float
+    total: float
+    unit: str
+
+
+# What stands below the newest bar. It is drawn again and again, with what the bar says then.
+View = Callable[[Bar | None], RenderableType]
 
 
 def ignore(count: int) -> None:
@@ -123,14 +141,14 @@ def progress(
 
 @contextlib.contextmanager
 def screen(
-    describe: Callable[[], RenderableType | None], console: TextConsole | None = None
+    describe: Callable[[], View | None], console: TextConsole | None = None
 ) -> Iterator[None]:
     """Keep the running bar of this process, and a view below it, at the bottom of the terminal.
 
     Lines that are printed meanwhile go above. Without a terminal nothing changes.
 
     Args:
-        describe: the view. It is asked when a bar appears. If it fails, the old view stays.
+        describe: gives the view. It is asked when a bar appears. If it fails, the old view stays.
         console: where to print. Default: stderr.
     """
     global _screen
@@ -147,10 +165,11 @@ def screen(
 
 
 class _Screen:
-    def __init__(self, describe: Callable[[], RenderableType | None], console: TextConsole) -> None:
+    def __init__(self, describe: Callable[[], View | None], console: TextConsole) -> None:
         self.describe, self.console = describe, console
         self.bars = Progress(*_columns(), console=console)
-        self.view: RenderableType | None = None
+        self.view: View | None = None
+        self.newest: Task | None = None
         # A view that is higher than the terminal is cut, so that it never scrolls.
         self.live = Live(
             get_renderable=self._render,
@@ -160,17 +179,30 @@ class _Screen:
         )
 
     def _render(self) -> RenderableType:
-        return Group(self.bars, *([] if self.view is None else [self.view]))
+        shown: list[RenderableType] = [self.bars]
+        if self.view is not None:
+            with contextlib.suppress(Exception):  # a view is no reason to lose a run
+                shown.append(self.view(self._bar()))
+        return Group(*shown)
+
+    def _bar(self) -> Bar | None:
+        """The newest bar. When it has ended, its stage is still to be published."""
+        task = self.newest
+        if task is None or not task.total:
+            return None
+        return Bar(task.completed, task.total, task.fields["unit"])
 
     @contextlib.contextmanager
     def stage(self, description: str, total: int | None, unit: str) -> Iterator[Advance]:
         """A bar while the work goes on, and a line of what was done above the view."""
+        view = self.view
         with contextlib.suppress(Exception):  # a view is no reason to lose a run
-            self.view = self.describe()
+            view = self.describe()
         task = self.bars.add_task(for_terminal(description), total=total, unit=unit, note="")
+        [found] = [bar for bar in self.bars.tasks if bar.id == task]
+        self.view, self.newest = view, found
         try:
             yield _advancing(self.bars, task)
-            [found] = [bar for bar in self.bars.tasks if bar.id == task]
             seconds = found.elapsed or 0.0
             done = _amount(round(found.completed), unit)
             text = f"{description}: {done} in {seconds:.1f} s"

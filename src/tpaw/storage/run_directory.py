@@ -155,7 +155,7 @@ class RunDirectory:
 
     @property
     def run_file(self) -> Path:
-        """JSON file, sealed: format, package versions, and when the run began and was resumed."""
+        """JSON file, sealed: format, versions, when the run began and was resumed, its name."""
         return self.root / "run.json"
 
     @property
@@ -277,6 +277,14 @@ class RunDirectory:
                 "backup"
             )
         return facts
+
+    def name(self) -> str:
+        """The name for people: the one that the run began with, or that of the folder.
+
+        Raises:
+            ArtifactError, InputError: see `facts`.
+        """
+        return str(self.facts().get("name") or self.root.resolve().name)
 
     def load_config(self) -> RunConfig:
         """Read the configuration with which the run began or was last resumed.
@@ -448,12 +456,15 @@ def check_output(root: str | Path, config: RunConfig) -> RunConfig | None:
 
 
 @contextlib.contextmanager
-def open_run(root: str | Path, config: RunConfig) -> Iterator[RunDirectory]:
+def open_run(
+    root: str | Path, config: RunConfig, name: str | None = None
+) -> Iterator[RunDirectory]:
     """Lock a run directory and begin or resume the run in it.
 
     Args:
         root: the run directory. It is created if it does not exist.
         config: the configuration to begin or resume with. It is stored in the run directory.
+        name: of a run that begins, for people. Default: that of the folder.
 
     Yields:
         The run directory, locked until the context ends.
@@ -478,7 +489,7 @@ def open_run(root: str | Path, config: RunConfig) -> Iterator[RunDirectory]:
                 write_text(run.config_file, seal_text(to_yaml(config, comments=True)))
             if is_old_format and run.initial_player_file.is_file():
                 write_sealed(run.initial_player_file, read_sealed(run.initial_player_file))
-            _record_session(run, old)
+            _record_session(run, old, name)
             yield run
 
 
@@ -559,11 +570,12 @@ def environment() -> dict[str, Any]:
     return {"versions": found, "python": platform.python_version(), "machine": platform.machine()}
 
 
-def _record_session(run: RunDirectory, old: Facts | None) -> None:
+def _record_session(run: RunDirectory, old: Facts | None, name: str | None) -> None:
     """Record the package versions when the run begins, and again whenever they changed."""
     found = environment()
     if old is None:
-        write_sealed(run.run_file, {"format": FORMAT, "began": now(), **found})
+        named = {} if name is None else {"name": name}
+        write_sealed(run.run_file, {"format": FORMAT, "began": now(), **named, **found})
         return
     resumed = list(old.get("resumed", []))
     before = _flat(resumed[-1] if resumed else old)

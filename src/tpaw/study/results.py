@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tpaw.errors import ArtifactError
-from tpaw.report.figures import DIFFERENT_RIGHT, SAMPLED_ACCURACY
+from tpaw.report.series import DIFFERENT_RIGHT, SAMPLED_ACCURACY
 from tpaw.report.summary import summarise
 from tpaw.runtime.progress import note
 from tpaw.storage.run_directory import RunDirectory

@@ -166,7 +166,7 @@ def _run(todo: Sequence[StudyRun], shared: Path, pool: Pool) -> dict[str, str]:
 
     def begin(name: str) -> list[str]:
         run = runs[name]
-        begin_run(run.config, run.folder, shared / shared_name(run.config))
+        begin_run(run.config, run.folder, shared / shared_name(run.config), name)
         return _command("run", run.folder, run.config)
 
     return pool.work(deque(runs), begin)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tpaw.config.schema import RunConfig
+from tpaw.errors import printable
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.storage.artifacts import temporary_beside
 from tpaw.storage.run_directory import RunDirectory, open_run
@@ -90,7 +91,7 @@ def prepare_shared(folder: Path, stop: StopSignal) -> None:
     (folder / "prepared").touch()
 
 
-def begin_run(config: RunConfig, output: Path, shared: Path) -> None:
+def begin_run(config: RunConfig, output: Path, shared: Path, name: str) -> None:
     """Create a run directory with links to the shared files.
 
     A run whose training has begun is not changed.
@@ -99,12 +100,13 @@ def begin_run(config: RunConfig, output: Path, shared: Path) -> None:
         config: the run's configuration.
         output: the run directory.
         shared: the shared run directory.
+        name: of the run, for people.
 
     Raises:
         InputError: `output` holds a run of another configuration.
         RunLockedError: another process works on the run.
     """
-    with open_run(output, config) as run:
+    with open_run(output, config, printable(name)) as run:
         if run.iterations_begun() > 0:
             return
         source = RunDirectory(shared)

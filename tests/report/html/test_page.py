@@ -13,6 +13,7 @@ from builders import sums
 from tests.report.html.hostile import ATTACK, hostile_run
 from tests.report.html.parsed import Parsed
 from tpaw.config.schema import RunConfig
+from tpaw.report import pace
 from tpaw.report.html import page as page_module
 from tpaw.report.html.page import Report, rendered
 from tpaw.selfplay import self_play
@@ -81,7 +82,7 @@ def test_kinds_are_counted(finished, tmp_path):
 
 @pytest.mark.parametrize("iterations", [0, 1])
 def test_a_run_that_is_half_done(settings, tmp_path, iterations, monkeypatch):
-    monkeypatch.setattr(page_module, "SHARE_OF_TIME", 1e9)  # a slow machine would leave some out
+    monkeypatch.setattr(pace, "SHARE_OF_TIME", 1e9)  # a slow machine would leave some out
     config = RunConfig.load(settings)
     run = RunDirectory(tmp_path / "run")
 

@@ -17,6 +17,7 @@ from tpaw.report.html.content import (
 )
 from tpaw.report.html.render import as_json, page
 from tpaw.report.html.samples import KINDS, heldout_samples, training_samples
+from tpaw.report.pace import not_before
 from tpaw.report.summary import summarise
 from tpaw.report.tables import SUMMARY_HEADINGS, summary_cells
 from tpaw.report.verdict import verdict
@@ -27,8 +28,6 @@ from tpaw.storage.run_directory import RunDirectory
 BYTES_OF_SAMPLES = 1_800_000
 """Of held-out and training prompts together, so that the page stays below 2 MB."""
 HELDOUT_SHARE = 0.6
-SHARE_OF_TIME = 0.03
-"""Of a run's time, at most, for its report. Its last report is written anyway."""
 
 
 class Report:
@@ -46,7 +45,7 @@ class Report:
         self._is_old = not run.report_file.exists()
 
     def after_a_stage(self) -> None:
-        """Write it, unless that would take more than `SHARE_OF_TIME` of the run's time."""
+        """Write it, unless that would take too large a share of the run's time."""
         self._is_old = True
         if time.monotonic() >= self._not_before:
             self.bring_up_to_date()
@@ -61,8 +60,7 @@ class Report:
             write_report(self._run, self._config)
         except Exception as error:  # a report is no reason to lose a run
             note(f"{self._run.report_file.name} was not written: {printable(first_line(error))}")
-        ended = time.monotonic()
-        self._not_before = ended + (ended - began) / SHARE_OF_TIME
+        self._not_before = not_before(began)
 
 
 def write_report(run: RunDirectory, config: RunConfig, output: Path | None = None) -> Path:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 from markupsafe import Markup
 
-from tpaw.report.figures import has_one_length, label_of, single_axis, value_of
 from tpaw.report.html.charts import MOST_LINES, Line, chart
 from tpaw.report.html.content import Cell
 from tpaw.report.html.render import page
+from tpaw.report.series import Study, label_of, series_of, single_axis, values_of, x_label
 from tpaw.report.study import detailed_tables, main_tables, sentences
 from tpaw.storage.artifacts import write_text
-
-Study = Mapping[str, Any]
 
 
 class _Table(NamedTuple):
@@ -100,53 +98,19 @@ def verdict(study: Study) -> list[str]:
 
 def _charts(study: Study) -> Iterator[Markup]:
     varied = single_axis(study)
+    values = [] if varied is None else values_of(study, varied)
     for measure in study["measures"]:
-        lines, names = (
-            _by_setting(study, varied, measure) if varied else (_by_iteration(study, measure), ())
-        )
+        lines = [Line(*line) for line in series_of(study, measure) if line.x]
+        if values:  # each has the same room, whatever lies between them
+            lines = [line._replace(x=[values.index(x) for x in line.x]) for line in lines]
         of = -(-len(lines) // MOST_LINES)
         for k in range(of):
             part = lines[k * MOST_LINES : (k + 1) * MOST_LINES]
             number = f" ({k + 1} of {of})" if of > 1 else ""
-            share = "" if has_one_length(study) else "share of the "
             yield chart(
                 f"{label_of(measure)}{number}",
                 part,
-                x_label=varied.partition(",")[0] if varied else f"{share}iteration",
-                x_names=names,
+                x_label=x_label(study),
+                x_names=[f"{value:g}" for value in values],
                 with_points=True,
             )
-
-
-def _line(name: str, x: Sequence[float], found: Sequence[Mapping[str, Any]]) -> Line:
-    intervals = [f["interval_95"] for f in found]
-    low, high = zip(*intervals, strict=True) if all(intervals) else ((), ())
-    return Line(name, x, [f["mean"] for f in found], low, high)
-
-
-def _by_iteration(study: Study, measure: str) -> list[Line]:
-    is_share = not has_one_length(study)
-    lines = []
-    for name, condition in study["conditions"].items():
-        entries = condition["by_iteration"]
-        last = max(len(entries) - 1, 1) if is_share else 1
-        points = [(t / last, e[measure]) for t, e in enumerate(entries) if e.get(measure)]
-        if points:
-            lines.append(_line(name, [x for x, _ in points], [found for _, found in points]))
-    return lines
-
-
-def _by_setting(study: Study, setting: str, measure: str) -> tuple[list[Line], Sequence[str]]:
-    """The last iteration by the value of the setting: lines, and the names of the values."""
-    conditions = study["conditions"].values()
-    values = sorted({value_of(c["settings"][setting]) for c in conditions})
-    lines = []
-    for method in dict.fromkeys(c["method"] for c in conditions):
-        found = {
-            values.index(value_of(c["settings"][setting])): c["by_iteration"][-1][measure]
-            for c in conditions
-            if c["method"] == method and c["by_iteration"] and c["by_iteration"][-1].get(measure)
-        }
-        if found:
-            lines.append(_line(method, sorted(found), [found[x] for x in sorted(found)]))
-    return lines, [f"{value:g}" for value in values]
