@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -52,6 +55,29 @@ def test_the_sdist_holds_package_tests_and_documentation(built):
     assert {"README.md", "LICENSE", "pyproject.toml", "docs/README.md", "Makefile"} <= names
     assert "tests/test_packaging.py" in names
     assert not [name for name in names if name.startswith((".venv", "runs", "studies"))]
+
+
+def test_the_image_has_what_the_wheel_is_built_from_and_every_extra(built, tmp_path):
+    """Docker is not needed: the lines of the Dockerfile are carried out in a folder."""
+    text = (ROOT / "Dockerfile").read_text()
+    for line in re.findall(r"^COPY (.*)$", text, re.M):
+        *sources, target = line.split()
+        folder = tmp_path / target.strip("/")
+        for source in sources:
+            if (ROOT / source).is_dir():
+                shutil.copytree(ROOT / source, folder)
+            else:
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / source, folder)
+    [constraints, place, extras] = re.findall(r"--constraint (\S+) '(\S+)\[(.*)\]'", text)[0]
+    assert (tmp_path / constraints.strip("/")).is_file()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {*extras.split(","), "dev"} == {*project["optional-dependencies"]}
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "d")]
+    source = tmp_path / place.strip("/")
+    subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=120)
+    [wheel], [whole] = (tmp_path / "d").glob("*.whl"), built.glob("*.whl")
+    assert zipfile.ZipFile(wheel).namelist() == zipfile.ZipFile(whole).namelist()
 
 
 def test_what_is_installed_from_the_wheel_runs_the_starter(built, tmp_path):
