@@ -134,6 +134,7 @@ def test_columns_with_unusual_names(here, tpaw_, target):
     assert "--columns prompt=NAME,target=NAME" in says
     code, _, err = tpaw_(*arguments, "--columns", f"prompt=frage, {target}=antwort")
     assert code == 0, err
+    assert "&id" not in (here / "mine.yaml").read_text()  # YAML's way to say: the same again
     inputs = read_inputs(RunConfig.load("mine.yaml"))
     assert (len(inputs.examples), len(inputs.heldout)) == (18, 2)
     parts = lines(here / "mine-train.jsonl") + lines(here / "mine-heldout.jsonl")

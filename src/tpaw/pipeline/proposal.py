@@ -145,11 +145,14 @@ def propose(
         evaluated = list(read(heldout, "evaluate.data").examples)
         said = f"Held out: the {len(evaluated):,} records of {heldout}."
         parts = _Parts(data, heldout, list(found.examples), evaluated, {}, said)
-    named = {"columns": columns.model_dump(exclude_none=True)} if columns else {}
+    train, evaluated_on = (
+        {"path": path} | ({"columns": columns.model_dump(exclude_none=True)} if columns else {})
+        for path in (parts.train_path, parts.heldout_path)
+    )
     tree: dict[str, Any] = {
         "model": {"path": model, **training.settings.get("model", {})},
-        "data": {"path": parts.train_path, **named},
-        "evaluate": {"data": {"path": parts.heldout_path, **named}},
+        "data": train,
+        "evaluate": {"data": evaluated_on},
         **lengths.settings,
         **{n: v for n, v in training.settings.items() if n not in ("model", "generate")},
     }
