@@ -158,7 +158,11 @@ def test_the_conclusion_of_four_models_whose_answer_is_known():
     parts = {
         "starter": ["SFT has not converged", "expect what more SFT would give", "sft_continue"],
         "starter, converged": ["SFT has converged", "89% of the responses equal their target"],
-        "walks": ["SFT has converged", "a small critic tells targets", "gained nothing so far"],
+        "walks": [
+            "SFT has converged",
+            "a small critic tells targets",
+            "at most greedy responses gained",
+        ],
         "fork": ["SFT has converged", "(0.0%)", "(39.4%)", "sample at temperature 1"],
     }
     for name, wanted in parts.items():

@@ -162,8 +162,8 @@ def _what_would_have_to_change(answers: Answers, critic: CriticFound | None) -> 
         )
     return (
         "But a small critic tells targets from responses, so another reward than the likelihood "
-        "has something to go by: method critic may use it, though it has gained nothing so far "
-        "where it was tried."
+        "has something to go by: method critic may use it. Where it was tried so far, at most "
+        "greedy responses gained, and sampled ones did not."
     )
 
 
@@ -291,8 +291,7 @@ def _about_critic(critic: CriticFound, answers: Answers) -> Iterator[str]:
         )
     yield (
         f"A small critic tells targets from responses ({shown}). Method critic may gain what SFT "
-        f"cannot.{gain} Compare it with SFT of as many steps: where it was tried so far, it did "
-        "not gain."
+        f"cannot.{gain} Compare it with SFT of as many steps, greedily and at temperature 1."
     )
 
 
