@@ -9,8 +9,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
@@ -634,21 +632,3 @@ def test_every_help_has_an_example_that_is_accepted(name):
     assert words[: len(own)] == own
     # Parsing refuses an unknown option or a missing argument; nothing is carried out.
     command.make_context(name, words[len(own) :])
-
-
-@pytest.mark.process
-@pytest.mark.skipif(sys.platform != "linux", reason="GNU OpenMP")
-@pytest.mark.parametrize(
-    ("given", "spins"),
-    [({}, "3000"), ({"GOMP_SPINCOUNT": "50"}, "50"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
-)
-def test_waiting_threads_leave_the_core_to_others(given, spins):
-    """What the library says of itself when it is loaded."""
-    own = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    env = own | {"OMP_DISPLAY_ENV": "verbose"} | given
-    done = subprocess.run(
-        [sys.executable, "-m", "tpaw", "env"], env=env, capture_output=True, text=True, check=True
-    )
-    if "GOMP_SPINCOUNT" not in done.stderr:
-        pytest.skip("this torch uses another OpenMP")
-    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
