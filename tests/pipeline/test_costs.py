@@ -23,6 +23,7 @@ from tpaw.pipeline.preflight import read_inputs
 from tpaw.pipeline.stages import Stages
 from tpaw.report.costs import described_costs, readable_time
 from tpaw.runtime.interrupt import StopSignal
+from tpaw.team import Player
 
 
 @pytest.fixture
@@ -162,6 +163,37 @@ def test_the_longest_records_are_among_those_that_are_tried(config, seed):
     chosen = [e.id for e in tpaw.pipeline.costs._chosen(asked, inputs).examples]
     assert len(chosen) == len(set(chosen)) == 2 * STEPS
     assert {"0", "201"} < set(chosen)  # the longest prompt, and the longest of both together
+
+
+@pytest.mark.parametrize(("count", "is_said"), [(300, False), (60, True)])
+def test_four_batches_of_heldout_prompts_are_tried(config, count, is_said, capsys):
+    """Generation holds more memory after a few batches than after one."""
+    ids = np.ones(5, dtype=np.int32)
+    examples = Examples.of([Example(str(i), ids, ids, "", "") for i in range(count)])
+    inputs = read_inputs(config)._replace(examples=examples, heldout=examples)
+    generate = {"max_new_tokens": 15, "tokens_per_batch": 20 * (5 + 15)}  # twenty in a batch
+    asked = config.model_copy(
+        update={
+            "train": config.train.model_copy(update={"batch_size": 2}),
+            "generate": config.generate.model_copy(update=generate),
+        }
+    )
+    chosen = tpaw.pipeline.costs._chosen(asked, inputs)
+    assert (len(chosen.examples), len(chosen.heldout)) == (2 * 20, min(4 * 20, count))
+    assert (f"uses 40 of {count} records" in capsys.readouterr().err) is is_said
+
+
+def test_memory_goes_back_when_a_player_is_replaced_or_released(config, monkeypatch):
+    given_back = []
+    monkeypatch.setattr(
+        tpaw.pipeline.players, "return_free_memory", lambda: given_back.append("memory")
+    )
+    players = tpaw.pipeline.players.LoadedPlayers(config)
+    for fingerprint, times in (("a", 1), ("a", 1), ("b", 2)):
+        players.for_scoring(Player(0, config.model.path, fingerprint))
+        assert len(given_back) == times
+    players.release()
+    assert len(given_back) == 3
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])

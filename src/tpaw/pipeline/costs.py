@@ -199,7 +199,7 @@ def _chosen(config: RunConfig, inputs: Inputs) -> Inputs:
     if 2 * len(examples) > len(inputs.examples):
         note(
             f"The measurement uses {len(examples):,} of {len(inputs.examples):,} records: with so "
-            "few, it takes about as long as an iteration of the run."
+            "few, it takes about as long as one or two iterations of the run."
         )
     return inputs._replace(examples=examples, heldout=heldout)
 
