@@ -87,9 +87,10 @@ def test_a_figure_and_a_page_show_the_same_points(name, tmp_path):
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     shown = text[text.index("<svg") : text.index("</svg>")]
     for line, heights in zip(series_of(study, study["primary"]), drawn, strict=True):
-        y = [float(v) for v in re.findall(rf"<title>{line.name}, \d+: (\S+) \[", shown)]
-        assert y == [float(f"{v:.4g}") for v in line.y]
-        if max(y) > min(y):
+        found = re.findall(rf"<title>{line.name}, (\S+): (\S+) \[", shown)
+        assert [float(x) for x, _ in found] == list(line.x)
+        assert [float(y) for _, y in found] == [float(f"{v:.4g}") for v in line.y]
+        if max(line.y) > min(line.y):
             scale = (max(heights) - min(heights)) / (max(line.y) - min(line.y))
             at = [min(heights) + scale * (v - min(line.y)) for v in line.y]
             assert heights == pytest.approx(at, abs=1e-3)

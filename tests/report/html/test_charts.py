@@ -90,6 +90,13 @@ def test_an_interval_and_its_text():
     assert titles == ["greedy, 0: 50 % [40 %, 60 %]", "greedy, 1: 60 % [50 %, 80 %]"]
 
 
+def test_a_point_says_the_name_of_its_place():
+    line = Line("eta", [0, 2], [0.5, 0.6])
+    root = svg(chart("t", [line], x_label="η", with_points=True, x_names=["1", "6", "50"]))
+    titles = [e.text for e in root.iter() if e.tag.endswith("title")]
+    assert titles == ["eta, 1: 0.5", "eta, 50: 0.6"]
+
+
 def test_a_long_line_is_thinned_from_its_first_to_its_last_point():
     count = 10 * MOST_POINTS
     [line] = of_class(svg(chart("t", [Line("a", range(count), range(count))], x_label="x")), "line")

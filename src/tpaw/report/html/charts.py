@@ -116,7 +116,9 @@ def chart(
         )
     )
     for i, line in enumerate(lines):
-        parts += _drawn(line, i % 8, at_x, at_y, as_percent, with_points)
+        parts += _drawn(line, i % 8, at_x, at_y)
+        if with_points:
+            parts += _points(line, i % 8, at_x, at_y, as_percent, x_names)
     parts.append(Markup("</svg>"))
     return Markup("<figure>{}{}</figure>").format(Markup("").join(parts), _caption(lines, lost))
 
@@ -134,10 +136,8 @@ def _caption(lines: Sequence[Line], lost: int) -> Markup:
     return Markup("<figcaption>{}</figcaption>").format(Markup(" ").join(texts))
 
 
-def _drawn(
-    line: Line, i: int, at_x: Place, at_y: Place, as_percent: bool, with_points: bool
-) -> list[Markup]:
-    """A line in pieces, which gaps divide, with its interval and its points."""
+def _drawn(line: Line, i: int, at_x: Place, at_y: Place) -> list[Markup]:
+    """A line in pieces, which gaps divide, with its interval."""
     parts: list[Markup] = []
     if line.low:
         there = list(zip(line.x, line.high, strict=True))
@@ -152,18 +152,27 @@ def _drawn(
             points = " ".join(piece if len(piece) > 1 else piece * 2)
             parts.append(Markup('<polyline class="line s{}" points="{}"/>').format(i, points))
             piece = []
-    if with_points:
-        for k, (x, y) in enumerate(zip(line.x, line.y, strict=True)):
-            if not math.isfinite(y):
-                continue
-            shown = f"{line.name}, {x:g}: {_number(y, as_percent)}"
-            if line.low:
-                low, high = (_number(v, as_percent) for v in (line.low[k], line.high[k]))
-                shown += f" [{low}, {high}]"
-            parts.append(
-                Markup('<circle class="point s{}" cx="{}" cy="{}" r="3"><title>{}</title></circle>')
-                .format(i, at_x(x), at_y(y), shown)
-            )  # fmt: skip
+    return parts
+
+
+def _points(
+    line: Line, i: int, at_x: Place, at_y: Place, as_percent: bool, x_names: Sequence[str]
+) -> list[Markup]:
+    """The points of a line. Each says its value when the pointer rests on it."""
+    parts: list[Markup] = []
+    for k, (x, y) in enumerate(zip(line.x, line.y, strict=True)):
+        if not math.isfinite(y):
+            continue
+        place = x_names[int(x)] if x_names else f"{x:g}"
+        shown = f"{line.name}, {place}: {_number(y, as_percent)}"
+        if line.low:
+            low, high = (_number(v, as_percent) for v in (line.low[k], line.high[k]))
+            shown += f" [{low}, {high}]"
+        parts.append(
+            Markup(
+                '<circle class="point s{}" cx="{}" cy="{}" r="3"><title>{}</title></circle>'
+            ).format(i, at_x(x), at_y(y), shown)
+        )
     return parts
 
 
