@@ -107,11 +107,15 @@ def test_a_baseline_killed_in_every_stage(tmp_path, settings, method, points):
         assert whole == killed
 
 
-@pytest.mark.parametrize("recipe", sorted({*method_names(), "spin"} - {"tpaw"}))
+@pytest.mark.parametrize("recipe", sorted({*method_names(), "sharpening", "spin"} - {"tpaw"}))
 def test_a_method_killed_in_every_stage(tmp_path, settings, recipe):
     changes = {"iterations": 2, "evaluate": {}, "keep": "last"}
-    # A random model is never right, and a quarter of the rows is few steps.
-    own = {"self_training": ["objective.keep=all"], "irft": ["train.batch_size=1"]}
+    # A random model is never right and seldom ends, and a quarter of the rows is few steps.
+    own = {
+        "self_training": ["objective.keep=all"],
+        "sharpening": ["train.batch_size=1", "generate.samples=8"],
+        "irft": ["train.batch_size=1"],
+    }
     overrides = ["train.epochs=1", *own.get(recipe, [])]
     config = RunConfig.load(settings | changes, recipe, overrides=overrides)
     path = tmp_path / "config.yaml"

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from builders import make_tokenizer, stopped_at_step, sums, write_jsonl
 from messages import refused, says
 from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tpaw.pipeline.stages
 import tpaw.pipeline.training
@@ -159,6 +161,109 @@ def test_parts_of_unequal_size_are_planned(short):
         plan_run(config, 4)
 
 
+def log_prob(model, prompt, response):
+    """Of one sequence alone, by transformers."""
+    ids = torch.tensor([[*prompt, *response]])
+    logps = model(ids).logits[0].double().log_softmax(-1)
+    at = range(len(prompt) - 1, len(prompt) + len(response) - 1)
+    return sum(logps[k, ids[0, k + 1]].item() for k in at)
+
+
+def test_sharpening_trains_on_the_likeliest_whole_response_to_each_prompt(
+    short, tmp_path, monkeypatch
+):
+    datasets, notes, original = [], [], tpaw.pipeline.training.team_trainer
+
+    def noting(policy, arguments, dataset, *others):
+        datasets.append(dataset)
+        return original(policy, arguments, dataset, *others)
+
+    rng = np.random.default_rng(0)
+
+    def answer(prompt, seed):  # whole or truncated; never a whole one to the first prompt
+        ids = rng.integers(5, 320, 6).tolist()
+        cut = int(rng.integers(1, 9))
+        is_first = prompt.tolist() == first_prompt
+        return ids if cut > 5 or is_first else [*ids[:cut], 4]
+
+    monkeypatch.setattr(tpaw.pipeline.training, "team_trainer", noting)
+    monkeypatch.setattr(tpaw.pipeline.stages, "note", notes.append)
+    config = RunConfig.load(short, "sharpening", overrides=["train.batch_size=2"])
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    first_prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": sums(N)[0]["question"]}], add_generation_prompt=True
+    )["input_ids"]
+    run = RunDirectory(tmp_path / "r")
+    self_play(config, run.root, open_generator=FakeGenerator(answer).opener)
+    examples = read_examples(run.inputs / "train.parquet")
+    folders = [config.model.path, run.checkpoint(1)]
+    for i, (dataset, folder) in enumerate(zip(datasets, folders, strict=True), start=1):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        responses = read_responses(run.responses(i))
+        assert len(responses) == 4 * N
+        expected = {}
+        with torch.no_grad():
+            for row, example in enumerate(examples):
+                whole = [responses[k] for k in range(row, 4 * N, N)]
+                whole = [r.token_ids.tolist() for r in whole if r.finish_reason == "stop"]
+                if whole:
+                    prompt = example.prompt_ids.tolist()
+                    best = max(whole, key=lambda ids: log_prob(model, prompt, ids))
+                    expected[tuple(prompt)] = best
+        assert 0 < len(expected) < N
+        found = {
+            tuple(row["prompt_ids"].tolist()): row["generated_ids"].tolist()
+            for row in (dataset[k] for k in range(len(dataset)))
+        }
+        assert len(dataset) == len(found)
+        assert found == expected
+        manifest = read_manifest(run.checkpoint(i))
+        kept = {"triples": len(expected), "responses": 4 * N}
+        assert kept.items() <= manifest.items()
+        assert kept.items() <= summarise(run, config)["players"][i]["kept"].items()
+        assert (manifest["right_share"], manifest["right_share_of_all"]) == (0.0, 0.0)
+        says(next(n for n in notes if f"iteration {i}" in n), len(expected), "likeliest")
+    plans = plan_run(config, N)
+    assert all(plan.is_at_most and plan.triples == N for plan in plans)
+    # Targets and responses under the newest checkpoint; θ_0's responses are not scored again.
+    players = [path.name for path in (run.root / "logprobs").iterdir()]
+    counts, _ = scored(run, players)
+    assert list(counts.values()) == [5 * N] * 2 == [plan.to_score for plan in plans]
+
+
+def test_the_right_ones_of_the_likeliest_are_counted(short, tmp_path, monkeypatch):
+    """Of four responses to each prompt one is right, and it has a single token less."""
+    notes, calls, tokenizer = [], [], make_tokenizer()
+
+    def answer(prompt, seed):
+        calls.append(0)
+        a, b = map(int, re.findall(r"\d+", tokenizer.decode(prompt.tolist()))[:2])
+        is_right = len(calls) <= N  # the first response to each prompt
+        ids = tokenizer.encode(f"#### {a + b + (not is_right)}")
+        return [*ids, *([] if is_right else [7] * 8), 4]
+
+    monkeypatch.setattr(tpaw.pipeline.stages, "note", notes.append)
+    short["generate"]["max_new_tokens"] = 30
+    config = RunConfig.load(short | {"iterations": 1}, "sharpening")
+    self_play(config, tmp_path / "r", open_generator=FakeGenerator(answer).opener)
+    manifest = read_manifest(RunDirectory(tmp_path / "r").checkpoint(1))
+    # A random model finds each token about as likely, so the shorter response wins.
+    assert (manifest["right_share"], manifest["right_share_of_all"]) == (1.0, 0.25)
+    says(next(note for note in notes if "likeliest" in note), N, "100.0%", "25.0%")
+
+
+def test_sharpening_with_truncated_responses_alone_is_refused(short, tmp_path):
+    config = RunConfig.load(short, "sharpening")
+    endless = FakeGenerator(lambda prompt, seed: [7] * 40).opener
+    with refused("objective.name", "self_training", "iteration 1", 4 * N, "whole"):
+        self_play(config, tmp_path / "r", open_generator=endless)
+
+
+def test_sharpening_with_one_response_is_refused(short):
+    with refused("generate.samples", 1, "self_training", 2):
+        RunConfig.load(short, "sharpening", overrides=["generate.samples=1"])
+
+
 def right_for_even_numbers():
     """Opens a generator that adds correctly if the first number is even."""
     tokenizer = make_tokenizer()
@@ -190,7 +295,7 @@ def test_self_training_keeps_the_right_responses_and_counts_them(short, tmp_path
         assert (manifest["triples"], manifest["responses"]) == (evens, N)
         lines = [json.loads(line) for line in run.training_log(i).read_text().splitlines()]
         assert lines[-1]["step"] == 2 * -(-evens // 2)
-    assert summarise(run, config)["players"][2]["right"] == {"triples": evens, "responses": N}
+    assert summarise(run, config)["players"][2]["kept"] == {"triples": evens, "responses": N}
 
 
 def test_self_training_without_a_right_response_says_which_iteration(short, tmp_path):
@@ -205,7 +310,7 @@ def test_self_training_needs_targets_with_an_answer(short, tmp_path):
     with refused("objective.name", "self_training", "data", "####"):
         self_play(RunConfig.load(short, "self_training"), tmp_path / "r")
     assert not (tmp_path / "r").exists()
-    assert load(short, "self_training").objective.needs.correct_responses is False
+    assert load(short, "self_training").objective.needs.responses == "all"
 
 
 def test_several_responses_to_a_prompt_are_as_many_triples(short, tmp_path):

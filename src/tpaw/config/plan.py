@@ -79,6 +79,8 @@ def plan_run(config: RunConfig, examples: int) -> list[IterationPlan]:
         responses = used * config.generate.samples
         if config.method == "self_play":
             triples, authors = len(opponents) * responses, (-1, *opponents)
+            if config.objective.needs.responses == "likeliest":  # one of each prompt
+                triples = used
         elif config.method == "critic":  # its targets are responses too
             triples = len(opponents) * responses if config.has_objective else used
             authors = opponents
@@ -103,7 +105,7 @@ def plan_run(config: RunConfig, examples: int) -> list[IterationPlan]:
                 triples=triples,
                 optimizer_steps=steps,
                 is_at_most=config.method == "critic"
-                or (config.method == "self_play" and config.objective.needs.correct_responses),
+                or (config.method == "self_play" and config.objective.needs.responses != "all"),
                 learning_rate=at_iteration(config.train.learning_rate, t),
                 lambda_=None if lambda_ is None else at_iteration(lambda_, t),
                 epochs=at_iteration(config.train.epochs, t),

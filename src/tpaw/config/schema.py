@@ -1114,6 +1114,11 @@ class RunConfig(Section):
                 f"team.main_players: {shown}: objective.name {name} has one reference, the newest "
                 "checkpoint; set team.main_players to {last: 1}"
             )
+        if needs.responses == "likeliest" and self.generate.samples == 1:
+            raise ValueError(
+                f"generate.samples: 1: objective.name {name} trains on the likeliest of several "
+                "responses to a prompt; set it to 2 or more"
+            )
         if needs.one_response and self.generate.samples > 1:
             raise ValueError(
                 f"generate.samples: {self.generate.samples}: objective.name {name} takes one "
@@ -1161,7 +1166,7 @@ class RunConfig(Section):
                         "critic.path; remove one of the two settings"
                     )
         needs = self.objective.needs
-        if self.has_objective and (needs.correct_responses or needs.initial_responses):
+        if self.has_objective and (needs.responses != "all" or needs.initial_responses):
             raise ValueError(
                 f"objective.name: {self.objective.name}: method critic chooses the responses "
                 "itself; choose another objective, or set critic.train_by to sft"

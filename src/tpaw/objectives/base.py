@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # configurations import this file, and must not wait for torc
     from torch import Tensor
 
 References = Literal["none", "newest", "team"]
+Kept = Literal["all", "correct", "likeliest"]
 
 SATURATED = 5.0
 """Margin, with λ, from which on a logistic loss has less than 2 % of its first gradient left."""
@@ -25,13 +26,14 @@ class ObjectiveNeeds(NamedTuple):
     Attributes:
         references: "none", no player is scored; "newest", exactly one player; "team", one or more.
         initial_responses: whether it reads the policy's log-prob of θ_0's response too.
-        correct_responses: whether D_O has the responses alone whose answer is right.
+        responses: which are in D_O. "all"; "correct", those that are right; "likeliest", of each
+            prompt the whole response with the highest log-prob under the newest checkpoint.
         one_response: whether each prompt must have one response of each opponent, not several.
     """
 
     references: References = "team"
     initial_responses: bool = False
-    correct_responses: bool = False
+    responses: Kept = "all"
     one_response: bool = False
 
 

@@ -336,6 +336,7 @@ class _Measuring:
         """
         stages = self.stages
         if triples is not None:
+            triples = stages.data.kept(triples, team.main_players)
             count = len(triples)
         elif self.config.method == "critic":
             count = len(stages.choose(t).examples)

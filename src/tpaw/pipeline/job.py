@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tpaw.team import Player
@@ -17,7 +18,9 @@ class TrainingJob:
         policy: θ_t.
         opponents: their responses are rejected. Empty for SFT and DPO.
         players: the reference models. Empty for SFT, and for an objective without references.
-        kept: for an objective that trains on right responses alone: how many are, and of how many.
+        kept: for an objective that trains on some responses alone, what its manifest says of them:
+            `triples` of `responses` in play are kept. Where the likeliest are kept and responses
+            can be checked, also the shares that are right, `right_share` and `right_share_of_all`.
     """
 
     t: int
@@ -25,4 +28,4 @@ class TrainingJob:
     policy: Player
     opponents: tuple[Player, ...] = ()
     players: tuple[Player, ...] = ()
-    kept: tuple[int, int] | None = None
+    kept: Mapping[str, float] | None = None

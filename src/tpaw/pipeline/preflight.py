@@ -157,7 +157,7 @@ def read_inputs(config: RunConfig, on_done: OnDone = ignore) -> Inputs:
     used = max(train.examples.largest_id, heldout.examples.largest_id)
     check_vocabulary(config.model, model_config, used)
     checker = checker_of(config.checker)
-    if config.objective.needs.correct_responses and not checker.can_check(train.examples):
+    if config.objective.needs.responses == "correct" and not checker.can_check(train.examples):
         raise InputError(
             f"objective.name: {config.objective.name}: it trains on the responses that are right, "
             "but some target of data has no `#### number`"

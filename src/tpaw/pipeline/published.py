@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tpaw.critic.selection import Agree, choose, read_scores
+from tpaw.critic.selection import Agree, best_of, choose, read_scores
 from tpaw.data.examples import Example, Examples
 from tpaw.evaluation.checker import Checker
 from tpaw.generation.responses import Response, Responses, read_responses
@@ -38,7 +38,7 @@ class Published:
         opponents: Sequence[Player],
         needs: ObjectiveNeeds | None = None,
     ) -> Triples:
-        """D_O: every example with the responses of every opponent.
+        """D_O: every example with the responses of every opponent, or those that are right.
 
         Args:
             examples: those that the iteration uses.
@@ -54,8 +54,21 @@ class Published:
             examples,
             [(o.index, part) for o in opponents for part in self._responses(o.index, count)],
             self._responses(0, count) if needs.initial_responses else (),
-            self._is_right if needs.correct_responses else None,
+            self._is_right if needs.responses == "correct" else None,
         )
+
+    def likeliest(self, triples: Triples, player: Player) -> Triples:
+        """Of each prompt, the triple whose whole response has the highest log-prob.
+
+        Args:
+            triples: D_O, with every response of every opponent.
+            player: its log-probs of these responses are stored.
+        """
+        logps = self.store(player).logps(triples.generated_keys)
+        by_prompt = (len(triples.responses), len(triples.examples))
+        is_whole = ~triples.is_truncated.reshape(by_prompt)
+        prompts, numbers = best_of(logps.reshape(by_prompt), is_whole)
+        return triples.only(np.sort(numbers * len(triples.examples) + prompts))
 
     def triples_of_chosen(self, chosen: Chosen, opponents: Sequence[Player]) -> Triples:
         """D_O of method critic: each chosen response against the opponents' other responses.

@@ -168,7 +168,7 @@ def bytes_of_temporary_files(config: RunConfig, plans: Sequence[IterationPlan], 
         return inputs + inputs  # TRL takes the ids again, with labels
     initial = config.objective.needs.initial_responses
     responses = [
-        bytes_of_responses(config, plan.triples + initial * plan.to_generate)
+        bytes_of_responses(config, (len(plan.opponents) + initial) * plan.to_generate)
         for plan in plans
         if plan.opponents
     ]

@@ -299,13 +299,14 @@ class Stages:
         """θ_{t+1}, from θ_t by minimising the objective over D_O.
 
         Raises:
-            InputError: the objective trains on right responses alone, and there are too few.
+            InputError: the objective trains on some responses alone, and there are too few.
         """
+        triples = self.data.kept(triples, team.main_players)
         steps = optimizer_steps(self.config, len(triples), t)
         job = TrainingJob(t, steps, policy, team.opponents, team.main_players)
-        if self.config.objective.needs.correct_responses:
-            job = replace(job, kept=(len(triples), triples.responses_in_play))
-            self._check_kept(triples, t)
+        is_done = is_published(self.run.iteration(t).checkpoint)
+        if self.config.objective.needs.responses != "all" and not is_done:
+            job = replace(job, kept=self._kept(triples, t))
         return self._train(job, triples)
 
     def train_by_sft(self, policy: Player, t: int, chosen: Chosen | None = None) -> Player:
@@ -368,23 +369,46 @@ class Stages:
         self._report.after_a_stage()
         self.trackers.after_a_stage()
 
-    def _check_kept(self, triples: Triples, t: int) -> None:
-        """Say how many responses are right, before training begins; refuse too few."""
-        iteration = self.run.iteration(t)
-        if is_published(iteration.checkpoint):
-            return
-        note(
-            f"iteration {iteration.number}: {len(triples):,} of {triples.responses_in_play:,} "
-            "responses are right"
-        )
+    def _kept(self, triples: Triples, t: int) -> dict[str, float]:
+        """Say which responses are trained on, before training begins; refuse too few."""
+        number, of = self.run.iteration(t).number, triples.responses_in_play
+        found: dict[str, float] = {"triples": len(triples), "responses": of}
+        if self.config.objective.needs.responses == "correct":
+            which, advice = "right", "start from a better model, raise generate.samples"
+            shown = f"{len(triples):,} of {of:,} responses are right"
+        else:
+            which, advice = "whole", "raise generate.max_new_tokens"
+            found |= self._right_shares(triples)
+            shown = f"the likeliest response to each of {len(triples):,} prompts is kept"
+            if "right_share" in found:
+                shown += "; {right_share:.1%} are right, of all {right_share_of_all:.1%}".format(
+                    **found
+                )
         if not len(triples):
             raise InputError(
-                f"objective.name: {self.config.objective.name}: iteration {iteration.number}: none "
-                f"of the {triples.responses_in_play:,} responses is right, so there is nothing to "
-                "train on; start from a better model, raise generate.samples, or train on all "
-                "responses"
+                f"objective.name: {self.config.objective.name}: iteration {number}: none of the "
+                f"{of:,} responses is {which}, so there is nothing to train on; {advice}, or train "
+                "on all responses"
             )
+        note(f"iteration {number}: {shown}")
         check_steps(self.config, len(triples), t)
+        return found
+
+    def _right_shares(self, triples: Triples) -> dict[str, float]:
+        """Of the triples, and of all responses in play; nothing if responses cannot be checked."""
+        checker, examples = self.published.checker, triples.examples
+        if not len(triples) or not checker.can_check(examples):
+            return {}
+        kept = sum(checker.is_right(example, found.text) for example, found, _ in triples)
+        of_all = sum(
+            checker.is_right(example, text)
+            for responses in triples.responses
+            for example, text in zip(examples, responses.texts, strict=True)
+        )
+        return {
+            "right_share": kept / len(triples),
+            "right_share_of_all": of_all / triples.responses_in_play,
+        }
 
     def _train(self, job: TrainingJob, triples: Triples | None = None) -> Player:
         """θ_{t+1}. Its saved steps are removed once it is published."""

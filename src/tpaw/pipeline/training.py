@@ -6,7 +6,7 @@ The processes of a group read the data from the run directory.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ from tpaw.runtime.memory import memory_limited_by
 from tpaw.runtime.processes import as_main_process_sees, is_main_process
 from tpaw.runtime.progress import Advance
 from tpaw.storage.artifacts import is_published, publishing, remove_temporaries
-from tpaw.team import Base
+from tpaw.team import Base, Player
 from tpaw.training.iteration import (
     BuildTrainer,
     dpo_objective,
@@ -78,12 +78,23 @@ class TrainingData:
         """Of each prompt, the response of θ_t that the critics like best, as its target."""
         return self.published.chosen(self.inputs.examples, t, self.config.critic.agree)
 
+    def kept(self, triples: Triples, players: Sequence[Player]) -> Triples:
+        """What the objective trains on: all, or of each prompt the likeliest response.
+
+        Args:
+            triples: D_O.
+            players: the main players, newest first; their log-probs are stored.
+        """
+        if self.config.objective.needs.responses != "likeliest":
+            return triples
+        return self.published.likeliest(triples, players[0])
+
     def trainer_of(self, job: TrainingJob, triples: Triples | None = None) -> BuildTrainer:
         """Return what makes the trainer of the run's method.
 
         Args:
             job: what is trained.
-            triples: D_O, if the caller has it already.
+            triples: what is trained on, if the caller has it already.
         """
         config = self.config
         if config.trains_by_sft:
@@ -102,8 +113,9 @@ class TrainingData:
             )
         else:
             objective = team_objective(config.objective, job.t)
-            read = lambda: self.published.triples(  # noqa: E731
-                self.examples(job.t), job.opponents, objective.needs
+            read = lambda: self.kept(  # noqa: E731
+                self.published.triples(self.examples(job.t), job.opponents, objective.needs),
+                job.players,
             )
         # The policy need not be a player: then there is nothing to compare its first step with.
         start_column = job.players.index(job.policy) if job.policy in job.players else None
@@ -145,7 +157,7 @@ def train_and_publish(
         return  # a process of the group died after that
     meta: dict[str, object] = {"index": iteration.number}
     if job.kept is not None:
-        meta |= dict(zip(("triples", "responses"), job.kept, strict=True))
+        meta |= job.kept
     # Without adapters, what is trained is a whole model, even if θ_0 was an adapter.
     base = job.policy.base if config.model.adapter is not None else None
     policy = players.for_training(job.policy, job.t)

@@ -124,8 +124,9 @@ def _iteration(run: RunDirectory, i: int, notes: list[str]) -> dict[str, Any]:
             entry["weights_removed_by"] = by
         manifest = read_manifest(run.checkpoint(i))
         seconds["train"] = manifest["seconds"]
-        if "triples" in manifest:  # of an objective that trains on right responses alone
-            entry["right"] = {"triples": manifest["triples"], "responses": manifest["responses"]}
+        if "triples" in manifest:  # of an objective that trains on some responses alone
+            names = ("triples", "responses", "right_share", "right_share_of_all")
+            entry["kept"] = {name: manifest[name] for name in names if name in manifest}
         try:
             log = run.read_training_log(i)
             # A count, because JSON has no number that is not finite.

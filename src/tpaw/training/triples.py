@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, overload
 
@@ -106,6 +107,15 @@ class Triples(Sequence[Triple]):
             self.responses[opponent][row],
             self.opponents[opponent],
         )
+
+    def only(self, indices: NDArray[np.int64]) -> Triples:
+        """These triples alone. What is in play stays the same."""
+        part = copy.copy(self)
+        part._places = self._places[indices]
+        part.target_keys = self.target_keys[indices]
+        part.generated_keys = self.generated_keys[indices]
+        part.is_truncated = self.is_truncated[indices]
+        return part
 
     def token_ids(self, index: int) -> tuple[TokenIds, TokenIds, TokenIds]:
         """The ids of prompt, target and generated response of a triple."""
