@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
+import torch
 import yaml
 from messages import refused
+from transformers import AutoModelForCausalLM
 
 from tpaw.config.schema import RunConfig
-from tpaw.probe.measure import probe
+from tpaw.evaluation.exact_match import is_correct
+from tpaw.probe.measure import _Measuring, probe
 from tpaw.probe.verdict import verdict
 from tpaw.runtime.interrupt import StopSignal
+
+
+def right_share_of_the_likeliest(path, examples, parts, kept, number):
+    """Of the responses with the highest log-prob, each alone in a pass of transformers' model."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    right = []
+    for row, example in enumerate(examples):
+        prompt = example.prompt_ids.tolist()
+        logps = {}
+        for part in parts:
+            if part.finish_reasons[row] == "stop":
+                ids = torch.tensor([[*prompt, *part.token_ids[row].tolist()]])
+                with torch.no_grad():
+                    found = model(ids).logits[0].double().log_softmax(-1)
+                at = torch.arange(len(prompt) - 1, ids.shape[1] - 1)
+                logps[part.texts[row]] = found[at, ids[0, at + 1]].sum().item()
+        if logps:
+            best = max(logps, key=logps.__getitem__)
+            right.append(is_correct(best, example.target_text))
+            assert parts[number[kept.tolist().index(row)]].texts[row] == best
+    assert len(right) == len(kept)
+    return sum(right) / len(right)
 
 
 def test_it_measures_speaks_and_leaves_nothing_behind(tpaw_, tmp_path, monkeypatch):
@@ -22,8 +48,18 @@ def test_it_measures_speaks_and_leaves_nothing_behind(tpaw_, tmp_path, monkeypat
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     for module in ("measure", "verdict"):
         monkeypatch.setattr(f"tpaw.probe.{module}.RECORDS_FOR_CRITIC", 64)
+    seen, original = [], _Measuring._likeliest
+
+    def noting(self, start, parts):
+        kept, number = original(self, start, parts)
+        seen.append((start.path, self.examples, parts, kept, number))
+        return kept, number
+
+    monkeypatch.setattr(_Measuring, "_likeliest", noting)
     code, out, _ = tpaw_("probe", "starter", "--rows", 64)
     assert code == 0
+    likeliest_right = right_share_of_the_likeliest(*seen[0])
+    assert re.search(rf"the likeliest of 4 +│ +{likeliest_right:.1%} ", out)
     assert not list(tmp_path.iterdir())
     for line in ("share that is signal", "right responses", "small critic: AUC", "margin"):
         assert line in out

@@ -14,7 +14,8 @@ LEARNING = Signal(squared_norm=1.0, share=0.4, p_value=0.0005, batches=16)
 STEP = FirstStep(CONVERGED, CONVERGED, float("nan"), 0.98, 0.2)
 ANSWERS = Answers(
     prompts=256, samples=4, temperature=1.0, is_plain=True, is_covered=True, identical_share=0.01,
-    truncated_share=0.0, right_share=None, greedy_right_share=None, different_share=0.9,
+    truncated_share=0.0, right_share=None, greedy_right_share=None, likeliest_right_share=None,
+    different_share=0.9,
     target_tokens=12, response_tokens=12, records_of_data=256,
 )  # fmt: skip
 CHANCE = Auc(0.51, (0.47, 0.55), 900, 64)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tpaw.config.plan import (
     as_in_the_first_iteration,
@@ -29,7 +30,7 @@ from tpaw.config.schema import (
 from tpaw.critic.comparisons import comparisons, halves, split
 from tpaw.critic.fit import fit
 from tpaw.critic.model import reader_of, scores_of, small_critic
-from tpaw.critic.selection import choose
+from tpaw.critic.selection import best_of, choose
 from tpaw.data.columns import key_list
 from tpaw.data.examples import Examples
 from tpaw.data.token_ids import TokenSequence
@@ -158,10 +159,14 @@ class _Measuring:
     def _answers(self, start: Player, parts: Sequence[Responses]) -> Answers:
         examples, config = self.examples, self.config
         facts = response_facts(self.run.responses(1))
-        right = greedy_right = None
+        right = greedy_right = likeliest_right = None
         if self.checker.can_check(examples):
-            right = float(np.mean([self._are_right(part.texts) for part in parts]))
+            are_right = np.array([self._are_right(part.texts) for part in parts])
+            right = float(are_right.mean())
             greedy_right = float(np.mean(self._are_right(self._greedy_texts(start))))
+            if len(parts) > 1:
+                kept, number = self._likeliest(start, parts)
+                likeliest_right = float(are_right[number, kept].mean()) if len(kept) else None
         texts = zip(*(part.texts for part in parts), strict=True)
         lengths = [len(ids) for part in parts for ids in part.token_ids]
         generate = config.generate
@@ -175,11 +180,32 @@ class _Measuring:
             truncated_share=facts["truncated"] / facts["rows"],
             right_share=right,
             greedy_right_share=greedy_right,
+            likeliest_right_share=likeliest_right,
             different_share=float(np.mean([len(set(found)) / len(parts) for found in texts])),
             target_tokens=float(np.median(examples.target_ids.lengths)),
             response_tokens=float(np.median(lengths)),
             records_of_data=self.records_of_data,
         )
+
+    def _likeliest(
+        self, start: Player, parts: Sequence[Responses]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The prompts with a whole response, and of each the number of its likeliest one."""
+        prompts = self.examples.prompt_ids
+        sequences = [
+            TokenSequence(prompt, response)
+            for part in parts
+            for prompt, response in zip(prompts, part.token_ids, strict=True)
+        ]
+        with self.watch.progress("log-probs", len(sequences), "sequences") as on_done:
+            logps = score_sequences(
+                self.players.for_scoring(start),
+                sequences,
+                tokens_per_row=self.short.score.tokens_per_row,
+                on_done=on_done,
+            )
+        is_whole = np.array([[r == "stop" for r in part.finish_reasons] for part in parts])
+        return best_of(logps.reshape(is_whole.shape), is_whole)
 
     def _are_right(self, texts: Iterable[str]) -> list[bool]:
         pairs = zip(self.examples, texts, strict=True)

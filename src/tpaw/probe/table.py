@@ -30,6 +30,7 @@ def probe_table(found: Probe) -> Table:
         (f"different ones of {answers.samples}", f"{answers.different_share:.1%}"),
         ("right responses", _share(answers.right_share)),
         ("  greedy", _share(answers.greedy_right_share)),
+        (f"  the likeliest of {answers.samples}", _share(answers.likeliest_right_share)),
         (
             "tokens, median of targets and responses",
             f"{answers.target_tokens:g}, {answers.response_tokens:g}",

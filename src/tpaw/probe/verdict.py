@@ -33,6 +33,8 @@ class Answers(NamedTuple):
         identical_share, truncated_share: of all responses.
         right_share: of sampled responses; None if it cannot be told.
         greedy_right_share: of greedy responses; None if it cannot be told.
+        likeliest_right_share: of the likeliest of the sampled responses to each prompt; None if it
+            cannot be told, or there is one response to each.
         different_share: of the responses to a prompt.
         target_tokens, response_tokens: medians.
         records_of_data: all that a run would use.
@@ -47,6 +49,7 @@ class Answers(NamedTuple):
     truncated_share: float
     right_share: float | None
     greedy_right_share: float | None
+    likeliest_right_share: float | None
     different_share: float
     target_tokens: float
     response_tokens: float
