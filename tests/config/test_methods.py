@@ -196,6 +196,18 @@ def test_a_method_may_take_one_response_alone(outside):
         RunConfig.load("starter", settings, overrides=["generate.samples=2"])
 
 
+def test_the_likeliest_responses_need_a_reference_that_tells_them(outside):
+    outside(
+        "blind",
+        "from typing import ClassVar\n"
+        "from tpaw.objectives.base import NamedObjective, ObjectiveNeeds\n"
+        "class Settings(NamedObjective):\n"
+        "    needs: ClassVar = ObjectiveNeeds('none', responses='likeliest')\n",
+    )
+    with refused("objective.name", "not_ours.blind", "likeliest", "reference"):
+        RunConfig.load("starter", {"objective": {"name": "not_ours.blind"}})
+
+
 def test_the_schema_covers_every_method_and_rule():
     properties = RunConfig.model_json_schema(by_alias=True)
     *methods, other = properties["properties"]["objective"]["anyOf"]

@@ -1114,6 +1114,11 @@ class RunConfig(Section):
                 f"team.main_players: {shown}: objective.name {name} has one reference, the newest "
                 "checkpoint; set team.main_players to {last: 1}"
             )
+        if needs.responses == "likeliest" and needs.references == "none":
+            raise ValueError(
+                f"objective.name: {name}: it trains on the likeliest responses, but its needs has "
+                "no reference that could tell them"
+            )
         if needs.responses == "likeliest" and self.generate.samples == 1:
             raise ValueError(
                 f"generate.samples: 1: objective.name {name} trains on the likeliest of several "
