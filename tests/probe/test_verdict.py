@@ -137,18 +137,22 @@ def test_margins(high, expected):
 
 # The measurements of docs/how-to/probe.md, in the order of its table.
 FOUR = {
-    "starter": (0.001, 0.410, 0.641, 0.38, None),
-    "starter, converged": (0.35, 0.895, 0.973, 0.89, None),
-    "walks": (0.14, 0.593, 0.766, 0.005, Auc(0.567, (0.539, 0.596), 600, 64)),
-    "fork": (0.96, 0.394, 0.0, 0.15, None),
+    "starter": (0.001, 0.410, 0.641, 0.5, 0.38, None),
+    "starter, converged": (0.35, 0.895, 0.973, 0.95, 0.89, None),
+    "walks": (0.14, 0.593, 0.766, 0.855, 0.005, Auc(0.567, (0.539, 0.596), 600, 64)),
+    "fork": (0.96, 0.394, 0.0, 0.64, 0.15, None),
 }
 
 
 def concluded(name):
-    p_value, sampled, greedy, identical, auc = FOUR[name]
+    p_value, sampled, greedy, likeliest, identical, auc = FOUR[name]
     critic = CRITIC._replace(auc=auc, auc_of_like_length=auc) if auc else None
     answers = ANSWERS._replace(
-        right_share=sampled, greedy_right_share=greedy, identical_share=identical
+        prompts=4000 if name == "walks" else 256,
+        right_share=sampled,
+        greedy_right_share=greedy,
+        likeliest_right_share=likeliest,
+        identical_share=identical,
     )
     signal = CONVERGED._replace(p_value=p_value)
     return conclusion(STEP._replace(sft=signal), answers, critic)
@@ -172,6 +176,27 @@ def test_the_conclusion_of_four_models_whose_answer_is_known():
         others = [text for other, text in found.items() if other != name]
         assert not any(wanted[1] in text for text in others)
         assert ("do not expect a gain of either" in found[name]) == (name != "starter")
+
+
+def test_the_likeliest_response_counts_where_it_beats_every_other_decoding():
+    """Two standard errors of .85 and .765 over 256 prompts are .045 and .053."""
+    answers = ANSWERS._replace(right_share=0.6, greedy_right_share=0.765)
+    better = conclusion(STEP, answers._replace(likeliest_right_share=0.87), None)
+    assert "The likeliest of 4 sampled responses is right more often (87.0%)" in better
+    assert "(60.0%)" in better
+    assert "(76.5%)" in better
+    assert "recipe sharpening" in better
+    for share in (0.85, 0.5, None):
+        text = conclusion(STEP, answers._replace(likeliest_right_share=share), None)
+        assert "sharpening" not in text
+        assert "Something else would have to come" in text
+    # Greedy responses are as good, and cost nothing.
+    alike = answers._replace(greedy_right_share=0.87, likeliest_right_share=0.87)
+    assert "sharpening" not in conclusion(STEP, alike, None)
+    # It stands beside what else there is to say.
+    assert "sharpening" in concluded("fork")
+    assert "sharpening" in concluded("walks")
+    assert "sharpening" not in concluded("starter, converged")
 
 
 def test_identical_responses_count_where_they_are_most_of_all():

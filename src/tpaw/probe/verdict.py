@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -139,17 +140,21 @@ def _conclusion_elsewhere(step: FirstStep, answers: Answers) -> str:
 
 def _what_would_have_to_change(answers: Answers, critic: CriticFound | None) -> str:
     """Of a model on which SFT has converged."""
+    likeliest = f" {_about_the_likeliest(answers)}" if _likeliest_wins(answers) else ""
     if _greedy_against_sampled(answers) < 0:
         return (
             "What can change the share of right responses is decoding: greedy responses are right "
             f"less often ({answers.greedy_right_share:.1%}) than sampled ones "
-            f"({answers.right_share:.1%}), so sample at temperature 1."
+            f"({answers.right_share:.1%}), so sample at temperature 1.{likeliest}"
         )
     if answers.identical_share > MANY_IDENTICAL:
         return (
             f"{answers.identical_share:.0%} of the responses equal their target already, so these "
             "records have little left to teach: other records would have to come."
         )
+    critic_helps = critic is not None and _tells(critic) and not _counts_tokens(critic)
+    if likeliest and not critic_helps:
+        return likeliest.strip()
     outside = "other records, or a checker of right responses (recipe self_training)"
     if critic is None:
         return f"Something else would have to come: {outside}."
@@ -166,7 +171,16 @@ def _what_would_have_to_change(answers: Answers, critic: CriticFound | None) -> 
     return (
         "But a small critic tells targets from responses, so another reward than the likelihood "
         "has something to go by: method critic may use it. Where it was tried so far, at most "
-        "greedy responses gained, and sampled ones did not."
+        f"greedy responses gained, and sampled ones did not.{likeliest}"
+    )
+
+
+def _about_the_likeliest(answers: Answers) -> str:
+    return (
+        f"The likeliest of {answers.samples} sampled responses is right more often "
+        f"({answers.likeliest_right_share:.1%}) than a sampled one ({answers.right_share:.1%}) and "
+        f"than the greedy one ({answers.greedy_right_share:.1%}): recipe sharpening trains on it, "
+        "and may gain what no temperature gives."
     )
 
 
@@ -196,6 +210,17 @@ def _greedy_against_sampled(answers: Answers) -> int:
     error = 2 * (sampled * (1 - sampled) / (answers.prompts * answers.samples)) ** 0.5
     error += 2 * (greedy * (1 - greedy) / answers.prompts) ** 0.5
     return int(greedy > sampled + error) - int(greedy < sampled - error)
+
+
+def _likeliest_wins(answers: Answers) -> bool:
+    """Whether the likeliest of several responses is right more often than other decoding gives."""
+    likeliest, greedy = answers.likeliest_right_share, answers.greedy_right_share
+    if likeliest is None or greedy is None or answers.right_share is None:
+        return False
+    best = max(greedy, answers.right_share)
+    # Two standard errors of each share.
+    errors = [2 * math.sqrt(p * (1 - p) / answers.prompts) for p in (likeliest, best)]
+    return likeliest > best + sum(errors)
 
 
 def _tells(critic: CriticFound) -> bool:
@@ -242,8 +267,8 @@ def _about_responses(step: FirstStep, answers: Answers) -> Iterator[str]:
         yield (
             f"Greedy responses are right less often ({answers.greedy_right_share:.1%}) than "
             f"sampled ones ({answers.right_share:.1%}): the likeliest first tokens lead away from "
-            "the right answers. A lower temperature makes this worse. Where this was tried so far, "
-            "no method changed it, nor did opponents at a higher temperature."
+            "the right answers. A lower temperature makes this worse. Of the methods that were "
+            "tried so far, sharpening alone changed it; opponents at a higher temperature did not."
         )
     elif better > 0:
         yield (
