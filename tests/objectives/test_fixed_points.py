@@ -136,3 +136,33 @@ def test_losses_per_token_and_without_reference_move_it(name, players, data, lik
     sampled = likeliest.logps().detach().exp()
     gradient = expected_gradient(settings(name), likeliest, data, sampled, players)
     assert gradient.abs().max() > 1e-3
+
+
+def likeliest_of(k, logps):
+    """Probabilities of the likeliest of k samples, exactly; equal ones share as they are sampled."""
+    shares = logps.exp()
+    values = logps.round(decimals=9)
+    chosen = torch.zeros_like(shares)
+    for value in values.unique():
+        group, below = values == value, shares[values < value].sum()
+        of_group = shares[group].sum()
+        chosen[group] = shares[group] / of_group * ((below + of_group) ** k - below**k)
+    return chosen
+
+
+def test_the_likeliest_of_several_responses_moves_it_towards_what_it_finds_likely(data, likeliest):
+    """Sharpening: the kept responses are no plain samples."""
+    before = likeliest.logps().detach()
+    assert likeliest_of(1, before) == pytest.approx(before.exp())
+    chosen = likeliest_of(4, before)
+    assert chosen.sum().item() == pytest.approx(1)
+    objective = settings("self_training", keep="likeliest")
+    gradient = expected_gradient(objective, likeliest, data, chosen, players=1)
+    assert gradient.abs().max() > 1e-3
+    with torch.no_grad():
+        likeliest.logits -= 0.1 * gradient
+    after = likeliest.logps().detach()
+    # A sample of the new policy is one that the old policy finds likelier.
+    assert (after.exp() * before).sum() > (before.exp() * before).sum() + 1e-3
+    # Its price: targets become less likely.
+    assert (data * after).sum() < (data * before).sum()
