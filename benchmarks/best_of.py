@@ -2,10 +2,10 @@
 
     python benchmarks/best_of.py studies/walks/runs/critic/seed-* [--json FILE]
 
-For the runs of method critic whose responses can be checked. A choice is among the whole responses
-to a training prompt; prompts that have none are left out. `any` is what a true checker would find.
-The critic has seen most of these prompts; the share on those that it has not seen is a row of its
-own, from the run's own results.
+For the runs of method critic whose responses can be checked, and whose checkpoints have their
+weights. A choice is among the whole responses to a training prompt; prompts that have none are left
+out. `any` is what a true checker would find. The critic has seen most of these prompts; the share
+on those that it has not seen is a row of its own, from the run's own results.
 """
 
 from __future__ import annotations
@@ -20,23 +20,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from common import print_table
 from numpy.typing import NDArray
-from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pad_sequence
 
 from tpaw.critic.selection import judged, read_scores
 from tpaw.data.inputs import load_inputs
+from tpaw.data.token_ids import TokenSequence
 from tpaw.evaluation.checker import checker_of
 from tpaw.generation.responses import read_responses
-from tpaw.models.loading import load_model
 from tpaw.models.references import find_checkpoint
+from tpaw.pipeline.players import LoadedPlayers
+from tpaw.scoring.score import score_sequences
 from tpaw.storage.artifacts import is_published
 from tpaw.storage.run_directory import RunDirectory
 
-IGNORED = -100
-SEQUENCES_AT_A_TIME = 512
 ON_UNSEEN_PROMPTS = "critic, prompts that it has not seen"
 Scores = NDArray[np.float64]  # of shape (samples, prompts)
 
@@ -77,14 +74,15 @@ def shares(run: RunDirectory, t: int) -> dict[str, float]:
     )
     is_whole = np.array([[reason == "stop" for reason in part.finish_reasons] for part in parts])
     lengths = np.array([[len(ids) for ids in part.token_ids] for part in parts])
-    start = find_checkpoint(f"{run.root}@{t}")
-    model = load_model(start.player, start.model, dtype=torch.float32, device=torch.device("cpu"))
-    pairs = [
-        (example.prompt_ids, ids)
+    sequences = [
+        TokenSequence(example.prompt_ids, ids)
         for part in parts
         for example, ids in zip(examples, part.token_ids, strict=True)
     ]
-    own_logps = logps(model, pairs).reshape(right.shape)
+    player = find_checkpoint(f"{run.root}@{t}").player
+    scorer = LoadedPlayers(config).for_scoring(player)
+    tokens = config.score.tokens_per_row
+    own_logps = score_sequences(scorer, sequences, tokens_per_row=tokens).reshape(right.shape)
     critic = judged(read_scores(run.iteration(t).critic), config.critic.agree).reshape(right.shape)
     results = json.loads((run.iteration(t).critic / "results.json").read_text(encoding="utf-8"))
     kept = is_whole.any(axis=0)
@@ -96,26 +94,10 @@ def shares(run: RunDirectory, t: int) -> dict[str, float]:
         "any": right.astype(float),
     }
     return {
-        "nothing: every response": float(right.mean()),
+        "nothing: every response": float(right[:, kept].mean()),
         **{arm: _share(scores, right, is_whole, kept) for arm, scores in arms.items()},
         ON_UNSEEN_PROMPTS: results["best_right_share_heldout"],
     }
-
-
-def logps(model: torch.nn.Module, pairs: Sequence[tuple[NDArray, NDArray]]) -> Scores:
-    """log π(response | prompt) of each pair, in nats."""
-    found: list[float] = []
-    for first in range(0, len(pairs), SEQUENCES_AT_A_TIME):
-        part = pairs[first : first + SEQUENCES_AT_A_TIME]
-        ids = [torch.tensor([*prompt, *response]) for prompt, response in part]
-        labels = [torch.tensor([IGNORED] * len(p) + list(r)) for p, r in part]
-        labels_BT = pad_sequence(labels, batch_first=True, padding_value=IGNORED)[:, 1:]
-        with torch.inference_mode():
-            # Padded on the right and causal: no real token sees padding.
-            logits_BTV = model(pad_sequence(ids, batch_first=True), use_cache=False).logits[:, :-1]
-            losses = cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), reduction="none")
-        found += (-losses.reshape(labels_BT.shape).sum(dim=1)).tolist()
-    return np.array(found)
 
 
 def votes(texts: Sequence[Sequence[str]]) -> Scores:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 pytest.importorskip("trl")  # in the extra "dev"
 
+import best_of
 import common
 import first_gradient
 import flops
@@ -293,3 +294,15 @@ def test_the_first_step_is_eta_times_sft_and_the_answers(finished, capsys):
     last = [line for line in capsys.readouterr().out.splitlines() if "1e+09" in line]
     assert last
     assert "1.00 " in last[0]
+
+
+def test_a_choice_among_responses_by_hand():
+    votes = best_of.votes([["a", "b"], ["a", "c"], ["x", "b"]])
+    assert votes.tolist() == [[2, 2], [2, 1], [1, 2]]
+    scores = np.array([[1.0, 0.0], [1.0, 5.0], [0.0, 9.0]])
+    right = np.array([[True, False], [False, True], [True, False]])
+    is_whole = np.array([[True, True], [True, True], [True, False]])
+    both, first = np.array([True, True]), np.array([True, False])
+    # Two are best for the first prompt, one of them right; for the second the truncated one is out.
+    assert best_of._share(scores, right, is_whole, both) == 0.75
+    assert best_of._share(scores, right, is_whole, first) == 0.5

@@ -458,7 +458,7 @@ def test_a_checker_of_the_users_decides_what_is_right(settings, tmp_path, monkey
         assert found["distinct_correct"] == pytest.approx(sum(right) / 10)
     responses = read_responses(run.responses(1))
     even = sum(len(response.text) % 2 == 0 for response in responses)
-    assert summary["players"][1]["right"] == {"triples": even, "responses": len(responses)}
+    assert summary["players"][1]["kept"] == {"triples": even, "responses": len(responses)}
 
 
 def test_exact_match_can_be_switched_off(settings, tmp_path):

@@ -139,7 +139,7 @@ def test_losses_per_token_and_without_reference_move_it(name, players, data, lik
 
 
 def likeliest_of(k, logps):
-    """Probabilities of the likeliest of k samples, exactly; equal ones share as they are sampled."""
+    """Exact probabilities of the likeliest of k samples; equal ones share as they are sampled."""
     shares = logps.exp()
     values = logps.round(decimals=9)
     chosen = torch.zeros_like(shares)

@@ -252,6 +252,15 @@ def test_what_is_refused(tpaw_, config, tmp_path):
         measure_costs(right_ones, read_inputs(right_ones), StopSignal())
 
 
+def test_nothing_is_measured_without_a_whole_response(config, monkeypatch):
+    none = np.empty(0, dtype=np.int64)  # every response was truncated
+    kept = lambda self, triples, players: triples.only(none)  # noqa: E731
+    monkeypatch.setattr(tpaw.pipeline.training.TrainingData, "kept", kept)
+    likeliest = RunConfig.load(config.model_dump(mode="json", by_alias=True), "sharpening")
+    with pytest.raises(InputError, match="none of the 96 responses that were tried is whole"):
+        measure_costs(likeliest, read_inputs(likeliest), StopSignal())
+
+
 def test_for_people():
     assert [readable_time(s) for s in (0.04, 99.9, 100, 5999, 6001, 90_000)] == [
         "0.0 s", "99.9 s", "2 min", "1 h 40 min", "1 h 40 min", "25 h 00 min",

@@ -252,6 +252,26 @@ def test_the_right_ones_of_the_likeliest_are_counted(short, tmp_path, monkeypatc
     says(next(note for note in notes if "likeliest" in note), N, "100.0%", "25.0%")
 
 
+def test_the_right_ones_are_counted_on_prompts_with_a_whole_response(short, tmp_path):
+    """The first prompt has truncated responses alone, the others a right and three wrong ones."""
+    calls, tokenizer = [], make_tokenizer()
+
+    def answer(prompt, seed):
+        calls.append(0)
+        a, b = map(int, re.findall(r"\d+", tokenizer.decode(prompt.tolist()))[:2])
+        if len(calls) % N == 1:
+            return [7] * 40
+        is_right = len(calls) <= N
+        return [*tokenizer.encode(f"#### {a + b + (not is_right)}"), *([7] * 8 * (not is_right)), 4]
+
+    short["generate"]["max_new_tokens"] = 30
+    config = RunConfig.load(short | {"iterations": 1}, "sharpening")
+    self_play(config, tmp_path / "r", open_generator=FakeGenerator(answer).opener)
+    manifest = read_manifest(RunDirectory(tmp_path / "r").checkpoint(1))
+    assert (manifest["triples"], manifest["responses"]) == (N - 1, 4 * N)
+    assert (manifest["right_share"], manifest["right_share_of_all"]) == (1.0, 0.25)
+
+
 def test_sharpening_with_truncated_responses_alone_is_refused(short, tmp_path):
     config = RunConfig.load(short, "sharpening")
     endless = FakeGenerator(lambda prompt, seed: [7] * 40).opener

@@ -37,7 +37,7 @@ def right_share_of_the_likeliest(path, examples, parts, kept, number):
             right.append(is_correct(best, example.target_text))
             assert parts[number[kept.tolist().index(row)]].texts[row] == best
     assert len(right) == len(kept)
-    return sum(right) / len(right)
+    return sum(right) / len(examples)
 
 
 def test_it_measures_speaks_and_leaves_nothing_behind(tpaw_, tmp_path, monkeypatch):

@@ -26,8 +26,8 @@ class ObjectiveNeeds(NamedTuple):
     Attributes:
         references: "none", no player is scored; "newest", exactly one player; "team", one or more.
         initial_responses: whether it reads the policy's log-prob of θ_0's response too.
-        responses: which are in D_O. "all"; "correct", those that are right; "likeliest", of each
-            prompt the whole response with the highest log-prob under the newest checkpoint.
+        responses: which are trained on. "all"; "correct", those that are right; "likeliest", of
+            each prompt the whole one with the highest log-prob under the newest main player.
         one_response: whether each prompt must have one response of each opponent, not several.
     """
 

@@ -32,8 +32,8 @@ class Settings(NamedObjective):
     keep: Kept = Field(
         "correct",
         description="Which responses to train on. correct: those that are right, as `checker` "
-        "tells. likeliest: of each prompt the one that the newest checkpoint finds likeliest "
-        "(recipe sharpening); truncated ones are never taken.",
+        "tells. likeliest: for each prompt, the one that the newest checkpoint finds likeliest "
+        "(recipe sharpening); truncated responses are never kept.",
     )
 
     @property

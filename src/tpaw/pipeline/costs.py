@@ -320,12 +320,15 @@ class _Measuring:
             return preference_pairs(self.stages.inputs.examples)
         triples = self.stages.build_triples(examples, team.opponents)
         if not len(triples):
-            raise InputError(
-                f"objective.name: {self.config.objective.name}: none of the "
-                f"{triples.responses_in_play:,} responses that were tried is right, so training "
-                "cannot be measured"
-            )
+            raise self._nothing_to_train_on(triples, "right")
         return triples
+
+    def _nothing_to_train_on(self, triples: Triples, which: str) -> InputError:
+        return InputError(
+            f"objective.name: {self.config.objective.name}: none of the "
+            f"{triples.responses_in_play:,} responses that were tried is {which}, so training "
+            "cannot be measured"
+        )
 
     def _training(
         self, policy: Player, team: Team, triples: Triples | None, t: int
@@ -338,6 +341,8 @@ class _Measuring:
         if triples is not None:
             triples = stages.data.kept(triples, team.main_players)
             count = len(triples)
+            if not count:
+                raise self._nothing_to_train_on(triples, "whole")
         elif self.config.method == "critic":
             count = len(stages.choose(t).examples)
         else:

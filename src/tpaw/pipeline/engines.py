@@ -40,7 +40,7 @@ class Engine(Protocol):
 
         Args:
             job: what is trained.
-            triples: D_O. Another process reads it from the run directory.
+            triples: what is trained on. Another process reads it from the run directory.
             progress: the progress bar of the training.
 
         Raises:

@@ -381,8 +381,9 @@ class Stages:
             found |= self._right_shares(triples)
             shown = f"the likeliest response to each of {len(triples):,} prompts is kept"
             if "right_share" in found:
-                shown += "; {right_share:.1%} are right, of all {right_share_of_all:.1%}".format(
-                    **found
+                shown += (
+                    f"; {found['right_share']:.1%} of them are right, and "
+                    f"{found['right_share_of_all']:.1%} of all responses to these prompts"
                 )
         if not len(triples):
             raise InputError(
@@ -395,19 +396,21 @@ class Stages:
         return found
 
     def _right_shares(self, triples: Triples) -> dict[str, float]:
-        """Of the triples, and of all responses in play; nothing if responses cannot be checked."""
+        """Of the triples, and of all responses to their prompts; nothing if nothing tells them."""
         checker, examples = self.published.checker, triples.examples
         if not len(triples) or not checker.can_check(examples):
             return {}
-        kept = sum(checker.is_right(example, found.text) for example, found, _ in triples)
-        of_all = sum(
+        kept = [checker.is_right(example, found.text) for example, found, _ in triples]
+        ids = {example.id for example, *_ in triples}
+        of_all = [
             checker.is_right(example, text)
             for responses in triples.responses
             for example, text in zip(examples, responses.texts, strict=True)
-        )
+            if example.id in ids
+        ]
         return {
-            "right_share": kept / len(triples),
-            "right_share_of_all": of_all / triples.responses_in_play,
+            "right_share": sum(kept) / len(kept),
+            "right_share_of_all": sum(of_all) / len(of_all),
         }
 
     def _train(self, job: TrainingJob, triples: Triples | None = None) -> Player:

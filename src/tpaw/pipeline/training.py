@@ -146,7 +146,7 @@ def train_and_publish(
         players: loads the policy, and frees its memory afterwards.
         advance: called with 1 after each step.
         stop: tells whether the user asked for a stop.
-        triples: D_O, if the caller has it already.
+        triples: what is trained on, if the caller has it already.
 
     Raises:
         TpawError: see `train_iteration`.

@@ -166,7 +166,7 @@ class _Measuring:
             greedy_right = float(np.mean(self._are_right(self._greedy_texts(start))))
             if len(parts) > 1:
                 kept, number = self._likeliest(start, parts)
-                likeliest_right = float(are_right[number, kept].mean()) if len(kept) else None
+                likeliest_right = float(are_right[number, kept].sum()) / len(examples)
         texts = zip(*(part.texts for part in parts), strict=True)
         lengths = [len(ids) for part in parts for ids in part.token_ids]
         generate = config.generate
@@ -306,6 +306,7 @@ class _Measuring:
         triples = stages.build_triples(self.examples, team.opponents)
         stages.score(triples, team.main_players, 0)
         trained = stages.train(start, triples, team, 0)
+        kept = stages.data.kept(triples, team.main_players)
         sequences = triples.sequences()
         wanted = [sequences[i] for i in range(len(sequences))]
         before, after = (
@@ -324,7 +325,7 @@ class _Measuring:
         lambda_ = getattr(config.objective, "lambda_", 1.0)
         margins = np.abs(lambda_ * (target - generated))
         return Margins(
-            steps=optimizer_steps(config, len(triples), 0),
+            steps=optimizer_steps(config, len(kept), 0),
             steps_of_iteration=plan_run(self.config, self.records_of_data)[0].optimizer_steps,
             median=float(np.median(margins)),
             high=float(np.quantile(margins, 0.95)),

@@ -34,7 +34,7 @@ class Answers(NamedTuple):
         identical_share, truncated_share: of all responses.
         right_share: of sampled responses; None if it cannot be told.
         greedy_right_share: of greedy responses; None if it cannot be told.
-        likeliest_right_share: of the likeliest of the sampled responses to each prompt; None if it
+        likeliest_right_share: share of prompts whose likeliest whole response is right; None if it
             cannot be told, or there is one response to each.
         different_share: of the responses to a prompt.
         target_tokens, response_tokens: medians.

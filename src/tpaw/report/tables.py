@@ -37,7 +37,7 @@ def summary_table(summary: dict[str, Any], width: int = WIDTH_OF_SUMMARY) -> Tab
     caption += (
         f" A terminal of {WIDTH_OF_SUMMARY} columns shows more."
         if is_narrow
-        else " Identical, truncated: of the responses that θ_i was trained on."
+        else " Identical, truncated: of the responses of the checkpoint before."
     )
     table = Table(caption=caption, caption_style="", caption_justify="left")
     kept = [k for k, h in enumerate(SUMMARY_HEADINGS) if not is_narrow or h in _NARROW]

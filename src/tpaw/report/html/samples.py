@@ -91,9 +91,9 @@ def samples_of_evaluations(inputs: Path, evaluations: Mapping[str, Path], budget
 
 
 def training_samples(run: RunDirectory, iterations: int, budget: int) -> Samples:
-    """Training prompts with the responses that each iteration trained against.
+    """Training prompts with the responses of each checkpoint, which the next iteration used.
 
-    The responses of iteration t + 1 are those of θ_t. Of several to a prompt, the first is shown.
+    Of several to a prompt the first is shown, whether or not it was trained on.
 
     Args:
         run: the run directory.
