@@ -166,7 +166,7 @@ def test_the_conclusion_of_four_models_whose_answer_is_known():
         "walks": [
             "SFT has converged",
             "a small critic tells targets",
-            "at most greedy responses gained",
+            "greedy responses gained in one world",
         ],
         "fork": ["SFT has converged", "(0.0%)", "(39.4%)", "sample at temperature 1"],
     }

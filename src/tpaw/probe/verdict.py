@@ -170,8 +170,8 @@ def _what_would_have_to_change(answers: Answers, critic: CriticFound | None) -> 
         )
     return (
         "But a small critic tells targets from responses, so another reward than the likelihood "
-        "has something to go by: method critic may use it. Where it was tried so far, at most "
-        f"greedy responses gained, and sampled ones did not.{likeliest}"
+        "has something to go by: method critic may use it. Where it was tried so far, greedy "
+        f"responses gained in one world, and sampled ones in none.{likeliest}"
     )
 
 
