@@ -28,6 +28,7 @@ from tpaw.data.examples import read_examples
 from tpaw.data.token_ids import read_table
 from tpaw.generation.generator import FakeGenerator
 from tpaw.generation.responses import read_responses
+from tpaw.pipeline.stages import Stages
 from tpaw.report.summary import summarise
 from tpaw.report.tables import plan_table
 from tpaw.selfplay import self_play
@@ -169,9 +170,11 @@ def log_prob(model, prompt, response):
     return sum(logps[k, ids[0, k + 1]].item() for k in at)
 
 
+@pytest.mark.parametrize("reads_from_disk", [False, True])
 def test_sharpening_trains_on_the_likeliest_whole_response_to_each_prompt(
-    short, tmp_path, monkeypatch
+    short, tmp_path, monkeypatch, reads_from_disk
 ):
+    """Also where training reads its data from the run directory, as a process of a group does."""
     datasets, notes, original = [], [], tpaw.pipeline.training.team_trainer
 
     def noting(policy, arguments, dataset, *others):
@@ -186,6 +189,9 @@ def test_sharpening_trains_on_the_likeliest_whole_response_to_each_prompt(
         is_first = prompt.tolist() == first_prompt
         return ids if cut > 5 or is_first else [*ids[:cut], 4]
 
+    if reads_from_disk:
+        train = Stages._train
+        monkeypatch.setattr(Stages, "_train", lambda self, job, triples=None: train(self, job))
     monkeypatch.setattr(tpaw.pipeline.training, "team_trainer", noting)
     monkeypatch.setattr(tpaw.pipeline.stages, "note", notes.append)
     config = RunConfig.load(short, "sharpening", overrides=["train.batch_size=2"])

@@ -137,10 +137,10 @@ def test_margins(high, expected):
 
 # The measurements of docs/how-to/probe.md, in the order of its table.
 FOUR = {
-    "starter": (0.001, 0.410, 0.641, 0.5, 0.38, None),
-    "starter, converged": (0.35, 0.895, 0.973, 0.95, 0.89, None),
-    "walks": (0.14, 0.593, 0.766, 0.855, 0.005, Auc(0.567, (0.539, 0.596), 600, 64)),
-    "fork": (0.96, 0.394, 0.0, 0.64, 0.15, None),
+    "starter": (0.001, 0.410, 0.641, 0.523, 0.38, None),
+    "starter, converged": (0.35, 0.885, 0.973, 0.930, 0.88, None),
+    "walks": (0.14, 0.593, 0.766, 0.861, 0.005, Auc(0.567, (0.539, 0.596), 600, 64)),
+    "fork": (0.84, 0.379, 0.0, 0.598, 0.15, None),
 }
 
 
@@ -162,13 +162,13 @@ def test_the_conclusion_of_four_models_whose_answer_is_known():
     found = {name: concluded(name) for name in FOUR}
     parts = {
         "starter": ["SFT has not converged", "expect what more SFT would give", "sft_continue"],
-        "starter, converged": ["SFT has converged", "89% of the responses equal their target"],
+        "starter, converged": ["SFT has converged", "88% of the responses equal their target"],
         "walks": [
             "SFT has converged",
             "a small critic tells targets",
             "greedy responses gained in one world",
         ],
-        "fork": ["SFT has converged", "(0.0%)", "(39.4%)", "sample at temperature 1"],
+        "fork": ["SFT has converged", "(0.0%)", "(37.9%)", "sample at temperature 1"],
     }
     for name, wanted in parts.items():
         assert all(part in found[name] for part in wanted), found[name]

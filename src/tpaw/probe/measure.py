@@ -151,6 +151,8 @@ class _Measuring:
         start = self.stages.initial_player()
         self.stages.generate(start, self.examples, 0)
         parts = read_responses(self.run.responses(1)).in_parts_of(len(self.examples))
+        # Answers and margins read these log-probs.
+        self.stages.score(self.stages.published.triples(self.examples, [start]), [start], 0)
         answers = self._answers(start, parts)
         step = self._first_step(start, parts)
         critic = self._critic(parts) if len(self.examples) >= RECORDS_FOR_CRITIC else None
@@ -191,21 +193,11 @@ class _Measuring:
         self, start: Player, parts: Sequence[Responses]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The prompts with a whole response, and of each the number of its likeliest one."""
-        prompts = self.examples.prompt_ids
-        sequences = [
-            TokenSequence(prompt, response)
-            for part in parts
-            for prompt, response in zip(prompts, part.token_ids, strict=True)
-        ]
-        with self.watch.progress("log-probs", len(sequences), "sequences") as on_done:
-            logps = score_sequences(
-                self.players.for_scoring(start),
-                sequences,
-                tokens_per_row=self.short.score.tokens_per_row,
-                on_done=on_done,
-            )
-        is_whole = np.array([[r == "stop" for r in part.finish_reasons] for part in parts])
-        return best_of(logps.reshape(is_whole.shape), is_whole)
+        published = self.stages.published
+        triples = published.triples(self.examples, [start])
+        logps = published.store(start).logps(triples.generated_keys)
+        by_prompt = (len(parts), len(self.examples))
+        return best_of(logps.reshape(by_prompt), ~triples.is_truncated.reshape(by_prompt))
 
     def _are_right(self, texts: Iterable[str]) -> list[bool]:
         pairs = zip(self.examples, texts, strict=True)
@@ -309,13 +301,9 @@ class _Measuring:
         kept = stages.data.kept(triples, team.main_players)
         sequences = triples.sequences()
         wanted = [sequences[i] for i in range(len(sequences))]
-        before, after = (
-            score_sequences(
-                self.players.for_scoring(player),
-                wanted,
-                tokens_per_row=config.score.tokens_per_row,
-            )
-            for player in (start, trained)
+        before = stages.published.store(start).logps(sequences.keys)
+        after = score_sequences(
+            self.players.for_scoring(trained), wanted, tokens_per_row=config.score.tokens_per_row
         )
         gain = dict(zip(key_list(sequences.keys), after - before, strict=True))
         target, generated = (
