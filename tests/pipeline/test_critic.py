@@ -14,6 +14,7 @@ from messages import refused
 from transformers import AutoModelForSequenceClassification, ModernBertForSequenceClassification
 
 import tpaw.pipeline.training
+from tests.report.html.parsed import shown_responses
 from tpaw.config.plan import plan_run
 from tpaw.config.schema import RunConfig
 from tpaw.data.examples import read_examples
@@ -117,6 +118,11 @@ def test_it_trains_by_sft_on_what_the_critic_likes_best(critic_settings, tmp_pat
                 best = max(whole, key=lambda place: (least[place], -place))
                 expected.append((examples.ids[row], responses.token_ids[best].tolist()))
         assert trained_on[t] == expected
+        texts = {(r.example_id, tuple(r.token_ids.tolist())): r.text for r in responses}
+        shown = shown_responses(run, config)
+        for name, ids in expected:
+            found = shown[name][t]
+            assert found == {"text": texts[name, tuple(ids)], "chosen": "the critic's best of 3"}
         assert 0 < len(expected) <= N
         facts = json.loads((folder / "results.json").read_text())
         assert (facts["prompts"], facts["chosen"]) == (N, len(expected))

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tpaw.pipeline.stages
 import tpaw.pipeline.training
+from tests.report.html.parsed import shown_responses
 from tpaw.config.files import to_yaml
 from tpaw.config.methods import method_names
 from tpaw.config.plan import plan_run
@@ -229,6 +230,16 @@ def test_sharpening_trains_on_the_likeliest_whole_response_to_each_prompt(
         assert kept.items() <= summarise(run, config)["players"][i]["kept"].items()
         assert (manifest["right_share"], manifest["right_share_of_all"]) == (0.0, 0.0)
         says(next(n for n in notes if f"iteration {i}" in n), len(expected), "likeliest")
+        # The report shows the kept response, and the first one where none is kept.
+        texts = {(r.example_id, tuple(r.token_ids.tolist())): r.text for r in responses}
+        for row, example in enumerate(examples):
+            best = expected.get(tuple(example.prompt_ids.tolist()))
+            kept = best and {
+                "text": texts[example.id, tuple(best)],
+                "chosen": "the likeliest of 4",
+            }
+            first = {"text": responses[row].text, "truncated": True}
+            assert shown_responses(run, config)[example.id][i - 1] == (kept or first)
     plans = plan_run(config, N)
     assert all(plan.is_at_most and plan.triples == N for plan in plans)
     # Targets and responses under the newest checkpoint; θ_0's responses are not scored again.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from html.parser import HTMLParser
+
+from tpaw.report.html.page import rendered
 
 
 class Parsed(HTMLParser):
@@ -27,3 +30,9 @@ class Parsed(HTMLParser):
             self.scripts[attributes.get("id", tag)] = data
         else:
             self.texts.append(data)
+
+
+def shown_responses(run, config):
+    """Of each training prompt, by its id, the responses on the page of a run."""
+    data = json.loads(Parsed(rendered(run, config)).scripts["samples-data"])
+    return {item["id"]: item["answers"] for item in data["training"]["items"]}

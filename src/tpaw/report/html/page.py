@@ -91,7 +91,7 @@ def rendered(run: RunDirectory, config: RunConfig) -> str:
     summary = summarise(run, config)
     heldout = heldout_samples(run, config.iterations, int(BYTES_OF_SAMPLES * HELDOUT_SHARE))
     used = len(as_json(heldout.as_json()).encode())
-    training = training_samples(run, config.iterations, max(0, BYTES_OF_SAMPLES - used))
+    training = training_samples(run, config, max(0, BYTES_OF_SAMPLES - used))
     problems = [*heldout.problems, *training.problems]
     logs = training_logs(run, config.iterations, problems)
     headings, costs = cost_rows(run, summary)

@@ -16,7 +16,10 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tpaw.config.schema import RunConfig
+from tpaw.errors import ArtifactError
 from tpaw.evaluation.items import read_items
+from tpaw.report.html.kept import kept_responses
 from tpaw.storage.artifacts import MANIFEST, is_published, read_files, read_manifest
 from tpaw.storage.run_directory import RunDirectory
 
@@ -90,25 +93,33 @@ def samples_of_evaluations(inputs: Path, evaluations: Mapping[str, Path], budget
     return _chosen(inputs, answers, budget, problems)
 
 
-def training_samples(run: RunDirectory, iterations: int, budget: int) -> Samples:
+def training_samples(run: RunDirectory, config: RunConfig, budget: int) -> Samples:
     """Training prompts with the responses of each checkpoint, which the next iteration used.
 
-    Of several to a prompt the first is shown, whether or not it was trained on.
+    Of several to a prompt, the one that the method chooses is shown, or the first.
 
     Args:
         run: the run directory.
-        iterations: of the run.
+        config: the run's configuration.
         budget: bytes that the items may have as JSON.
     """
     problems: list[str] = []
     answers: dict[str, dict[str, dict[str, Any]]] = {}
-    for t in range(iterations):
+    for t in range(config.iterations):
         folder = run.iteration(t).responses
         if not is_published(folder):
             continue
         found = answers[f"θ_{t}"] = {}
         for row in islice(_responses(folder, problems), LOOKED_AT):
             found.setdefault(row["example_id"], _answer(row["text"], row["finish_reason"]))
+        try:
+            name, kept = kept_responses(run, config, t)
+        except (OSError, ValueError, KeyError, pa.ArrowException, ArtifactError) as error:
+            problems.append(f"iterations/{t + 1}: which responses were trained on: {error}")
+            continue
+        for response in kept[:LOOKED_AT]:
+            answer = _answer(response.text, response.finish_reason)
+            found[response.example_id] = answer | {"chosen": name}
     return _chosen(run.inputs / "train.parquet", answers, budget, problems)
 
 

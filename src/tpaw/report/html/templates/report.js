@@ -133,6 +133,7 @@
         before = answer.text;
       }
       const facts = [];
+      if (answer.chosen) facts.push(answer.chosen);
       if (answer.truncated) facts.push('truncated at the length limit');
       if (answer.logps) {
         facts.push(`log π(target) ${answer.logps[0]}`, `log π(θ_0's answer) ${answer.logps[1]}`);
