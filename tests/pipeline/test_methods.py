@@ -248,6 +248,47 @@ def test_sharpening_trains_on_the_likeliest_whole_response_to_each_prompt(
     assert list(counts.values()) == [5 * N] * 2 == [plan.to_score for plan in plans]
 
 
+@pytest.mark.parametrize("change", ["team.opponents={last: 2}", "data.chunks=2"])
+def test_sharpening_chooses_among_what_the_iteration_plays_with(
+    short, tmp_path, monkeypatch, change
+):
+    """Of two opponents, the responses of both; of two chunks, those to the prompts of one."""
+    datasets, original = [], tpaw.pipeline.training.team_trainer
+    rng = np.random.default_rng(1)
+
+    def noting(policy, arguments, dataset, *others):
+        datasets.append(dataset)
+        return original(policy, arguments, dataset, *others)
+
+    def answer(prompt, seed):
+        return [*rng.integers(5, 320, int(rng.integers(1, 5))).tolist(), 4]
+
+    monkeypatch.setattr(tpaw.pipeline.training, "team_trainer", noting)
+    overrides = ["train.batch_size=2", "generate.samples=2", change]
+    config = RunConfig.load(short, "sharpening", overrides=overrides)
+    run = RunDirectory(tmp_path / "r")
+    self_play(config, run.root, open_generator=FakeGenerator(answer).opener)
+    examples = read_examples(run.inputs / "train.parquet")
+    prompts = dict(zip(examples.ids, (ids.tolist() for ids in examples.prompt_ids), strict=True))
+    candidates = {}  # of each prompt, all responses that the second iteration plays with
+    for i in (1, 2) if "opponents" in change else (2,):
+        for response in read_responses(run.responses(i)):
+            known = candidates.setdefault(tuple(prompts[response.example_id]), [])
+            known.append(response.token_ids.tolist())
+    assert {len(known) for known in candidates.values()} == {4 if "opponents" in change else 2}
+    model = AutoModelForCausalLM.from_pretrained(run.checkpoint(1), dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = {
+            prompt: max(known, key=lambda ids: log_prob(model, prompt, ids))
+            for prompt, known in candidates.items()
+        }
+    found = [datasets[1][k] for k in range(len(datasets[1]))]
+    assert len(found) == (N if "opponents" in change else N // 2)
+    assert {
+        tuple(row["prompt_ids"].tolist()): row["generated_ids"].tolist() for row in found
+    } == expected
+
+
 def test_the_right_ones_of_the_likeliest_are_counted(short, tmp_path, monkeypatch):
     """Of four responses to each prompt one is right, and it has a single token less."""
     notes, calls, tokenizer = [], [], make_tokenizer()

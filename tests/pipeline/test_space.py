@@ -15,6 +15,8 @@ from tpaw.models.size import ModelSize
 from tpaw.pipeline.space import (
     bytes_of_critic,
     bytes_of_evaluation,
+    bytes_of_responses,
+    bytes_of_temporary_files,
     plan_space,
     space_for_responses,
     space_for_training,
@@ -114,3 +116,24 @@ def test_each_sampled_response_to_a_held_out_prompt_is_counted(settings):
     settings["evaluate"] |= {"samples": 4}
     # Three kinds of greedy results, and at two temperatures four responses in place of one.
     assert bytes_of_evaluation(RunConfig.load(settings), 10) == one / 5 * 11
+
+
+@pytest.mark.parametrize(
+    ("method", "opponents", "samples", "parts"),
+    [
+        ("tpaw", 1, 1, 1),
+        ("sharpening", 1, 4, 4),
+        ("sharpening", 3, 4, 12),
+        ("tpaw", 3, 2, 6),
+        ("tspin", 1, 2, 4),  # each response beside the one of θ_0
+    ],
+)
+def test_temporary_files_hold_all_that_is_played_with(settings, method, opponents, samples, parts):
+    """Relative to one response to each prompt."""
+    settings["generate"] |= {"samples": samples}
+    settings |= {"iterations": 3}
+    own = {"team": {"opponents": {"last": opponents}}}
+    config = RunConfig.load(settings, *([] if method == "tpaw" else [method]), own | settings)
+    found = bytes_of_temporary_files(config, plan_run(config, 100_000), 0)
+    one = bytes_of_responses(config, 100_000)
+    assert found == pytest.approx(parts * one, rel=1e-3)
