@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -250,12 +251,17 @@ def test_two_workers_give_the_bytes_of_one_process(cluster, settings, alone, tmp
 
 
 @pytest.mark.parametrize(
-    ("recipe", "more"), [("tspin", {"generate": {"samples": 2}}), ("irft", {"data": {"chunks": 2}})]
+    ("recipe", "more"),
+    [
+        ("tspin", {"generate": {"samples": 2}}),
+        ("irft", {"data": {"chunks": 2}}),
+        ("sharpening", {"generate": {"samples": 8}, "train": {"batch_size": 2, "warmup": 0.0}}),
+    ],
 )
 def test_what_methods_ask_of_the_loop_reaches_the_group_that_trains(
     cluster, model_folder, data_file, heldout_file, tmp_path, recipe, more
 ):
-    """Responses of θ_0 and several answers to a prompt; a part of the data."""
+    """Responses of θ_0 and several answers to a prompt; a part of the data; the kept responses."""
     settings = settings_of(model_folder, data_file, heldout_file) | {"evaluate": {}}
     configs = [
         RunConfig.load(s, recipe, more, overrides=["train.epochs=1"])
@@ -267,7 +273,8 @@ def test_what_methods_ask_of_the_loop_reaches_the_group_that_trains(
     alone, run = runs
     assert before_training(run) == before_training(alone)
     assert read_manifest(run.checkpoint(1))["processes"] == 2
-    assert len(losses(alone)) == {"tspin": 6, "irft": 2}[recipe]
+    kept = read_manifest(run.checkpoint(1)).get("triples", 0)
+    assert len(losses(alone)) == {"tspin": 6, "irft": 2, "sharpening": math.ceil(kept / 2)}[recipe]
     assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
 
 
