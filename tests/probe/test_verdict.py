@@ -77,7 +77,7 @@ def test_responses_that_are_no_samples_of_the_model(signal, word):
 def test_a_critic_that_tells_targets_from_responses():
     found = CRITIC._replace(auc=TELLS, auc_of_like_length=TELLS)
     text = said(critic=found)
-    assert "Method critic may gain what SFT cannot." in text
+    assert "method critic has something to go by." in text
     assert "Its best" not in text
     checked = found._replace(right_share=0.5, best_right_share=0.7)
     assert "Its best of 4 responses is right in 70.0%, a response in 50.0%." in said(critic=checked)
@@ -88,10 +88,10 @@ def test_a_critic_that_only_counts_tokens_is_caught():
     text = said(critic=CRITIC._replace(auc=TELLS, auc_of_length_alone=long))
     assert "but by their length" in text
     assert "would be long, not good" in text
-    assert "may gain" not in text
+    assert "something to go by" not in text
     # One that also tells targets from responses of like length knows more than the length.
     both = CRITIC._replace(auc=TELLS, auc_of_length_alone=long, auc_of_like_length=TELLS)
-    assert "may gain" in said(critic=both)
+    assert "something to go by" in said(critic=both)
 
 
 def test_more_rows_may_make_a_critic():
@@ -165,8 +165,9 @@ def test_the_conclusion_of_four_models_whose_answer_is_known():
         "starter, converged": ["SFT has converged", "88% of the responses equal their target"],
         "walks": [
             "SFT has converged",
-            "a small critic tells targets",
-            "greedy responses gained in one world",
+            "(86.1%)",
+            "Recipe sharpening trains on it",
+            "at its best temperature, with the learning rate that is best there",
         ],
         "fork": ["SFT has converged", "(0.0%)", "(37.9%)", "sample at temperature 1"],
     }
@@ -175,7 +176,9 @@ def test_the_conclusion_of_four_models_whose_answer_is_known():
         # What sets a model apart is not said of another one.
         others = [text for other, text in found.items() if other != name]
         assert not any(wanted[1] in text for text in others)
-        assert ("do not expect a gain of either" in found[name]) == (name != "starter")
+        assert ("do not expect a gain in likelihood of either" in found[name]) == (
+            name != "starter"
+        )
 
 
 def test_the_likeliest_response_counts_where_it_beats_every_other_decoding():
@@ -185,7 +188,7 @@ def test_the_likeliest_response_counts_where_it_beats_every_other_decoding():
     assert "The likeliest of 4 sampled responses is right more often (87.0%)" in better
     assert "(60.0%)" in better
     assert "(76.5%)" in better
-    assert "recipe sharpening" in better
+    assert "Recipe sharpening" in better
     for share in (0.85, 0.5, None):
         text = conclusion(STEP, answers._replace(likeliest_right_share=share), None)
         assert "sharpening" not in text
@@ -193,7 +196,7 @@ def test_the_likeliest_response_counts_where_it_beats_every_other_decoding():
     # Greedy responses are as good, and cost nothing.
     alike = answers._replace(greedy_right_share=0.87, likeliest_right_share=0.87)
     assert "sharpening" not in conclusion(STEP, alike, None)
-    # It stands beside what else there is to say.
+    # It stands before what a critic may do.
     assert "sharpening" in concluded("fork")
     assert "sharpening" in concluded("walks")
     assert "sharpening" not in concluded("starter, converged")

@@ -112,7 +112,7 @@ def conclusion(step: FirstStep, answers: Answers, critic: CriticFound | None) ->
         )
     nothing = (
         f"SFT has converged, {_as_far_as(answers)}, and the expected first step of self-play is "
-        "SFT's: do not expect a gain of either."
+        "SFT's: do not expect a gain in likelihood of either."
     )
     return f"{nothing} {_what_would_have_to_change(answers, critic)}"
 
@@ -152,8 +152,7 @@ def _what_would_have_to_change(answers: Answers, critic: CriticFound | None) -> 
             f"{answers.identical_share:.0%} of the responses equal their target already, so these "
             "records have little left to teach: other records would have to come."
         )
-    critic_helps = critic is not None and _tells(critic) and not _counts_tokens(critic)
-    if likeliest and not critic_helps:
+    if likeliest:
         return likeliest.strip()
     outside = "other records, or a checker of right responses (recipe self_training)"
     if critic is None:
@@ -170,8 +169,8 @@ def _what_would_have_to_change(answers: Answers, critic: CriticFound | None) -> 
         )
     return (
         "But a small critic tells targets from responses, so another reward than the likelihood "
-        "has something to go by: method critic may use it. Where it was tried so far, greedy "
-        f"responses gained in one world, and sampled ones in none.{likeliest}"
+        "has something to go by: method critic may use it. Where it was tried so far, it was no "
+        "better than SFT whose learning rate was tuned for the same decoding."
     )
 
 
@@ -179,8 +178,9 @@ def _about_the_likeliest(answers: Answers) -> str:
     return (
         f"The likeliest of {answers.samples} sampled responses is right more often "
         f"({answers.likeliest_right_share:.1%}) than a sampled one ({answers.right_share:.1%}) and "
-        f"than the greedy one ({answers.greedy_right_share:.1%}): recipe sharpening trains on it, "
-        "and may gain what no temperature gives."
+        f"than the greedy one ({answers.greedy_right_share:.1%}). Recipe sharpening trains on it, "
+        "so that sampled responses are right more often. Compare it with SFT of as many steps at "
+        "its best temperature, with the learning rate that is best there."
     )
 
 
@@ -318,8 +318,8 @@ def _about_critic(critic: CriticFound, answers: Answers) -> Iterator[str]:
             f"response in {critic.right_share:.1%}."
         )
     yield (
-        f"A small critic tells targets from responses ({shown}). Method critic may gain what SFT "
-        f"cannot.{gain} Compare it with SFT of as many steps, greedily and at temperature 1."
+        f"A small critic tells targets from responses ({shown}), so method critic has something "
+        f"to go by.{gain} Compare it with SFT of as many steps, tuned for the same decoding."
     )
 
 
