@@ -85,7 +85,7 @@ def shares(run: RunDirectory, t: int) -> dict[str, float]:
     own_logps = score_sequences(scorer, sequences, tokens_per_row=tokens).reshape(right.shape)
     critic = judged(read_scores(run.iteration(t).critic), config.critic.agree).reshape(right.shape)
     results = json.loads((run.iteration(t).critic / "results.json").read_text(encoding="utf-8"))
-    kept = is_whole.any(axis=0)
+    kept = np.asarray(is_whole.any(axis=0))
     arms: Mapping[str, Scores] = {
         "majority": votes([list(part.texts) for part in parts]),
         "own log-prob": own_logps,
