@@ -8,7 +8,9 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +32,7 @@ import memory_driver
 import ours
 import row_files
 import rows
+import temperatures
 import tokenise
 import train_step
 from contender import Training
@@ -306,3 +309,35 @@ def test_a_choice_among_responses_by_hand():
     # Two are best for the first prompt, one of them right; for the second the truncated one is out.
     assert best_of._share(scores, right, is_whole, both) == 0.75
     assert best_of._share(scores, right, is_whole, first) == 0.5
+
+
+def test_decoding_at_temperature_0_gives_the_greedy_responses_of_the_run(
+    finished, monkeypatch, tmp_path, capsys
+):
+    """What is right is arbitrary; four equal responses count as one."""
+
+    def is_right(example_id, text):
+        return zlib.crc32(f"{example_id} {text}".encode()) % 2 == 0
+
+    run, _ = finished
+    study = tmp_path / "study"
+    for seed in (1, 2):
+        (study / "runs" / "tpaw").mkdir(parents=True, exist_ok=True)
+        shutil.copytree(run.root, study / "runs" / "tpaw" / f"seed-{seed}")
+    arbitrary = SimpleNamespace(
+        is_right=lambda example, text: is_right(example.id, text),
+        details=lambda example, text: {},
+    )
+    monkeypatch.setattr(temperatures, "checker_of", lambda name: arbitrary)
+    monkeypatch.setattr(temperatures, "TEMPERATURES", (0.0, 1.0))
+    assert temperatures.main([str(study), "--json", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert list(found) == ["tpaw", "θ_0"]
+    for name, i in (("tpaw", 4), ("θ_0", 0)):
+        lines = (run.evaluation(i) / "exact_match.jsonl").read_text().splitlines()
+        right = [is_right(item["id"], item["completion"]) for item in map(json.loads, lines)]
+        share = sum(right) / len(right)
+        assert 0 < share < 1
+        assert [of_run["0"] for of_run in found[name].values()] == [[share, share]] * 2
+        assert all(of_run["1"] != [share, share] for of_run in found[name].values())
+    assert "│ tpaw │" in capsys.readouterr().out
