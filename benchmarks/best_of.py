@@ -23,7 +23,7 @@ import numpy as np
 from common import print_table
 from numpy.typing import NDArray
 
-from tpaw.critic.selection import judged, read_scores
+from tpaw.critic.selection import are_whole, judged, read_scores
 from tpaw.data.inputs import load_inputs
 from tpaw.data.token_ids import TokenSequence
 from tpaw.evaluation.checker import checker_of
@@ -72,7 +72,7 @@ def shares(run: RunDirectory, t: int) -> dict[str, float]:
             for part in parts
         ]
     )
-    is_whole = np.array([[reason == "stop" for reason in part.finish_reasons] for part in parts])
+    is_whole = are_whole(parts)
     lengths = np.array([[len(ids) for ids in part.token_ids] for part in parts])
     sequences = [
         TokenSequence(example.prompt_ids, ids)

@@ -213,6 +213,9 @@ def test_what_a_critic_adds_to_the_conclusion():
     at_chance = conclusion(STEP, ANSWERS, CRITIC)
     counts = conclusion(STEP, ANSWERS, CRITIC._replace(auc=TELLS, auc_of_length_alone=long))
     none = conclusion(STEP, ANSWERS, None)
+    tells = conclusion(STEP, ANSWERS, CRITIC._replace(auc=TELLS, auc_of_like_length=TELLS))
+    assert "method critic may use it" in tells
+    assert "no better than SFT" in tells
     assert "A small critic finds nothing" in at_chance
     assert "by their length alone" in counts
     assert "critic" not in none

@@ -58,8 +58,13 @@ def choose(
         newest: parts with one response to each prompt.
         agree: see `judged`.
     """
-    is_whole = np.array([[reason == "stop" for reason in p.finish_reasons] for p in newest])
+    is_whole = are_whole(newest)
     return best_of(judged(scores, agree).reshape(is_whole.shape), is_whole)
+
+
+def are_whole(parts: Sequence[Responses]) -> NDArray[np.bool_]:
+    """Whether each response ended by itself, of shape (samples, prompts)."""
+    return np.array([[reason == "stop" for reason in part.finish_reasons] for part in parts])
 
 
 def write_scores(folder: Path, scores: NDArray[np.float64]) -> None:

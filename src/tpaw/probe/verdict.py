@@ -169,8 +169,8 @@ def _what_would_have_to_change(answers: Answers, critic: CriticFound | None) -> 
         )
     return (
         "But a small critic tells targets from responses, so another reward than the likelihood "
-        "has something to go by: method critic may use it. Where it was tried so far, it was no "
-        "better than SFT whose learning rate was tuned for the same decoding."
+        "has something to go by: method critic may use it. Where it was tried with several seeds, "
+        "it was no better than SFT whose learning rate was tuned for the same decoding."
     )
 
 

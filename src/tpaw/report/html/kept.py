@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpaw.config.schema import RunConfig
-from tpaw.critic.selection import best_of, choose, read_scores
+from tpaw.critic.selection import are_whole, best_of, choose, read_scores
 from tpaw.data.examples import read_examples
 from tpaw.data.token_ids import TokenSequence
 from tpaw.generation.responses import Response, Responses, read_responses
@@ -45,8 +45,7 @@ def kept_responses(run: RunDirectory, config: RunConfig, t: int) -> tuple[str, l
         if logps is None:
             return "", []
         name = f"the likeliest of {of}"
-        is_whole = np.array([[reason == "stop" for reason in p.finish_reasons] for p in parts])
-        prompts, numbers = best_of(logps, is_whole)
+        prompts, numbers = best_of(logps, are_whole(parts))
     return name, [parts[k][int(i)] for i, k in zip(prompts, numbers, strict=True)]
 
 
