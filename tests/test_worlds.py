@@ -18,6 +18,7 @@ from worlds import (
     endings,
     few_answers,
     fork,
+    longer_walks,
     noisy_walks,
     old_skills,
     unequal,
@@ -25,7 +26,7 @@ from worlds import (
 )
 from worlds.making import END, PAD, Row, character_tokenizer, make, small_model
 
-WORLDS = [counts, endings, fork, noisy_walks, old_skills, unequal, walks]
+WORLDS = [counts, endings, fork, longer_walks, noisy_walks, old_skills, unequal, walks]
 ROWS = 2000
 
 
@@ -40,6 +41,7 @@ def rows_of(module):
         (counts, 1),
         (endings, 1),
         (fork, 0.4),
+        (longer_walks, 1),
         (noisy_walks, 2 / 3),
         (old_skills, 1),
         (unequal, 1),
@@ -58,6 +60,7 @@ def test_the_share_of_right_targets(module, share):
         (walks, "29 to 46:", " +5=34 +9=43 +3=46", " +5=34 +9=43 +3=45"),
         (walks, "29 to 46:", " +9=38 +9=47 -1=46", " +9=38 +9=47 -1=47"),
         (walks, "29 to 30:", " +9=38 -9=29 +1=30", " +1=30"),  # a single step
+        (longer_walks, "29 to 46:", " +5=34 +9=43 -2=41 +5=46", " +5=34 +9=43 +3=46"),
         (counts, "cabdaa:", "abababababababcd", "abababababababad"),
         (counts, "cabdaa:", "cdcdcdcdcdcdcdcd", "cdcdcdcdcdcdcd"),  # too short
         (fork, "kxqa:", "=aqxk", "=axqk"),

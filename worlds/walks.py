@@ -21,19 +21,19 @@ _PROMPT = re.compile(r"(\d+) to (\d+):")
 _STEP = re.compile(r" ([+-])(\d)=(\d+)")
 
 
-def draw(rng: random.Random) -> Row:
-    """A random walk; its end is what the prompt asks for."""
+def draw(rng: random.Random, length: int = STEPS) -> Row:
+    """A random walk of so many steps; its end is what the prompt asks for."""
     number = start = rng.randint(1, LARGEST)
     text = ""
-    for _ in range(STEPS):
+    for _ in range(length):
         move = rng.choice([m for m in range(-9, 10) if m and 1 <= number + m <= LARGEST])
         number += move
         text += f" {move:+d}={number}"
     return Row(f"{start} to {number}:", text)
 
 
-def is_right(prompt: str, target: str, response: str) -> bool:
-    """Whether every sum is right and the last number is the one asked for."""
+def is_right(prompt: str, target: str, response: str, length: int = STEPS) -> bool:
+    """Whether there are so many steps, every sum is right, and they end where the prompt asks."""
     found = _PROMPT.fullmatch(prompt)
     assert found is not None
     number, end = map(int, found.groups())
@@ -44,7 +44,7 @@ def is_right(prompt: str, target: str, response: str) -> bool:
         number += int(sign + digit)
         if number != int(result) or not 1 <= number <= LARGEST:
             return False
-    return len(steps) == STEPS and number == end
+    return len(steps) == length and number == end
 
 
 WORLD = World(
