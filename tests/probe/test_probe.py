@@ -9,10 +9,11 @@ import pytest
 import torch
 import yaml
 from messages import refused
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tpaw.config.schema import RunConfig
 from tpaw.evaluation.exact_match import is_correct
+from tpaw.generation.hf import HFGenerator
 from tpaw.probe.measure import _Measuring, probe
 from tpaw.probe.verdict import verdict
 from tpaw.runtime.interrupt import StopSignal
@@ -56,6 +57,14 @@ def test_it_measures_speaks_and_leaves_nothing_behind(tpaw_, tmp_path, monkeypat
         return kept, number
 
     monkeypatch.setattr(_Measuring, "_likeliest", noting)
+    asked, generate = [], HFGenerator.generate
+
+    def asking(self, prompts, params, *others):
+        found = generate(self, prompts, params, *others)
+        asked.append((params, [c.token_ids.tolist() for c in found]))
+        return found
+
+    monkeypatch.setattr(HFGenerator, "generate", asking)
     code, out, _ = tpaw_("probe", "starter", "--rows", 64)
     assert code == 0
     likeliest_right = right_share_of_the_likeliest(*seen[0])
@@ -68,7 +77,17 @@ def test_it_measures_speaks_and_leaves_nothing_behind(tpaw_, tmp_path, monkeypat
     assert text.startswith("SFT has converged, as far as 64 of 1,500 records can show")
     assert "different ones of 4" in text
     assert "try the 1500 of the data with --rows" in text
-    assert "Greedy decoding alone raises the share of right responses" in text
+    assert "A lower temperature alone raises the share of right responses" in text
+    shares = re.findall(r"(at T = [\d.]+|greedy) +│ +([\d.]+)% ", out)
+    assert [name for name, _ in shares] == ["at T = 1", "at T = 0.5", "at T = 0.2", "greedy"]
+    lower, examples = asked[-3:], seen[0][1]
+    tokenizer = AutoTokenizer.from_pretrained(seen[0][0])
+    assert [params.temperature for params, _ in lower] == [0.5, 0.2, 0.0]
+    for (params, completions), (_, shown) in zip(lower, shares[1:], strict=True):
+        assert (params.top_p, params.top_k) == (1, 0)
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
+        are_right = map(is_correct, texts, [example.target_text for example in examples])
+        assert f"{sum(are_right) / 64:.1%}" == f"{shown}%"
 
 
 def test_a_critic_is_not_tried_on_few_rows(settings):
@@ -91,7 +110,7 @@ def test_what_it_measures(settings):
     assert answers.is_covered
     assert answers.records_of_data == 24
     assert answers.truncated_share == 1
-    assert answers.right_share == answers.greedy_right_share == 0
+    assert answers.right_shares == {0.0: 0.0}  # no temperature is below that of the responses
     assert answers.response_tokens == 12  # generate.max_new_tokens
     assert answers.different_share == 1
     assert found.critic is None  # whole responses alone are compared

@@ -14,8 +14,7 @@ LEARNING = Signal(squared_norm=1.0, share=0.4, p_value=0.0005, batches=16)
 STEP = FirstStep(CONVERGED, CONVERGED, float("nan"), 0.98, 0.2)
 ANSWERS = Answers(
     prompts=256, samples=4, temperature=1.0, is_plain=True, is_covered=True, identical_share=0.01,
-    truncated_share=0.0, right_share=None, greedy_right_share=None, likeliest_right_share=None,
-    different_share=0.9,
+    truncated_share=0.0, right_shares={}, likeliest_right_share=None, different_share=0.9,
     target_tokens=12, response_tokens=12, records_of_data=256,
 )  # fmt: skip
 CHANCE = Auc(0.51, (0.47, 0.55), 900, 64)
@@ -43,23 +42,48 @@ def test_where_sft_still_learns_it_is_what_to_compare_with():
     assert "cannot be told from noise" not in text
 
 
+def right(sampled, half, fifth, greedy):
+    return ANSWERS._replace(right_shares={1.0: sampled, 0.5: half, 0.2: fifth, 0.0: greedy})
+
+
 @pytest.mark.parametrize(
-    ("greedy", "sampled", "expected"),
+    ("answers", "expected"),
     [
-        (0.0, 0.4, "Greedy responses are right less often (0.0%) than sampled ones (40.0%)"),
-        (0.9, 0.5, "Greedy decoding alone raises the share of right responses from 50.0% to 90.0%"),
+        (
+            right(0.4, 0.2, 0.1, 0.0),
+            "Greedy responses are right less often (0.0%) than sampled ones (40.0%): the likeliest "
+            "first tokens lead away from the right answers. No lower temperature makes this better",
+        ),
+        (right(0.4, 0.7, 0.6, 0.0), "right answers. At T = 0.5 70.0% are right."),
+        (
+            right(0.5, 0.6, 0.7, 0.9),
+            "raises the share of right responses from 50.0% at T = 1 to 90.0% at T = 0 (greedy "
+            "decoding). It costs nothing",
+        ),
+        (right(0.5, 0.6, 0.8, 0.7), "from 50.0% at T = 1 to 80.0% at T = 0.2. It costs nothing"),
     ],
 )
-def test_greedy_decoding_against_sampling(greedy, sampled, expected):
-    right = ANSWERS._replace(greedy_right_share=greedy, right_share=sampled)
-    assert expected in said(answers=right)
+def test_lower_temperatures_against_sampling(answers, expected):
+    text = said(answers=answers)
+    assert expected in text
+    assert ("Greedy responses" in text) != ("A lower temperature alone" in text)
 
 
 def test_a_difference_within_the_error_is_not_told():
     # The standard errors are √(.5·.5/1024) = .0156 and √(.5·.5/256) = .031: twice both, .094.
-    alike = ANSWERS._replace(greedy_right_share=0.59, right_share=0.5)
-    assert "Greedy" not in said(answers=alike)
-    assert "Greedy" in said(answers=alike._replace(greedy_right_share=0.6))
+    # That of .59 and .60 over 256 is .0307, that of .41 the same.
+    for alike in (right(0.5, 0.5, 0.59, 0.5), right(0.5, 0.5, 0.5, 0.41)):
+        assert alike.best_temperature == 1
+        text = said(answers=alike)
+        assert "Greedy" not in text
+        assert "A lower temperature" not in text
+    assert "at T = 0.2" in said(answers=right(0.5, 0.5, 0.6, 0.5))
+    assert "Greedy responses are right less often" in said(answers=right(0.5, 0.5, 0.5, 0.4))
+
+
+def test_lower_is_compared_with_the_temperature_of_the_responses():
+    hot = ANSWERS._replace(temperature=1.5, right_shares={1.5: 0.3, 1.0: 0.6, 0.5: 0.5, 0.0: 0.3})
+    assert "from 30.0% at T = 1.5 to 60.0% at T = 1." in said(answers=hot)
 
 
 def test_responses_that_cannot_teach():
@@ -137,20 +161,18 @@ def test_margins(high, expected):
 
 # The measurements of docs/how-to/probe.md, in the order of its table.
 FOUR = {
-    "starter": (0.001, 0.410, 0.641, 0.523, 0.38, None),
-    "starter, converged": (0.35, 0.885, 0.973, 0.930, 0.88, None),
-    "walks": (0.14, 0.593, 0.766, 0.861, 0.005, Auc(0.567, (0.539, 0.596), 600, 64)),
-    "fork": (0.84, 0.379, 0.0, 0.598, 0.15, None),
+    "starter": (0.001, (0.410, 0.55, 0.60, 0.641), 0.523, 0.38, None),
+    "starter, converged": (0.35, (0.885, 0.95, 0.96, 0.973), 0.930, 0.88, None),
+    "walks": (0.14, (0.593, 0.79, 0.82, 0.766), 0.861, 0.005, Auc(0.567, (0.539, 0.596), 600, 64)),
+    "fork": (0.84, (0.379, 0.2, 0.05, 0.0), 0.598, 0.15, None),
 }
 
 
 def concluded(name):
-    p_value, sampled, greedy, likeliest, identical, auc = FOUR[name]
+    p_value, shares, likeliest, identical, auc = FOUR[name]
     critic = CRITIC._replace(auc=auc, auc_of_like_length=auc) if auc else None
-    answers = ANSWERS._replace(
+    answers = right(*shares)._replace(
         prompts=4000 if name == "walks" else 256,
-        right_share=sampled,
-        greedy_right_share=greedy,
         likeliest_right_share=likeliest,
         identical_share=identical,
     )
@@ -167,7 +189,8 @@ def test_the_conclusion_of_four_models_whose_answer_is_known():
             "SFT has converged",
             "(86.1%)",
             "Recipe sharpening trains on it",
-            "at its best temperature, with the learning rate that is best there",
+            "(59.3% at T = 1, 82.0% at T = 0.2, the best one)",
+            "Compare it with this model at T = 0.2, which costs nothing, and with SFT",
         ],
         "fork": ["SFT has converged", "(0.0%)", "(37.9%)", "sample at temperature 1"],
     }
@@ -183,19 +206,21 @@ def test_the_conclusion_of_four_models_whose_answer_is_known():
 
 def test_the_likeliest_response_counts_where_it_beats_every_other_decoding():
     """Two standard errors of .85 and .765 over 256 prompts are .045 and .053."""
-    answers = ANSWERS._replace(right_share=0.6, greedy_right_share=0.765)
+    answers = right(0.6, 0.7, 0.7, 0.765)
     better = conclusion(STEP, answers._replace(likeliest_right_share=0.87), None)
     assert "The likeliest of 4 sampled responses is right more often (87.0%)" in better
-    assert "(60.0%)" in better
-    assert "(76.5%)" in better
+    assert "(60.0% at T = 1, 76.5% at T = 0, the best one)" in better
     assert "Recipe sharpening" in better
+    assert "Compare it with this model at T = 0," in better
     for share in (0.85, 0.5, None):
         text = conclusion(STEP, answers._replace(likeliest_right_share=share), None)
         assert "sharpening" not in text
         assert "Something else would have to come" in text
-    # Greedy responses are as good, and cost nothing.
-    alike = answers._replace(greedy_right_share=0.87, likeliest_right_share=0.87)
-    assert "sharpening" not in conclusion(STEP, alike, None)
+    # Where a lower temperature is as good, whichever it is, it costs nothing.
+    for alike in (right(0.6, 0.7, 0.7, 0.87), right(0.6, 0.7, 0.87, 0.765)):
+        assert "sharpening" not in conclusion(
+            STEP, alike._replace(likeliest_right_share=0.87), None
+        )
     # It stands before what a critic may do.
     assert "sharpening" in concluded("fork")
     assert "sharpening" in concluded("walks")

@@ -6,7 +6,7 @@ code as the run itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -58,6 +58,8 @@ BATCHES = 16
 EPOCHS_OF_CRITIC, STEPS_OF_CRITIC = 10, (100, 2000)
 # Responses to a prompt. A critic needs several, and costs more than everything else together.
 SAMPLES, SAMPLES_FOR_CRITIC = 2, 4
+# Where right responses can be told, those of these temperatures that are below the run's are tried.
+LOWER_TEMPERATURES = (1.0, 0.5, 0.2, 0.0)
 
 
 class Probe(NamedTuple):
@@ -161,11 +163,12 @@ class _Measuring:
     def _answers(self, start: Player, parts: Sequence[Responses]) -> Answers:
         examples, config = self.examples, self.config
         facts = response_facts(self.run.responses(1))
-        right = greedy_right = likeliest_right = None
+        right_shares, likeliest_right = {}, None
         if self.checker.can_check(examples):
             are_right = np.array([self._are_right(part.texts) for part in parts])
-            right = float(are_right.mean())
-            greedy_right = float(np.mean(self._are_right(self._greedy_texts(start))))
+            right_shares[config.generate.temperature] = float(are_right.mean())
+            for temperature, found in self._at_lower_temperatures(start):
+                right_shares[temperature] = float(np.mean(self._are_right(found)))
             if len(parts) > 1:
                 kept, number = self._likeliest(start, parts)
                 likeliest_right = float(are_right[number, kept].sum()) / len(examples)
@@ -180,8 +183,7 @@ class _Measuring:
             is_covered=config.objective.name in COVERED,
             identical_share=facts["identical"] / facts["rows"],
             truncated_share=facts["truncated"] / facts["rows"],
-            right_share=right,
-            greedy_right_share=greedy_right,
+            right_shares=right_shares,
             likeliest_right_share=likeliest_right,
             different_share=float(np.mean([len(set(found)) / len(parts) for found in texts])),
             target_tokens=float(np.median(examples.target_ids.lengths)),
@@ -203,15 +205,22 @@ class _Measuring:
         pairs = zip(self.examples, texts, strict=True)
         return [self.checker.is_right(example, text) for example, text in pairs]
 
-    def _greedy_texts(self, start: Player) -> list[str]:
-        prompts, params = list(self.examples.prompt_ids), self.stages.params.greedy()
+    def _at_lower_temperatures(self, start: Player) -> Iterator[tuple[float, list[str]]]:
+        """Temperatures below that of the responses, each with one response to each prompt."""
+        prompts, params = list(self.examples.prompt_ids), self.stages.params
+        lower = [t for t in LOWER_TEMPERATURES if t < params.temperature]
+        decode = self.stages.inputs.tokenizer.decode
         with (
-            self.watch.progress("answer greedily", len(prompts), "prompts") as on_done,
+            self.watch.progress(
+                "answer at lower temperatures", len(prompts) * len(lower), "prompts"
+            ) as on_done,
             self.players.open_generator(start, self.short.generate) as generator,
         ):
-            found = generator.generate(prompts, params, 0, on_done)
-        decode = self.stages.inputs.tokenizer.decode
-        return [str(decode(c.token_ids.tolist(), skip_special_tokens=True)) for c in found]
+            for temperature in lower:
+                asked = params._replace(temperature=temperature)
+                found = generator.generate(prompts, asked, 0, on_done)
+                texts = (decode(c.token_ids.tolist(), skip_special_tokens=True) for c in found)
+                yield temperature, [str(text) for text in texts]
 
     def _first_step(self, start: Player, parts: Sequence[Responses]) -> FirstStep:
         """The gradients of batches of targets, and of one response to each."""

@@ -9,6 +9,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from tpaw.probe.measure import Probe
+    from tpaw.probe.verdict import Answers
 
 
 def probe_table(found: Probe) -> Table:
@@ -28,8 +29,7 @@ def probe_table(found: Probe) -> Table:
         ("responses that equal the target", f"{answers.identical_share:.1%}"),
         ("  that were truncated", f"{answers.truncated_share:.1%}"),
         (f"different ones of {answers.samples}", f"{answers.different_share:.1%}"),
-        ("right responses", _share(answers.right_share)),
-        ("  greedy", _share(answers.greedy_right_share)),
+        *_right_shares(answers),
         (f"  the likeliest of {answers.samples}", _share(answers.likeliest_right_share)),
         (
             "tokens, median of targets and responses",
@@ -49,6 +49,15 @@ def probe_table(found: Probe) -> Table:
     for line in lines:
         table.add_row(*line)
     return table
+
+
+def _right_shares(answers: Answers) -> list[tuple[str, str]]:
+    """One line for each temperature, the responses' own first."""
+    if not answers.right_shares:
+        return [("right responses", "–")]
+    names = {t: f"  at T = {t:g}" if t else "  greedy" for t in answers.right_shares}
+    names[answers.temperature] = f"right responses at T = {answers.temperature:g}"
+    return [(names[t], f"{share:.1%}") for t, share in answers.right_shares.items()]
 
 
 def _number(value: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from tpaw.critic.comparisons import only_counts_tokens
@@ -32,8 +32,9 @@ class Answers(NamedTuple):
         is_covered: whether docs/concepts/why.md covers the loss: with plain samples its expected
             first step is SFT's.
         identical_share, truncated_share: of all responses.
-        right_share: of sampled responses; None if it cannot be told.
-        greedy_right_share: of greedy responses; None if it cannot be told.
+        right_shares: the share of right responses by temperature: of the responses themselves, and
+            of one response to each prompt at lower temperatures, of which 0 is greedy. Empty if it
+            cannot be told.
         likeliest_right_share: share of prompts whose likeliest whole response is right; None if it
             cannot be told, or there is one response to each.
         different_share: of the responses to a prompt.
@@ -48,13 +49,32 @@ class Answers(NamedTuple):
     is_covered: bool
     identical_share: float
     truncated_share: float
-    right_share: float | None
-    greedy_right_share: float | None
+    right_shares: Mapping[float, float]
     likeliest_right_share: float | None
     different_share: float
     target_tokens: float
     response_tokens: float
     records_of_data: int
+
+    def difference(self, temperature: float) -> int:
+        """Compare the right responses at a temperature with the sampled ones.
+
+        Returns:
+            1 if more of them are right, by more than two standard errors of each share; -1 if fewer
+            are, by as much; 0 if it cannot be told.
+        """
+        if not self.right_shares:
+            return 0
+        sampled, other = self.right_shares[self.temperature], self.right_shares[temperature]
+        error = _two_errors(sampled, self.prompts * self.samples)
+        error += _two_errors(other, self.prompts)
+        return int(other > sampled + error) - int(other < sampled - error)
+
+    @property
+    def best_temperature(self) -> float:
+        """Where most responses are right; that of the responses if no lower one is better."""
+        better = [t for t in self.right_shares if self.difference(t) > 0]
+        return max(better, key=self.right_shares.__getitem__, default=self.temperature)
 
 
 class CriticFound(NamedTuple):
@@ -140,20 +160,22 @@ def _conclusion_elsewhere(step: FirstStep, answers: Answers) -> str:
 
 def _what_would_have_to_change(answers: Answers, critic: CriticFound | None) -> str:
     """Of a model on which SFT has converged."""
-    likeliest = f" {_about_the_likeliest(answers)}" if _likeliest_wins(answers) else ""
-    if _greedy_against_sampled(answers) < 0:
-        return (
+    likeliest = _about_the_likeliest(answers) if _likeliest_wins(answers) else ""
+    if _greedy_misleads(answers):
+        decoding = (
             "What can change the share of right responses is decoding: greedy responses are right "
-            f"less often ({answers.greedy_right_share:.1%}) than sampled ones "
-            f"({answers.right_share:.1%}), so sample at temperature 1.{likeliest}"
+            f"less often ({answers.right_shares[0]:.1%}) than sampled ones "
+            f"({answers.right_shares[answers.temperature]:.1%}), so sample at temperature "
+            f"{answers.best_temperature:g}."
         )
+        return f"{decoding} {likeliest}".strip()
     if answers.identical_share > MANY_IDENTICAL:
         return (
             f"{answers.identical_share:.0%} of the responses equal their target already, so these "
             "records have little left to teach: other records would have to come."
         )
     if likeliest:
-        return likeliest.strip()
+        return likeliest
     outside = "other records, or a checker of right responses (recipe self_training)"
     if critic is None:
         return f"Something else would have to come: {outside}."
@@ -175,12 +197,16 @@ def _what_would_have_to_change(answers: Answers, critic: CriticFound | None) -> 
 
 
 def _about_the_likeliest(answers: Answers) -> str:
+    best = answers.best_temperature
+    shares = [f"{answers.right_shares[answers.temperature]:.1%} at T = {answers.temperature:g}"]
+    if best != answers.temperature:
+        shares.append(f"{answers.right_shares[best]:.1%} at T = {best:g}, the best one")
     return (
         f"The likeliest of {answers.samples} sampled responses is right more often "
-        f"({answers.likeliest_right_share:.1%}) than a sampled one ({answers.right_share:.1%}) and "
-        f"than the greedy one ({answers.greedy_right_share:.1%}). Recipe sharpening trains on it, "
-        "so that sampled responses are right more often. Compare it with SFT of as many steps at "
-        "its best temperature, with the learning rate that is best there."
+        f"({answers.likeliest_right_share:.1%}) than a single one at any temperature "
+        f"({', '.join(shares)}). Recipe sharpening trains on it, so that sampled responses are "
+        f"right more often. Compare it with this model at T = {best:g}, which costs nothing, and "
+        "with SFT of as many steps, each at its best temperature."
     )
 
 
@@ -201,26 +227,24 @@ def _has_converged(step: FirstStep) -> bool:
     return step.sft.p_value > SIGNIFICANT
 
 
-def _greedy_against_sampled(answers: Answers) -> int:
-    """1 if greedy responses are right more often, -1 if less often, 0 if it cannot be told."""
-    greedy, sampled = answers.greedy_right_share, answers.right_share
-    if greedy is None or sampled is None:
-        return 0
-    # Two standard errors of a share.
-    error = 2 * (sampled * (1 - sampled) / (answers.prompts * answers.samples)) ** 0.5
-    error += 2 * (greedy * (1 - greedy) / answers.prompts) ** 0.5
-    return int(greedy > sampled + error) - int(greedy < sampled - error)
+def _two_errors(share: float, count: int) -> float:
+    """Two standard errors of a share."""
+    return 2 * math.sqrt(share * (1 - share) / count)
+
+
+def _greedy_misleads(answers: Answers) -> bool:
+    """Whether greedy responses are right less often than sampled ones."""
+    return answers.difference(0.0) < 0
 
 
 def _likeliest_wins(answers: Answers) -> bool:
     """Whether the likeliest of several responses is right more often than other decoding gives."""
-    likeliest, greedy = answers.likeliest_right_share, answers.greedy_right_share
-    if likeliest is None or greedy is None or answers.right_share is None:
+    likeliest = answers.likeliest_right_share
+    if likeliest is None:
         return False
-    best = max(greedy, answers.right_share)
-    # Two standard errors of each share.
-    errors = [2 * math.sqrt(p * (1 - p) / answers.prompts) for p in (likeliest, best)]
-    return likeliest > best + sum(errors)
+    best = max(answers.right_shares.values())
+    errors = _two_errors(likeliest, answers.prompts) + _two_errors(best, answers.prompts)
+    return likeliest > best + errors
 
 
 def _tells(critic: CriticFound) -> bool:
@@ -262,19 +286,27 @@ def _about_responses(step: FirstStep, answers: Answers) -> Iterator[str]:
             "The responses are not samples at temperature 1, so self-play can move where SFT does "
             f"not. Their gradient {told} be told from noise (p = {step.responses.p_value:.2g})."
         )
-    better = _greedy_against_sampled(answers)
-    if better < 0:
+    yield from _about_decoding(answers)
+
+
+def _about_decoding(answers: Answers) -> Iterator[str]:
+    best, shares = answers.best_temperature, answers.right_shares
+    if _greedy_misleads(answers):
+        lower = "No lower temperature makes this better."
+        if best != answers.temperature:
+            lower = f"At T = {best:g} {shares[best]:.1%} are right."
         yield (
-            f"Greedy responses are right less often ({answers.greedy_right_share:.1%}) than "
-            f"sampled ones ({answers.right_share:.1%}): the likeliest first tokens lead away from "
-            "the right answers. A lower temperature makes this worse. Of the methods that were "
-            "tried so far, sharpening alone changed it; opponents at a higher temperature did not."
+            f"Greedy responses are right less often ({shares[0]:.1%}) than sampled ones "
+            f"({shares[answers.temperature]:.1%}): the likeliest first tokens lead away from the "
+            f"right answers. {lower} Of the methods that were tried so far, sharpening alone "
+            "changed it; opponents at a higher temperature did not."
         )
-    elif better > 0:
+    elif best != answers.temperature:
+        where = f"T = {best:g}" if best else "T = 0 (greedy decoding)"
         yield (
-            f"Greedy decoding alone raises the share of right responses from "
-            f"{answers.right_share:.1%} to {answers.greedy_right_share:.1%}. It costs nothing; a "
-            "method must beat it."
+            f"A lower temperature alone raises the share of right responses from "
+            f"{shares[answers.temperature]:.1%} at T = {answers.temperature:g} to "
+            f"{shares[best]:.1%} at {where}. It costs nothing; a method must beat it."
         )
 
 
