@@ -5,16 +5,22 @@ from __future__ import annotations
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from messages import refused
+from oracles import expected_logps, oracle
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tpaw.config.schema import RunConfig
 from tpaw.evaluation.exact_match import is_correct
 from tpaw.generation.hf import HFGenerator
-from tpaw.probe.measure import _Measuring, probe
+from tpaw.generation.responses import read_responses
+from tpaw.pipeline.stages import Stages
+from tpaw.probe import measure
+from tpaw.probe.gradients import FirstStep
+from tpaw.probe.measure import _Measuring, ending, probe
 from tpaw.probe.verdict import verdict
 from tpaw.runtime.interrupt import StopSignal
 
@@ -41,6 +47,40 @@ def right_share_of_the_likeliest(path, examples, parts, kept, number):
     return sum(right) / len(examples)
 
 
+def noted(function, results):
+    def called(*given, **named):
+        results.append(function(*given, **named))
+        return results[-1]
+
+    return called
+
+
+def what_the_critic_tells(calls, examples, parts):
+    """AUC, share of right responses and of the critic's best, on prompts that it has not seen."""
+    ((watched, measured),) = calls["halves"]
+    (pairs,) = calls["comparisons"]
+    targets, responses = calls["scores_of"]
+    responses = pairs.matrix(responses)
+    assert not set(watched) & set(measured)
+    shares, right, best_right = [], [], []
+    for row in measured:
+        whole = [k for k, part in enumerate(parts) if part.finish_reasons[row] == "stop"]
+        target_text, texts = examples[row].target_text, [part.texts[row] for part in parts]
+        right += [is_correct(text, target_text) for text in texts]
+        if whole:
+            best = max(whole, key=lambda k: responses[row, k])
+            best_right.append(is_correct(texts[best], target_text))
+        wins = [
+            (targets[row] > responses[row, k]) + 0.5 * (targets[row] == responses[row, k])
+            for k in whole
+            if parts[k].token_ids[row].tolist() != examples[row].target_ids.tolist()
+        ]
+        if wins:
+            shares.append(sum(wins) / len(wins))
+    assert 1 < len(shares) < 64 * 0.3
+    return tuple(sum(found) / len(found) for found in (shares, right, best_right))
+
+
 def test_it_measures_speaks_and_leaves_nothing_behind(tpaw_, tmp_path, monkeypatch):
     # TRL imports it; it makes temporary folders at import, and removes them when Python ends.
     pytest.importorskip("wandb")
@@ -57,6 +97,12 @@ def test_it_measures_speaks_and_leaves_nothing_behind(tpaw_, tmp_path, monkeypat
         return kept, number
 
     monkeypatch.setattr(_Measuring, "_likeliest", noting)
+    calls = {}
+    for name in ("halves", "comparisons", "scores_of"):
+        monkeypatch.setattr(
+            f"tpaw.probe.measure.{name}",
+            noted(getattr(measure, name), calls.setdefault(name, [])),
+        )
     asked, generate = [], HFGenerator.generate
 
     def asking(self, prompts, params, *others):
@@ -80,6 +126,9 @@ def test_it_measures_speaks_and_leaves_nothing_behind(tpaw_, tmp_path, monkeypat
     assert "A lower temperature alone raises the share of right responses" in text
     shares = re.findall(r"(at T = [\d.]+|greedy) +│ +([\d.]+)% ", out)
     assert [name for name, _ in shares] == ["at T = 1", "at T = 0.5", "at T = 0.2", "greedy"]
+    auc, right, best = what_the_critic_tells(calls, *seen[0][1:3])
+    assert re.search(rf"small critic: AUC +│ +{auc:.3f} ", out)
+    assert re.search(rf"its best of 4 +│ +{right:.1%}, {best:.1%} ", out)
     lower, examples = asked[-3:], seen[0][1]
     tokenizer = AutoTokenizer.from_pretrained(seen[0][0])
     assert [params.temperature for params, _ in lower] == [0.5, 0.2, 0.0]
@@ -115,16 +164,77 @@ def test_what_it_measures(settings):
     assert answers.different_share == 1
     assert found.critic is None  # whole responses alone are compared
     assert found.step.sft.batches == 16
-    assert found.step.norm_ratio > 0
     # One epoch of 16 pairs in batches of 8; an iteration of the run has all 24 rows.
     assert (found.margins.steps, found.margins.steps_of_iteration) == (2, 3)
     assert 0 < found.margins.median <= found.margins.high < math.inf
 
 
+def test_margins_and_gradients_are_those_of_plain_logits(settings, monkeypatch):
+    settings["generate"] |= {"temperature": 1.0, "top_k": 0}
+    settings["objective"] = {"lambda": 3.0, "eta": 4.0}
+    steps, expected, measured, train = [], [], _Measuring._margins, Stages.train
+
+    def first_step(*given):
+        steps.append(given)
+        return FirstStep(*[None] * 6)
+
+    def training(self, *given):
+        trained = train(self, *given)
+        expected.append(trained.path)
+        return trained
+
+    def logps(model, sequences):
+        with torch.no_grad():
+            return expected_logps(model, list(sequences)).numpy()
+
+    def margins(self, start):
+        found = measured(self, start)  # its folder is removed afterwards
+        models = [
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+            for path in (expected.pop(), start.path)
+        ]
+        parts = read_responses(self.run.responses(1)).in_parts_of(len(self.examples))
+        prompts = [example.prompt_ids for example in self.examples]
+        targets, *generated = (
+            np.subtract(*(logps(model, zip(prompts, ids, strict=True)) for model in models))
+            for ids in (self.examples.target_ids, *(part.token_ids for part in parts))
+        )
+        for gains in generated:
+            expected.append(3.0 * np.abs([targets - gains, targets, gains]))
+        model = models[1]
+        logp = oracle(model, prompts[0], self.examples.target_ids[0])
+        logp.backward()
+        grad = torch.cat([w.grad.flatten() for w in model.parameters()])
+        expected.append(grad.norm().item())
+        return found
+
+    monkeypatch.setattr("tpaw.probe.measure.first_step", first_step)
+    monkeypatch.setattr(Stages, "train", training)
+    monkeypatch.setattr(_Measuring, "_margins", margins)
+    found = probe(RunConfig.load(settings), 16, StopSignal()).margins
+    gradient = expected.pop()
+    margin, target, response = np.concatenate(expected, axis=1)
+    assert margin.size == 32
+    assert found.median == pytest.approx(np.median(margin), rel=1e-3)
+    assert found.high == pytest.approx(np.quantile(margin, 0.95), rel=1e-3)
+    assert found.high_of_targets == pytest.approx(np.quantile(target, 0.95), rel=1e-3)
+    assert found.high_of_responses == pytest.approx(np.quantile(response, 0.95), rel=1e-3)
+    assert len({round(x, 6) for x in found[2:]}) == 4
+    ((targets, _, eta),) = steps
+    assert eta == 4
+    assert np.linalg.norm(targets[0]) == pytest.approx(gradient, rel=1e-4)  # 16 batches of one
+
+
+def test_how_texts_end():
+    found = ending(["one. ", "two.", "three!"], ["four.", "", "five?", "six"])
+    assert found == (".", pytest.approx(2 / 3), 0.25)
+    assert ending(["", "a"], ["b"]).of_responses == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"method": "sft"}, ["method", "sft", "probe"]),
+        ({"method": "sft"}, ["method", "sft", "self_play"]),
         ({"launch": {"engine": "ray"}}, ["launch.engine", "ray", "in_process"]),
     ],
 )
@@ -137,4 +247,4 @@ def test_a_critic_has_its_own_method(tpaw_, settings, tmp_path):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(settings))
     code, _, err = tpaw_("probe", tmp_path / "mine.yaml", "critic")
     assert code != 0
-    assert "leave method out" in " ".join(err.split())
+    assert "leave out the recipe that sets method" in " ".join(err.split())

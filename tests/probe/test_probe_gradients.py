@@ -71,4 +71,17 @@ def test_the_first_step_is_eta_times_the_targets_less_the_responses():
     assert found.cosine == pytest.approx(1, abs=0.01)
     assert found.sft.p_value < 0.01 < found.responses.p_value
     ratio = np.sqrt((responses**2).sum() / (36 * (targets**2).sum()))
-    assert found.norm_ratio == pytest.approx(ratio)
+    assert found.norm_ratio_of_batches == pytest.approx(ratio)
+    # Of the expectations 6·mean and mean: the responses have none, so nothing but 6 remains.
+    assert found.norm_ratio == pytest.approx(1, abs=0.01)
+
+
+def test_the_norm_of_the_expected_step_where_responses_have_a_signal():
+    rng = np.random.default_rng(1)
+    mean = rng.normal(size=30)
+    targets = mean + rng.normal(size=(200, 30))
+    responses = 3 * mean + rng.normal(size=(200, 30))
+    found = first_step(targets, responses, eta=6.0)
+    assert found.norm_ratio == pytest.approx(3 / 6, abs=0.01)  # ‖6·mean − 3·mean‖ / ‖6·mean‖
+    nothing = first_step(rng.normal(size=(200, 30)) * 0, responses, eta=6.0)
+    assert np.isnan(nothing.norm_ratio)

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from tpaw.probe.gradients import FirstStep
-from tpaw.probe.verdict import Answers, CriticFound, Margins, conclusion, verdict
+from tpaw.probe.verdict import Answers, CriticFound, Ending, Margins, conclusion, verdict
 from tpaw.statistics.auc import Auc
 from tpaw.statistics.gradients import Signal
 
 CONVERGED = Signal(squared_norm=0.0, share=0.001, p_value=0.6, batches=16)
 LEARNING = Signal(squared_norm=1.0, share=0.4, p_value=0.0005, batches=16)
-STEP = FirstStep(CONVERGED, CONVERGED, float("nan"), 0.98, 0.2)
+STEP = FirstStep(CONVERGED, CONVERGED, float("nan"), float("nan"), 0.98, 0.2)
 ANSWERS = Answers(
     prompts=256, samples=4, temperature=1.0, is_plain=True, is_covered=True, identical_share=0.01,
     truncated_share=0.0, right_shares={}, likeliest_right_share=None, different_share=0.9,
-    target_tokens=12, response_tokens=12, records_of_data=256,
+    ending=Ending(".", 0.9, 0.8), target_tokens=12, response_tokens=12, records_of_data=256,
 )  # fmt: skip
 CHANCE = Auc(0.51, (0.47, 0.55), 900, 64)
 TELLS = Auc(0.7, (0.66, 0.74), 900, 64)
 CRITIC = CriticFound(CHANCE, CHANCE, CHANCE, None, None, samples=4)
-MARGINS = Margins(steps=10, steps_of_iteration=20, median=0.01, high=0.05)
+MARGINS = Margins(10, 20, median=0.01, high=0.05, high_of_targets=0.04, high_of_responses=0.03)
 
 
 def said(step=STEP, answers=ANSWERS, critic=CRITIC, margins=MARGINS):
@@ -159,38 +162,53 @@ def test_margins(high, expected):
     assert "at the end" not in said(margins=MARGINS._replace(high=high, steps=20))
 
 
-# The measurements of docs/how-to/probe.md, in the order of its table.
-FOUR = {
-    "starter": (0.001, (0.410, 0.555, 0.629, 0.641), 0.523, 0.38, None),
-    "starter, converged": (0.35, (0.885, 0.953, 0.969, 0.973), 0.930, 0.88, None),
-    "walks": (0.14, (0.593, 0.771, 0.823, 0.766), 0.861, 0.005, Auc(0.567, (0.539, 0.596), 600, 64)),
-    "fork": (0.84, (0.379, 0.332, 0.105, 0.0), 0.598, 0.15, None),
-}
+def four():
+    """The measurements in the table of docs/how-to/probe.md, by model, and what it concludes."""
+    page = (Path(__file__).parents[2] / "docs/how-to/probe.md").read_text(encoding="utf-8")
+    table = page.split("| model and records |")[1].split("\n\n")[0]
+    rows = [line.strip("|").split("|") for line in table.splitlines()[2:]]
+    found = {}
+    for (model, p_value, shares, likeliest, identical, _), name in zip(
+        rows, ("starter", "starter, converged", "walks", "fork"), strict=True
+    ):
+        assert name.split(",")[0] in model
+        sampled, half, fifth, greedy = (float(x) / 100 for x in shares.strip(" %").split(","))
+        share, samples = re.search(r"([\d.]+) % \(of (\d)\)", likeliest).groups()
+        found[name] = (
+            CONVERGED._replace(p_value=float(p_value)),
+            right(sampled, half, fifth, greedy)._replace(
+                prompts=4000 if "4000" in model else 256,
+                samples=int(samples),
+                likeliest_right_share=float(share) / 100,
+                identical_share=float(identical.strip(" %")) / 100,
+            ),
+        )
+    return found
 
 
 def concluded(name):
-    p_value, shares, likeliest, identical, auc = FOUR[name]
-    critic = CRITIC._replace(auc=auc, auc_of_like_length=auc) if auc else None
-    answers = right(*shares)._replace(
-        prompts=4000 if name == "walks" else 256,
-        likeliest_right_share=likeliest,
-        identical_share=identical,
-    )
-    signal = CONVERGED._replace(p_value=p_value)
+    signal, answers = four()[name]
+    auc = Auc(0.567, (0.539, 0.596), 600, 64)
+    critic = CRITIC._replace(auc=auc, auc_of_like_length=auc) if name == "walks" else None
     return conclusion(STEP._replace(sft=signal), answers, critic)
 
 
 def test_the_conclusion_of_four_models_whose_answer_is_known():
-    found = {name: concluded(name) for name in FOUR}
+    found = {name: concluded(name) for name in four()}
     parts = {
         "starter": ["SFT has not converged", "expect what more SFT would give", "sft_continue"],
-        "starter, converged": ["SFT has converged", "88% of the responses equal their target"],
+        "starter, converged": [
+            "SFT has converged",
+            "88% of the responses equal their target",
+            "Decode at T = 0 (greedy decoding) first",
+        ],
         "walks": [
             "SFT has converged",
-            "(86.1%)",
+            "Decode at T = 0.2 first, which costs nothing: 82.3% of the responses are right there, "
+            "59.3% at T = 1. The likeliest of 4",
+            "(86.1%) than a single one at any temperature (82.3% at T = 0.2)",
             "Recipe sharpening trains on it",
-            "(59.3% at T = 1, 82.3% at T = 0.2, the best one)",
-            "Compare it with this model at T = 0.2, which costs nothing, and with SFT",
+            "Compare the result with this model and with SFT of as many steps",
         ],
         "fork": ["SFT has converged", "(0.0%)", "(37.9%)", "sample at temperature 1"],
     }
@@ -209,9 +227,8 @@ def test_the_likeliest_response_counts_where_it_beats_every_other_decoding():
     answers = right(0.6, 0.7, 0.7, 0.765)
     better = conclusion(STEP, answers._replace(likeliest_right_share=0.87), None)
     assert "The likeliest of 4 sampled responses is right more often (87.0%)" in better
-    assert "(60.0% at T = 1, 76.5% at T = 0, the best one)" in better
+    assert "(76.5% at T = 0 (greedy decoding))" in better
     assert "Recipe sharpening" in better
-    assert "Compare it with this model at T = 0," in better
     for share in (0.85, 0.5, None):
         text = conclusion(STEP, answers._replace(likeliest_right_share=share), None)
         assert "sharpening" not in text

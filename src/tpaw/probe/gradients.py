@@ -22,7 +22,7 @@ from tpaw.logprobs.packing import PromptGroup
 from tpaw.logprobs.response import LogprobHead, response_logps
 from tpaw.runtime.progress import OnDone, ignore
 from tpaw.scoring.score import ScoringModel
-from tpaw.statistics.gradients import Signal, expected_cosine, signal_in
+from tpaw.statistics.gradients import Signal, expected_cosine, expected_norm_ratio, signal_in
 
 # So many coordinates are enough for a cosine: its error is below 1/sqrt(COORDINATES).
 COORDINATES = 1_000_000
@@ -38,15 +38,19 @@ class FirstStep(NamedTuple):
             there are too few of them.
         responses: signal in the gradient of the responses; 0 is expected at temperature 1.
         cosine: of the expected first step with SFT's; NaN where one of them has no signal.
+        norm_ratio: norm of the expected first step divided by that of η times SFT's; NaN where one
+            of them has no signal. It is 1 if the responses have none.
         cosine_of_batches: mean cosine of a single batch's step with its SFT gradient.
-        norm_ratio: of a batch, the norm of the responses' gradient divided by η times the targets'.
+        norm_ratio_of_batches: of a batch, the norm of the responses' gradient divided by that of η
+            times the targets'.
     """
 
     sft: Signal
     responses: Signal
     cosine: float
-    cosine_of_batches: float
     norm_ratio: float
+    cosine_of_batches: float
+    norm_ratio_of_batches: float
 
 
 def first_step(
@@ -67,6 +71,7 @@ def first_step(
         signal_in(target_BC),
         signal_in(generated_BC),
         expected_cosine(step_BC, target_BC),
+        expected_norm_ratio(step_BC, eta * target_BC),
         float(cosines.mean()),
         float(np.sqrt(squares[0] / squares[1])) if squares[1] > 0 else float("nan"),
     )

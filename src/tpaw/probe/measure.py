@@ -6,6 +6,7 @@ code as the run itself.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -44,7 +45,7 @@ from tpaw.pipeline.players import LoadedPlayers
 from tpaw.pipeline.preflight import read_inputs
 from tpaw.pipeline.stages import Stages, opened_stages
 from tpaw.probe.gradients import COVERED, FirstStep, batch_gradients, first_step
-from tpaw.probe.verdict import RECORDS_FOR_CRITIC, Answers, CriticFound, Margins
+from tpaw.probe.verdict import RECORDS_FOR_CRITIC, Answers, CriticFound, Ending, Margins
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.runtime.progress import progress
 from tpaw.runtime.watch import Watch
@@ -105,7 +106,8 @@ def shortened(config: RunConfig, records: int) -> RunConfig:
     """
     if config.method != "self_play":
         raise InputError(
-            f"method: {config.method}: the probe asks what self-play would add; leave method out"
+            f"method: {config.method}: the probe needs method self_play, and fits a small critic "
+            f"itself from {RECORDS_FOR_CRITIC:,} records on; leave out the recipe that sets method"
         )
     if config.launch.engine != "in_process":
         raise InputError(
@@ -126,6 +128,13 @@ def shortened(config: RunConfig, records: int) -> RunConfig:
             "train": short.train.model_copy(update={"epochs": 1, "report_to": ()}),
         }
     )
+
+
+def ending(targets: Sequence[str], responses: Sequence[str]) -> Ending:
+    """How often responses end as most targets do."""
+    ends = [[text.strip()[-1:] for text in texts] for texts in (targets, responses)]
+    character, _ = Counter(ends[0]).most_common(1)[0]
+    return Ending(character, *(found.count(character) / len(found) for found in ends))
 
 
 class _Measuring:
@@ -186,6 +195,10 @@ class _Measuring:
             right_shares=right_shares,
             likeliest_right_share=likeliest_right,
             different_share=float(np.mean([len(set(found)) / len(parts) for found in texts])),
+            ending=ending(
+                [example.target_text for example in examples],
+                [text for part in parts for text in part.texts],
+            ),
             target_tokens=float(np.median(examples.target_ids.lengths)),
             response_tokens=float(np.median(lengths)),
             records_of_data=self.records_of_data,
@@ -320,10 +333,12 @@ class _Measuring:
             for keys in (triples.target_keys, triples.generated_keys)
         )
         lambda_ = getattr(config.objective, "lambda_", 1.0)
-        margins = np.abs(lambda_ * (target - generated))
+        margins, *rewards = np.abs(lambda_ * np.stack([target - generated, target, generated]))
         return Margins(
             steps=optimizer_steps(config, len(kept), 0),
             steps_of_iteration=plan_run(self.config, self.records_of_data)[0].optimizer_steps,
             median=float(np.median(margins)),
             high=float(np.quantile(margins, 0.95)),
+            high_of_targets=float(np.quantile(rewards[0], 0.95)),
+            high_of_responses=float(np.quantile(rewards[1], 0.95)),
         )

@@ -24,8 +24,9 @@ def probe_table(found: Probe) -> Table:
         ("responses' gradient: share that is signal", f"{step.responses.share:.3f}"),
         ("  p that it is noise", f"{step.responses.p_value:.2g}"),
         ("expected first step: cosine with SFT's", _number(step.cosine)),
-        ("  of a batch", f"{step.cosine_of_batches:.3f}"),
-        ("  norm of responses ÷ targets", f"{step.norm_ratio:.3f}"),
+        ("  norm ÷ norm of η times SFT's", _number(step.norm_ratio)),
+        ("of a batch: cosine with SFT's", f"{step.cosine_of_batches:.3f}"),
+        ("  norm of responses ÷ η times targets", _number(step.norm_ratio_of_batches)),
         ("responses that equal the target", f"{answers.identical_share:.1%}"),
         ("  that were truncated", f"{answers.truncated_share:.1%}"),
         (f"different ones of {answers.samples}", f"{answers.different_share:.1%}"),
@@ -35,8 +36,16 @@ def probe_table(found: Probe) -> Table:
             "tokens, median of targets and responses",
             f"{answers.target_tokens:g}, {answers.response_tokens:g}",
         ),
+        (
+            f"  end with {answers.ending.character!r}",
+            f"{answers.ending.of_targets:.1%}, {answers.ending.of_responses:.1%}",
+        ),
         (f"margin λ(Δ − Γ) after {margins.steps} steps, median", f"{margins.median:.2g}"),
         ("  95 %", f"{margins.high:.2g}"),
+        (
+            "  95 % of |λΔ| and |λΓ|",
+            f"{margins.high_of_targets:.2g}, {margins.high_of_responses:.2g}",
+        ),
     ]
     if critic is not None:
         lines += [

@@ -22,6 +22,19 @@ MANY_IDENTICAL = 0.5
 MANY_TRUNCATED = 0.1
 
 
+class Ending(NamedTuple):
+    """How responses end, beside their targets.
+
+    Attributes:
+        character: the last character of most targets, spaces left out.
+        of_targets, of_responses: the share that ends with it.
+    """
+
+    character: str
+    of_targets: float
+    of_responses: float
+
+
 class Answers(NamedTuple):
     """What the model answers to the probe's prompts.
 
@@ -38,6 +51,7 @@ class Answers(NamedTuple):
         likeliest_right_share: share of prompts whose likeliest whole response is right; None if it
             cannot be told, or there is one response to each.
         different_share: of the responses to a prompt.
+        ending: how targets and responses end.
         target_tokens, response_tokens: medians.
         records_of_data: all that a run would use.
     """
@@ -52,6 +66,7 @@ class Answers(NamedTuple):
     right_shares: Mapping[float, float]
     likeliest_right_share: float | None
     different_share: float
+    ending: Ending
     target_tokens: float
     response_tokens: float
     records_of_data: int
@@ -96,17 +111,20 @@ class CriticFound(NamedTuple):
 
 
 class Margins(NamedTuple):
-    """Margins λ(Δ − Γ) after a few steps, and at the end of an iteration if they grew as before.
+    """Rewards and margins after a few steps, and at the end of an iteration if they grew as before.
 
     Attributes:
         steps, steps_of_iteration: the steps that were made, and those of an iteration.
         median, high: median and 95th percentile of |λ(Δ − Γ)| after `steps`.
+        high_of_targets, high_of_responses: 95th percentile of |λΔ| and of |λΓ|.
     """
 
     steps: int
     steps_of_iteration: int
     median: float
     high: float
+    high_of_targets: float
+    high_of_responses: float
 
     @property
     def high_at_the_end(self) -> float:
@@ -159,7 +177,7 @@ def _conclusion_elsewhere(step: FirstStep, answers: Answers) -> str:
 
 
 def _what_would_have_to_change(answers: Answers, critic: CriticFound | None) -> str:
-    """Of a model on which SFT has converged."""
+    """Of a model on which SFT has converged. What costs nothing comes first."""
     likeliest = _about_the_likeliest(answers) if _likeliest_wins(answers) else ""
     if _greedy_misleads(answers):
         decoding = (
@@ -169,13 +187,22 @@ def _what_would_have_to_change(answers: Answers, critic: CriticFound | None) -> 
             f"{answers.best_temperature:g}."
         )
         return f"{decoding} {likeliest}".strip()
+    decoding = ""
+    if (best := answers.best_temperature) != answers.temperature:
+        decoding = (
+            f"Decode at {_named(best)} first, which costs nothing: "
+            f"{answers.right_shares[best]:.1%} of the responses are right there, "
+            f"{answers.right_shares[answers.temperature]:.1%} at T = {answers.temperature:g}. "
+        )
+    return decoding + (likeliest or _what_else(answers, critic))
+
+
+def _what_else(answers: Answers, critic: CriticFound | None) -> str:
     if answers.identical_share > MANY_IDENTICAL:
         return (
             f"{answers.identical_share:.0%} of the responses equal their target already, so these "
             "records have little left to teach: other records would have to come."
         )
-    if likeliest:
-        return likeliest
     outside = "other records, or a checker of right responses (recipe self_training)"
     if critic is None:
         return f"Something else would have to come: {outside}."
@@ -190,7 +217,7 @@ def _what_would_have_to_change(answers: Answers, critic: CriticFound | None) -> 
             f"Something else would have to come: {outside}."
         )
     return (
-        "But a small critic tells targets from responses, so another reward than the likelihood "
+        "A small critic tells targets from responses, so another reward than the likelihood "
         "has something to go by: method critic may use it. Where it was tried with several seeds, "
         "it was no better than SFT whose learning rate was tuned for the same decoding."
     )
@@ -198,16 +225,17 @@ def _what_would_have_to_change(answers: Answers, critic: CriticFound | None) -> 
 
 def _about_the_likeliest(answers: Answers) -> str:
     best = answers.best_temperature
-    shares = [f"{answers.right_shares[answers.temperature]:.1%} at T = {answers.temperature:g}"]
-    if best != answers.temperature:
-        shares.append(f"{answers.right_shares[best]:.1%} at T = {best:g}, the best one")
     return (
         f"The likeliest of {answers.samples} sampled responses is right more often "
         f"({answers.likeliest_right_share:.1%}) than a single one at any temperature "
-        f"({', '.join(shares)}). Recipe sharpening trains on it, so that sampled responses are "
-        f"right more often. Compare it with this model at T = {best:g}, which costs nothing, and "
-        "with SFT of as many steps, each at its best temperature."
+        f"({answers.right_shares[best]:.1%} at {_named(best)}). Recipe sharpening trains on it. "
+        "Compare the result with this model and with SFT of as many steps, each at its best "
+        "temperature."
     )
+
+
+def _named(temperature: float) -> str:
+    return f"T = {temperature:g}" if temperature else "T = 0 (greedy decoding)"
 
 
 def verdict(
@@ -302,11 +330,10 @@ def _about_decoding(answers: Answers) -> Iterator[str]:
             "changed it; opponents at a higher temperature did not."
         )
     elif best != answers.temperature:
-        where = f"T = {best:g}" if best else "T = 0 (greedy decoding)"
         yield (
             f"A lower temperature alone raises the share of right responses from "
             f"{shares[answers.temperature]:.1%} at T = {answers.temperature:g} to "
-            f"{shares[best]:.1%} at {where}. It costs nothing; a method must beat it."
+            f"{shares[best]:.1%} at {_named(best)}. It costs nothing; a method must beat it."
         )
 
 

@@ -60,6 +60,12 @@ def expected_cosine(one_BP: NDArray[np.float64], other_BP: NDArray[np.float64]) 
     return inner_product(one_BP, other_BP) / math.sqrt(norms)
 
 
+def expected_norm_ratio(one_BP: NDArray[np.float64], other_BP: NDArray[np.float64]) -> float:
+    """‖E a‖ / ‖E b‖, without the noise of their estimates. NaN where one of them has no signal."""
+    squares = [inner_product(part, part) for part in (one_BP, other_BP)]
+    return math.sqrt(squares[0] / squares[1]) if min(squares) > 0 else math.nan
+
+
 def signal_in(gradients_BP: NDArray[np.float64], seed: int = 0) -> Signal:
     """How much of the gradients of batches is signal.
 
