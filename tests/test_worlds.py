@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from worlds import (
     unequal,
     walks,
 )
-from worlds.making import END, PAD, Row, character_tokenizer, make, small_model
+from worlds.making import END, PAD, Row, character_tokenizer, make, small_model, without_end
 
 WORLDS = [counts, endings, fork, longer_walks, noisy_walks, old_skills, unequal, walks]
 ROWS = 2000
@@ -72,6 +74,22 @@ def test_the_share_of_right_targets(module, share):
 def test_right_and_wrong_responses(module, prompt, target, wrong):
     assert module.WORLD.is_right(prompt, target, target)
     assert not module.WORLD.is_right(prompt, target, wrong)
+
+
+def test_the_one_answer_to_a_drawn_prompt():
+    for prompt, target in rows_of(endings):
+        first, last = map(int, prompt.rstrip(":").split(" to "))
+        assert target.split() == [str(number) for number in range(first, last + 1)]
+        assert target.startswith(" ")
+    for module in (unequal, old_skills):
+        for prompt, target in rows_of(module):
+            kind, letters = prompt.rstrip(":").split()
+            assert target[0] == "="
+            if kind == "back":
+                assert list(target[1:]) == [letters[-i] for i in range(1, len(letters) + 1)]
+            else:
+                assert all(one <= other for one, other in pairwise(target[1:]))
+                assert Counter(target[1:]) == Counter(letters)
 
 
 @pytest.mark.parametrize("module", WORLDS, ids=lambda module: module.__name__)
@@ -130,9 +148,10 @@ def test_the_log_prob_of_an_answer_is_the_sum_of_its_tokens(policies):
 
 def test_which_answer_is_chosen(policies):
     first, base = policies
-    prompts = ["1 to 4:", "1 to 6:"]
-    right = [" +1=2 +1=3 +1=4", " +1=2 +2=4 +2=6"]
-    answers = [[" +1=2", " +3=3 +1=4 +2=6"], right, [" +1=2 +1=3", "7"]]
+    prompts = [row.prompt for row in rows_of(walks)[:6]]
+    right = [row.target for row in rows_of(walks)[:6]]
+    answers = [[row.target for row in rows_of(walks)[i : i + 6]] for i in range(6, 60, 6)]
+    answers[4] = right
 
     def chosen(choice):
         rows = few_answers.chosen_by(choice, prompts, answers, first, base)
@@ -145,16 +164,49 @@ def test_which_answer_is_chosen(policies):
             max(texts, key=lambda t: reward(Row(prompts[i], t))) for i, texts in enumerate(columns)
         ]
 
-    assert chosen("any") == answers[0]
-    assert chosen("right, if one is") == right
-    assert chosen("log π_1") == best(lambda row: first.logps([row]).item())
-    assert chosen("log π_1 − log π_0") == best(
-        lambda row: (first.logps([row]) - base.logps([row])).item()
-    )
+    expected = {
+        "any": answers[0],
+        "right, if one is": right,
+        "log π_1": best(lambda row: first.logps([row]).item()),
+        "log π_1 − log π_0": best(lambda row: (first.logps([row]) - base.logps([row])).item()),
+        "−log π_0": best(lambda row: -base.logps([row]).item()),
+    }
+    assert len(set(map(tuple, expected.values()))) == len(expected)  # each reward is another one
+    del expected["−log π_0"]
+    assert {choice: chosen(choice) for choice in few_answers.CHOICES} == expected
+
+
+def test_what_few_answers_trains_and_on_what(tmp_path, monkeypatch):
+    make(walks.WORLD._replace(rows=1, width=32, layers=1), tmp_path, steps=1)
+    sizes = {"TARGETS": 5, "PROMPTS": 20, "HELDOUT": 10, "SAMPLES": 2, "STEPS_OF_SFT": 2}
+    for name, size in (sizes | {"STEPS_OF_CHOSEN": 1}).items():
+        monkeypatch.setattr(few_answers, name, size)
+    calls, trained = [], few_answers.Policy.trained
+
+    def training(self, rows, *given):
+        calls.append((self, rows, given, trained(self, rows, *given)))
+        return calls[-1][3]
+
+    monkeypatch.setattr(few_answers.Policy, "trained", training)
+    found = few_answers.measure(tmp_path, 3)
+    assert len(found) == 3 + len(few_answers.CHOICES)
+    (base, targets, given, first), (again, same, *_), *others = calls
+    assert (len(targets), given) == (5, (2, few_answers.RATE_OF_SFT, 3))
+    assert base is not first
+    assert again is first
+    assert same == targets
+    prompts = [row.prompt for row in others[0][1]]
+    assert len(prompts) == 20
+    assert not set(prompts) & {row.prompt for row in targets}
+    for policy, rows, given, _ in others:
+        assert policy is first
+        assert [row.prompt for row in rows] == prompts
+        assert given == (1, few_answers.RATE_OF_CHOSEN, 3)
 
 
 def test_what_is_written_can_be_run(tmp_path):
-    make(fork.WORLD._replace(rows=50), tmp_path, steps=2)
+    # So few prompts that rows drawn at random would be held-out ones too.
+    make(walks.WORLD._replace(rows=50), tmp_path, steps=2)
     config = RunConfig.load(str(tmp_path / "recipe.yaml"))
     inputs = read_inputs(config)
     assert len(inputs.examples) == 50
@@ -164,6 +216,8 @@ def test_what_is_written_can_be_run(tmp_path):
         {json.loads(line)["prompt"] for line in (tmp_path / f"{name}.jsonl").open()}
         for name in ("train", "heldout", "tuning")
     ]
+    drawn = without_end(walks.draw, seed=3)
+    assert {next(drawn).prompt for _ in range(50)} & (prompts[1] | prompts[2])
     assert not prompts[0] & prompts[1]
     assert not prompts[0] & prompts[2]
     assert not prompts[1] & prompts[2]

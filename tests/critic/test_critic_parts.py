@@ -290,6 +290,11 @@ def test_a_critic_of_another_vocabulary_is_refused(tmp_path):
     tokenizer.save_pretrained(tmp_path / "alone")
     with refused("critic.path", "alone", 100, len(tokenizer)):
         reader_of(config, tokenizer, [END], 64)
+    # One that reads other ids: larger than any model rounds its vocabulary up.
+    large = BertConfig(vocab_size=30_522, intermediate_size=32, num_labels=1, **shape)
+    Bert(large).save_pretrained(tmp_path / "large")
+    with refused("critic.path", "large", 30_522, len(tokenizer), "no tokenizer of its own"):
+        reader_of(CriticConfig(path=str(tmp_path / "large")), tokenizer, [END], 64)
     with refused("critic.path", "nothing"):
         reader_of(CriticConfig(path=str(tmp_path / "nothing")), tokenizer, [END], 64)
 

@@ -11,6 +11,7 @@ import yaml
 from builders import contents, make_model, make_tokenizer, run_settings
 from fork_server import Forked
 from messages import refused
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, ModernBertForSequenceClassification
 
 import tpaw.pipeline.training
@@ -19,6 +20,7 @@ from tpaw.config.plan import plan_run
 from tpaw.config.schema import RunConfig
 from tpaw.data.examples import read_examples
 from tpaw.generation.responses import read_responses
+from tpaw.pipeline import critic_task
 from tpaw.pipeline.costs import measure_costs
 from tpaw.pipeline.preflight import read_inputs
 from tpaw.runtime.interrupt import StopSignal
@@ -136,7 +138,73 @@ def test_it_trains_by_sft_on_what_the_critic_likes_best(critic_settings, tmp_pat
     assert (one.opponents, two.opponents, two.main_players) == ((0,), (1, 0), ())
 
 
-def test_its_results_are_those_of_the_files(critic_settings, tmp_path):
+def share_of_won_pairs(model, rows, examples, responses):
+    """Mean over prompts: how often the target has a higher score than a whole, other response."""
+    shares = []
+    for row in rows:
+        prompt, target = examples.prompt_ids[row].tolist(), examples.target_ids[row].tolist()
+
+        def score(ids, prompt=prompt):
+            with torch.no_grad():
+                return model(input_ids=torch.tensor([[*prompt, *ids[:-1]]])).logits.item()
+
+        places = [k * N + row for k in range(SAMPLES)]
+        whole = [p for p in places if responses.finish_reasons[p] == "stop"]
+        others = [ids for p in whole if (ids := responses.token_ids[p].tolist()) != target]
+        if others:
+            shares.append(np.mean([score(target) > score(ids) for ids in others]))
+    return np.mean(shares), len(shares)
+
+
+def test_it_is_fitted_on_the_history_and_measured_on_prompts_of_its_own(
+    critic_settings, tmp_path, monkeypatch
+):
+    seen, halved = [], []
+    compare, halve = critic_task.comparisons, critic_task.halves
+
+    def comparing(examples, parts, encode):
+        seen.append([ids.tolist() for part in parts for ids in part.token_ids])
+        return compare(examples, parts, encode)
+
+    def halving(*given):
+        halved.append(halve(*given))
+        return halved[-1]
+
+    monkeypatch.setattr(critic_task, "comparisons", comparing)
+    monkeypatch.setattr(critic_task, "halves", halving)
+    self_play(load(critic_settings), tmp_path / "r")
+    run = RunDirectory(tmp_path / "r")
+    examples = read_examples(run.inputs / "train.parquet")
+    first, second = (read_responses(run.iteration(t).responses) for t in (0, 1))
+    given = [[ids.tolist() for ids in responses.token_ids] for responses in (first, second)]
+    assert seen == [given[0], [*given[1], *given[0]]]
+    model = AutoModelForSequenceClassification.from_pretrained(run.iteration(0).critic).eval()
+    facts = json.loads((run.iteration(0).critic / "results.json").read_text())["auc"]
+    watched, measured = halved[0]
+    assert (len(watched), len(measured)) == (3, 3)  # a quarter of 24, in two halves
+    won = share_of_won_pairs(model, measured, examples, first)
+    assert (facts["value"], facts["prompts"]) == (pytest.approx(won[0]), won[1])
+
+
+@pytest.mark.parametrize("each_iteration", ["continue", "fresh"])
+def test_where_a_critic_starts(critic_settings, tmp_path, monkeypatch, each_iteration):
+    starts, fit = [], critic_task.fit
+
+    def fitting(model, *given, **named):
+        starts.append({name: w.detach().clone() for name, w in model.named_parameters()})
+        return fit(model, *given, **named)
+
+    monkeypatch.setattr(critic_task, "fit", fitting)
+    critic = {"critic": {"each_iteration": each_iteration}}
+    self_play(load(critic_settings, critic), tmp_path / "r")
+    fitted = load_file(RunDirectory(tmp_path / "r").iteration(0).critic / "model.safetensors")
+    expected = fitted if each_iteration == "continue" else starts[0]
+    assert not all(torch.equal(fitted[name], w) for name, w in starts[0].items())
+    assert all(torch.equal(expected[name], w) for name, w in starts[1].items())
+
+
+def test_its_results_are_those_of_the_files(critic_settings, tmp_path, tpaw_, monkeypatch):
+    monkeypatch.setattr("tpaw.report.summary.exploited", lambda players: [f"of {len(players)}"])
     self_play(load(critic_settings), tmp_path / "r")
     run = RunDirectory(tmp_path / "r")
     examples = read_examples(run.inputs / "train.parquet")
@@ -159,6 +227,11 @@ def test_its_results_are_those_of_the_files(critic_settings, tmp_path):
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
     assert summary["players"][1]["critic"]["auc"] == facts["auc"]
     assert "critic" in summary["players"][1]["seconds"]
+    assert "of 3" in summary["notes"]  # what is said of an exploited critic
+    code, out, _ = tpaw_("run", tmp_path / "r")
+    assert code == 0
+    assert "of 3" in out
+    assert [line for line in out.splitlines() if f" {facts['auc']['value']:.3f} [" in line]
     assert read_manifest(folder)["iteration"] == 1
 
 

@@ -72,5 +72,9 @@ def test_the_alarm_when_fewer_responses_are_right():
     [text] = exploited(run(1.5, 0.858))
     for part in ("θ_1", "0.25 standard deviations", "85.8%, of θ_0's 87.4%", "critic.team"):
         assert part in text
+    without = run(1.5, 0.858)  # nothing is held out, so there are no log-probs
+    for entry in without:
+        del entry["evaluation"]
+    assert exploited(without) == [text]
     assert exploited(run(1.5, 0.86)) == []
     assert exploited(run(1.1, 0.7)) == []  # liked as before

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENS_IN_BATCH = 16_384
+# Models round the size of their vocabulary up; none is known to have so many tokens too many.
+UNUSED_TOKENS = 1024
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model")
 
 
@@ -136,6 +138,12 @@ def reader_of(
             f"critic.path: {config.path}: its vocabulary of {text.vocab_size} tokens is smaller "
             f"than the {needed} of {whose}; save the right tokenizer beside it, or leave "
             "critic.path out"
+        )
+    if own is None and text.vocab_size > needed + UNUSED_TOKENS:
+        raise InputError(
+            f"critic.path: {config.path}: its vocabulary of {text.vocab_size} tokens is not the "
+            f"run's, {needed}, and it has no tokenizer of its own; save the right one beside it, "
+            "or leave critic.path out"
         )
     if own is None or own.get_vocab() == tokenizer.get_vocab():
         return Reader(encode_ids(stop_ids, longest), tokenizer)

@@ -93,7 +93,9 @@ class _CriticOfIteration:
                 "responses that differ from their target belong to "
                 f"{int(pairs.counts.any(axis=1).sum())} of {count} records, and to {prompts} of "
                 "the prompts that it is measured on (at least 2 are needed); use more records, "
-                "raise critic.heldout, or raise generate.max_new_tokens if responses are truncated"
+                f"raise critic.heldout from {config.critic.heldout:g}, or raise "
+                f"generate.max_new_tokens from {config.generate.max_new_tokens} if responses are "
+                "truncated"
             )
         with publishing(self.iteration.critic, {"iteration": self.iteration.number}) as folder:
             model = self._started(reader).to(self.device)

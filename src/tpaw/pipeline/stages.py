@@ -249,7 +249,8 @@ class Stages:
         if not low > 0.5:
             raise InputError(
                 f"{iteration}: the critic cannot tell targets from responses: {shown} on "
-                f"{auc.prompts} held-out prompts. What it would choose is chance. {advice}"
+                f"{auc.prompts} held-out prompts, and the interval must lie above 0.5. "
+                f"What it would choose is chance. {advice}"
             )
         if only_counts_tokens(alike, length):
             known = f"of like length {alike.value:.3f}" if alike.pairs else "none of like length"

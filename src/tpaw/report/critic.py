@@ -65,14 +65,11 @@ def exploited(players: Sequence[Mapping[str, Any]]) -> list[str]:
     """
     start = players[0].get("evaluation", {}).get("logps")
     judged = [entry for entry in players if "critic" in entry]
-    if start is None or not judged:
+    if not judged:
         return []
     first = judged[0]["critic"]
     for before, entry in pairwise(judged):
         # The responses of an iteration come from the checkpoint that the one before trained.
-        logps = before.get("evaluation", {}).get("logps")
-        if logps is None:
-            continue
         critic = entry["critic"]
         rise = critic["score_by_first_critic"] - first["score_by_first_critic"]
         if rise <= HIGHER_SCORE * first["spread_of_scores"]:
@@ -83,6 +80,9 @@ def exploited(players: Sequence[Mapping[str, Any]]) -> list[str]:
         )
         if (right := _fewer_right(first, critic)) is not None:
             return [f"{liked} fewer of them are right: {right}. {ADVICE}"]
+        logps = before.get("evaluation", {}).get("logps")
+        if start is None or logps is None:
+            continue
         fall = start["target_logp"] - logps["target_logp"]
         loss = 1 - critic["different_share"] / first["different_share"]
         if fall > LOWER_LOGP * abs(start["target_logp"]) and loss > FEWER_DIFFERENT:
