@@ -21,7 +21,7 @@ from tpaw.storage.artifacts import describe_file, verify, write_json, write_mani
 from tpaw.storage.run_directory import RunDirectory, open_run
 from tpaw.study.analysis import analyse
 from tpaw.study.config import read_study
-from tpaw.study.results import _curve
+from tpaw.study.results import _curve, _measures
 from tpaw.study.runner import run_study, runs_of
 from tpaw.study.sharing import begin_run, begin_shared, is_prepared, prepare_shared, shared_name
 
@@ -395,6 +395,20 @@ def test_conditions_of_different_lengths_show_their_first_and_last_checkpoint(an
     assert "share of the iterations" in drawn
     [line] = [line for line in text.splitlines() if line.startswith("| two | 0 |")]
     assert line.count("|") == 6  # every iteration of every run has a column
+
+
+def test_what_a_method_keeps_is_a_measure():
+    critic = {"auc": {"value": 0.6}, "right_share_heldout": 0.5, "best_right_share_heldout": 0.7}
+    assert dict(_measures({"iteration": 1, "critic": critic})) == {
+        "critic_auc": 0.6, "right_responses": 0.5, "right_kept": 0.7,
+    }  # fmt: skip
+    unknown = {"auc": {"value": None}, "right_share_heldout": 0.5, "best_right_share_heldout": None}
+    assert dict(_measures({"iteration": 1, "critic": unknown})) == {"right_responses": 0.5}
+    kept = {"triples": 3, "responses": 12, "right_share_of_all": 0.25, "right_share": 0.5}
+    assert dict(_measures({"iteration": 1, "kept": kept})) == {
+        "right_responses": 0.25, "right_kept": 0.5,
+    }  # fmt: skip
+    assert dict(_measures({"iteration": 0})) == {}
 
 
 def test_sampled_accuracies_are_measures_with_a_figure(analysed, tmp_path):

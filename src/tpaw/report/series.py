@@ -15,6 +15,9 @@ _LABELS = {
     "target_reward": "target reward P(x, y)",
     "reward_margin": "margin P(x, y) − P(x, y_gen)",
     "identical": "share of answers equal to the target",
+    "critic_auc": "AUC of the critic, targets against responses",
+    "right_responses": "share of right responses to training prompts",
+    "right_kept": "share of right responses of those that are kept",
 }
 SAMPLED_ACCURACY = "accuracy at T = "
 """Begins the name of a measure; the temperature follows."""

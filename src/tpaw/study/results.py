@@ -18,6 +18,10 @@ Measures of its training:
 
 - `target_reward`, `reward_margin`: means over the last half of the steps, in nats × λ.
 - `identical`: share of the responses of the newest opponent that equal the target, in [0, 1].
+- `critic_auc`: of method critic, on prompts that had no part in its fit.
+- `right_responses`, `right_kept`: where a method keeps some of the responses and right ones can be
+  told, the share of right ones of all and of the kept. Of method critic on prompts that had no part
+  in its fit.
 """
 
 from __future__ import annotations
@@ -38,7 +42,9 @@ from tpaw.study.runner import StudyRun
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
 HELD_OUT = ("accuracy", "gap", "nonpositive_gap_share", "target_logp_per_token")
-TRAINING = ("target_reward", "reward_margin", "identical")
+TRAINING = (
+    "target_reward", "reward_margin", "identical", "critic_auc", "right_responses", "right_kept",
+)  # fmt: skip
 MEASURES = HELD_OUT + TRAINING
 
 
@@ -93,11 +99,23 @@ def _measures(entry: dict[str, Any]) -> Iterator[tuple[str, float]]:
         yield "reward_margin", training["rewards/margins"]
     if "responses" in entry:
         yield "identical", entry["responses"]["identical_share"]
+    yield from _of_the_kept(entry)
     for name, suite in entry.get("suites", {}).items():
         yield name, suite["score"]
         if len(suite["benchmarks"]) > 1:
             for benchmark, column in suite["benchmarks"].items():
                 yield f"{name}: {benchmark}", column["score"]
+
+
+def _of_the_kept(entry: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Of a method that keeps some of the responses: how it chooses."""
+    critic, kept = entry.get("critic", {}), entry.get("kept", {})
+    found = {
+        "critic_auc": critic.get("auc", {}).get("value"),
+        "right_responses": critic.get("right_share_heldout", kept.get("right_share_of_all")),
+        "right_kept": critic.get("best_right_share_heldout", kept.get("right_share")),
+    }
+    yield from ((name, value) for name, value in found.items() if value is not None)
 
 
 def _curve(run: StudyRun) -> Iterator[list[float]]:
