@@ -160,6 +160,11 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="JSON file to write")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(6)))
     arguments = parser.parse_args()
+    if not (arguments.folder / "model").is_dir():
+        parser.error(
+            f"folder: {arguments.folder} has no folder model; make the world first: "
+            f"python -m worlds.noisy_walks {arguments.folder}"
+        )
     torch.set_num_threads(1)
     results = {seed: measure(arguments.folder, seed) for seed in arguments.seeds}
     arguments.results.write_text(json.dumps(results, indent=1, ensure_ascii=False), "utf-8")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import zlib
+from types import SimpleNamespace
 
+import best_of
 import numpy as np
 import pytest
 import torch
@@ -11,8 +14,13 @@ import yaml
 from builders import contents, make_model, make_tokenizer, run_settings
 from fork_server import Forked
 from messages import refused
+from oracles import oracle
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, ModernBertForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    ModernBertForSequenceClassification,
+)
 
 import tpaw.pipeline.training
 from tests.report.html.parsed import shown_responses
@@ -184,6 +192,49 @@ def test_it_is_fitted_on_the_history_and_measured_on_prompts_of_its_own(
     assert (len(watched), len(measured)) == (3, 3)  # a quarter of 24, in two halves
     won = share_of_won_pairs(model, measured, examples, first)
     assert (facts["value"], facts["prompts"]) == (pytest.approx(won[0]), won[1])
+    found, expected = choices_without_training(run, examples, first, monkeypatch)
+    assert found == pytest.approx(expected)
+    assert len(set(expected.values())) > 3  # they choose differently
+
+
+def choices_without_training(run, examples, responses, monkeypatch):
+    """What benchmarks/best_of.py says of a run, and what it should say. Right is arbitrary."""
+
+    def is_right(row, text):
+        return zlib.crc32(f"{examples.ids[row]} {text}".encode()) % 2 == 0
+
+    arbitrary = SimpleNamespace(
+        is_right=lambda example, text: is_right(examples.ids.index(example.id), text)
+    )
+    monkeypatch.setattr(best_of, "checker_of", lambda name: arbitrary)
+    found = best_of.shares(run, 0)
+    del found[best_of.ON_UNSEEN_PROMPTS]
+    model = AutoModelForCausalLM.from_pretrained(run.load_config().model.path).eval()
+    judged = np.load(run.iteration(0).critic / "scores.npy")[0]
+    shares = {arm: [] for arm in found}
+    for row in range(N):
+        places = [k * N + row for k in range(SAMPLES)]
+        whole = [p for p in places if responses.finish_reasons[p] == "stop"]
+        if not whole:
+            continue
+        ids = {p: responses.token_ids[p].tolist() for p in whole}
+        with torch.no_grad():
+            prompt = examples.prompt_ids[row].tolist()
+            logps = {p: oracle(model, prompt, ids[p]).item() for p in whole}
+        texts = [responses.texts[p] for p in places]
+        scores = {
+            "own log-prob": logps,
+            "own log-prob per token": {p: logps[p] / len(ids[p]) for p in whole},
+            "critic": {p: judged[p] for p in whole},
+            "majority": {p: texts.count(responses.texts[p]) for p in whole},
+            "any": {p: is_right(row, responses.texts[p]) for p in whole},
+        }
+        shares["nothing: every response"].append(np.mean([is_right(row, t) for t in texts]))
+        for arm, of_place in scores.items():
+            top = max(of_place.values())
+            best = [p for p in whole if of_place[p] > top - 1e-4]
+            shares[arm].append(np.mean([is_right(row, responses.texts[p]) for p in best]))
+    return found, {arm: np.mean(of_rows) for arm, of_rows in shares.items()}
 
 
 @pytest.mark.parametrize("each_iteration", ["continue", "fresh"])

@@ -98,13 +98,15 @@ def load_critic(folder: str) -> PreTrainedModel:
     except Exception as error:  # transformers raises many types
         reason = printable(first_line(error))
         raise InputError(
-            f"critic.path: {folder}: cannot be loaded as a classifier ({reason})"
+            f"critic.path: {folder}: cannot be loaded ({reason}); it must be a model that "
+            "AutoModelForSequenceClassification of transformers loads"
         ) from None
     encoder = f"{model.base_model_prefix}."
     others = [name for name, *_ in report["mismatched_keys"] if name.startswith(encoder)]
     if others:
         raise InputError(
-            f"critic.path: {folder}: {others[0]} has another shape than config.json says"
+            f"critic.path: {folder}: {others[0]} has another shape than config.json says; save the "
+            "model again, with the config.json that belongs to it"
         )
     return cast(PreTrainedModel, model)
 
