@@ -2,7 +2,7 @@
 
     29 to 46:  →   +5=34 +9=43 -2=41 +5=46
 
-A critic gained most here, of all walks that we tried.
+Of all walks that we tried, a critic gained most on these.
 
     python -m worlds.longer_walks studies/worlds/longer_walks
 """

@@ -131,7 +131,7 @@ def shortened(config: RunConfig, records: int) -> RunConfig:
 
 
 def ending(targets: Sequence[str], responses: Sequence[str]) -> Ending:
-    """How often responses end as most targets do."""
+    """How often targets and responses end with the most frequent last character of the targets."""
     ends = [[text.strip()[-1:] for text in texts] for texts in (targets, responses)]
     character, _ = Counter(ends[0]).most_common(1)[0]
     return Ending(character, *(found.count(character) / len(found) for found in ends))

@@ -26,7 +26,7 @@ class Ending(NamedTuple):
     """How responses end, beside their targets.
 
     Attributes:
-        character: the last character of most targets, spaces left out.
+        character: the most frequent last character of the targets, without spaces at their ends.
         of_targets, of_responses: the share that ends with it.
     """
 
