@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tpaw.config.schema import RunConfig
 from tpaw.evaluation.checker import checker_of
@@ -19,6 +19,7 @@ from worlds import (
     counts,
     endings,
     few_answers,
+    few_targets,
     fork,
     longer_walks,
     noisy_walks,
@@ -221,6 +222,31 @@ def test_what_is_written_can_be_run(tmp_path):
     assert not prompts[0] & prompts[1]
     assert not prompts[0] & prompts[2]
     assert not prompts[1] & prompts[2]
+
+
+def test_few_targets_starts_from_sft_on_its_own_rows(tmp_path, monkeypatch):
+    noisy, folder = tmp_path / "noisy", tmp_path / "few"
+    make(noisy_walks.WORLD._replace(rows=1, width=32, layers=1), noisy, steps=1)
+    monkeypatch.setattr(few_targets, "STEPS_OF_SFT", 20)
+    few_targets.make(noisy, folder)
+    config = RunConfig.load(str(folder / "recipe.yaml"))
+    assert len(read_inputs(config).examples) == few_targets.TARGETS
+    rows = {
+        name: [
+            Row(line["prompt"], line["completion"])
+            for line in map(json.loads, (folder / f"{name}.jsonl").open())
+        ]
+        for name in ("train", "heldout", "tuning")
+    }
+    assert all(walks.is_right(*row, row.target) for part in rows.values() for row in part)
+    prompts = Counter(row.prompt for part in rows.values() for row in part)
+    assert prompts.total() == len(prompts) == 200 + 600 + 600
+    tokenizer = AutoTokenizer.from_pretrained(noisy / "model")
+    before, after = (
+        few_answers.Policy(AutoModelForCausalLM.from_pretrained(path / "model"), tokenizer)
+        for path in (noisy, folder)
+    )
+    assert after.logps(rows["train"]).mean() > before.logps(rows["train"]).mean() + 1
 
 
 def test_right_responses_by_kind(tmp_path, monkeypatch, capsys):

@@ -222,6 +222,14 @@ class World(NamedTuple):
     settings: Mapping[str, object] = {}
 
 
+class Made(NamedTuple):
+    """A world's SFT model with its tokenizer; its rows under `train`, `heldout` and `tuning`."""
+
+    model: Qwen2ForCausalLM
+    tokenizer: PreTrainedTokenizerFast
+    rows: Mapping[str, list[Row]]
+
+
 def make(world: World, folder: Path, *, steps: int | None = None) -> None:
     """Make the model of a world and its rows, and say how good the model is.
 
@@ -245,11 +253,16 @@ def make(world: World, folder: Path, *, steps: int | None = None) -> None:
     source = without_end(world.draw_row or world.draw, seed=3)
     others = (row for row in source if row.prompt not in used)
     rows["train"] = list(itertools.islice(others, world.rows))
-    say_accuracy(model, tokenizer, rows["tuning"], world)
+    write(world, folder, Made(model, tokenizer, rows))
+
+
+def write(world: World, folder: Path, made: Made) -> None:
+    """Write a world's model, its rows and a recipe, and say how good the model is."""
+    say_accuracy(made.model, made.tokenizer, made.rows["tuning"], world)
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    for name, part in rows.items():
+    made.model.save_pretrained(folder / "model")
+    made.tokenizer.save_pretrained(folder / "model")
+    for name, part in made.rows.items():
         records = [{"prompt": row.prompt, "completion": row.target} for row in part]
         text = "".join(json.dumps(record) + "\n" for record in records)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
