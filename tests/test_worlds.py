@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from tpaw.config.schema import RunConfig
 from tpaw.evaluation.checker import checker_of
@@ -241,11 +241,7 @@ def test_few_targets_starts_from_sft_on_its_own_rows(tmp_path, monkeypatch):
     assert all(walks.is_right(*row, row.target) for part in rows.values() for row in part)
     prompts = Counter(row.prompt for part in rows.values() for row in part)
     assert prompts.total() == len(prompts) == 200 + 600 + 600
-    tokenizer = AutoTokenizer.from_pretrained(noisy / "model")
-    before, after = (
-        few_answers.Policy(AutoModelForCausalLM.from_pretrained(path / "model"), tokenizer)
-        for path in (noisy, folder)
-    )
+    before, after = map(few_answers.Policy.of, (noisy, folder))
     assert after.logps(rows["train"]).mean() > before.logps(rows["train"]).mean() + 1
 
 

@@ -47,6 +47,12 @@ class Policy:
     def __init__(self, model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
         self.model, self.tokenizer = model, tokenizer
 
+    @classmethod
+    def of(cls, world: Path) -> Policy:
+        """The SFT model of a world, from the folder of that world."""
+        tokenizer = AutoTokenizer.from_pretrained(world / "model", padding_side="left")
+        return cls(AutoModelForCausalLM.from_pretrained(world / "model").eval(), tokenizer)
+
     def trained(self, rows: list[Row], steps: int, rate: float, seed: int) -> Policy:
         """This policy after SFT on some rows."""
         model = copy.deepcopy(self.model).train()
@@ -121,8 +127,7 @@ def chosen_by(
 
 def measure(folder: Path, seed: int) -> dict[str, dict[str, float]]:
     """Accuracy of each policy, and of the answers that it was trained on."""
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model", padding_side="left")
-    base = Policy(AutoModelForCausalLM.from_pretrained(folder / "model").eval(), tokenizer)
+    base = Policy.of(folder)
     used: set[str] = set()
     heldout = distinct(walks.draw, HELDOUT, 1, used)
     targets = distinct(walks.draw, TARGETS, 100 + seed, used)
@@ -153,6 +158,15 @@ def _measured(policy: Policy, rows: list[Row]) -> dict[str, float]:
     }
 
 
+def check_noisy_walks(parser: argparse.ArgumentParser, argument: str, folder: Path) -> None:
+    """End the program with an error if the folder has no world in it."""
+    if not (folder / "model").is_dir():
+        parser.error(
+            f"{argument}: {folder} has no folder model; make the world first: "
+            f"python -m worlds.noisy_walks {folder}"
+        )
+
+
 def main() -> None:
     """Measure with several seeds; write and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -160,11 +174,7 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="JSON file to write")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(6)))
     arguments = parser.parse_args()
-    if not (arguments.folder / "model").is_dir():
-        parser.error(
-            f"folder: {arguments.folder} has no folder model; make the world first: "
-            f"python -m worlds.noisy_walks {arguments.folder}"
-        )
+    check_noisy_walks(parser, "folder", arguments.folder)
     torch.set_num_threads(1)
     results = {seed: measure(arguments.folder, seed) for seed in arguments.seeds}
     arguments.results.write_text(json.dumps(results, indent=1, ensure_ascii=False), "utf-8")

@@ -13,10 +13,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from worlds import walks
-from worlds.few_answers import RATE_OF_SFT, STEPS_OF_SFT, TARGETS, Policy
+from worlds.few_answers import RATE_OF_SFT, STEPS_OF_SFT, TARGETS, Policy, check_noisy_walks
 from worlds.making import HELDOUT_ROWS, Made, Row, World, distinct, write
 
 is_right = walks.is_right
@@ -33,8 +32,6 @@ def make(noisy: Path, folder: Path) -> None:
         folder: where to write.
     """
     torch.set_num_threads(1)
-    tokenizer = AutoTokenizer.from_pretrained(noisy / "model", padding_side="left")
-    base = Policy(AutoModelForCausalLM.from_pretrained(noisy / "model").eval(), tokenizer)
     used: set[str] = set()
     rows: dict[str, list[Row]] = {
         name: distinct(walks.draw, count, seed, used)
@@ -44,8 +41,8 @@ def make(noisy: Path, folder: Path) -> None:
             ("train", WORLD.rows, 3),
         )
     }
-    first = base.trained(rows["train"], STEPS_OF_SFT, RATE_OF_SFT, seed=0)
-    write(WORLD, folder, Made(first.model, tokenizer, rows))
+    policy = Policy.of(noisy).trained(rows["train"], STEPS_OF_SFT, RATE_OF_SFT, seed=0)
+    write(WORLD, folder, Made(policy.model, policy.tokenizer, rows))
 
 
 def main() -> None:
@@ -54,11 +51,7 @@ def main() -> None:
     parser.add_argument("noisy", type=Path, help="folder of the world noisy_walks")
     parser.add_argument("folder", type=Path, help="where to write")
     arguments = parser.parse_args()
-    if not (arguments.noisy / "model").is_dir():
-        parser.error(
-            f"noisy: {arguments.noisy} has no folder model; make the world first: "
-            f"python -m worlds.noisy_walks {arguments.noisy}"
-        )
+    check_noisy_walks(parser, "noisy", arguments.noisy)
     make(arguments.noisy, arguments.folder)
 
 
