@@ -252,6 +252,7 @@ def test_right_responses_by_kind(tmp_path, monkeypatch, capsys):
     right = {  # seed, iteration: of each row
         (0, 0): [1, 0, 0, 0, 0], (0, 2): [1, 1, 0, 1, 0],
         (1, 0): [1, 0, 0, 0, 0], (1, 2): [1, 1, 1, 0, 0],
+        (2, 0): [1, 1, 1, 1, 1], (2, 1): [1, 1, 1, 1, 1],  # stopped after the first of two
     }  # fmt: skip
     for (seed, iteration), found in right.items():
         run = tmp_path / "study" / "runs" / "tpaw" / f"seed-{seed}"
@@ -265,7 +266,8 @@ def test_right_responses_by_kind(tmp_path, monkeypatch, capsys):
         )
     monkeypatch.setattr("sys.argv", ["by_kind", str(tmp_path / "study")])
     by_kind.main()
-    start, last = capsys.readouterr().out.splitlines()
+    stopped, start, last = capsys.readouterr().out.splitlines()
+    assert stopped == "left out, not all iterations: tpaw, seed-2"
     assert start.startswith("θ_0: back, greedy 0.500 ± 0.000  sort, greedy 0.000 ± 0.000")
     # 2/2 and 1/2 of back, 1/3 and 2/3 of sort.
     assert last.startswith("tpaw: back, greedy 0.750 ± 0.354  sort, greedy 0.500 ± 0.236")

@@ -11,6 +11,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -31,9 +32,20 @@ def right_by_kind(evaluation: Path, kinds: list[str], name: str) -> dict[str, fl
     return {kind: statistics.fmean(found) for kind, found in sorted(right.items())}
 
 
+def settings_of(run: Path) -> dict[str, Any]:
+    """The configuration of a run."""
+    found: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
+    return found
+
+
+def has_ended(run: Path) -> bool:
+    """Whether the run's last checkpoint was evaluated; the critic can stop a run before."""
+    return (run / "iterations" / str(settings_of(run)["iterations"]) / "evaluation").is_dir()
+
+
 def of_run(run: Path) -> dict[str, dict[str, float]]:
     """Of θ_0 and of the last checkpoint: shares by kind, greedy and at temperature 1."""
-    config = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
+    config = settings_of(run)
     heldout = Path(config["evaluate"]["data"]["path"]).read_text("utf-8").splitlines()
     kinds = [json.loads(line)["prompt"].partition(" ")[0] for line in heldout]
     found: dict[str, dict[str, float]] = {}
@@ -62,10 +74,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("study", type=Path, help="folder of a study")
     folder = parser.parse_args().study / "runs"
-    conditions = {
-        condition.name: [of_run(run) for run in sorted(condition.glob("seed-*"))]
-        for condition in sorted(folder.iterdir())
-    }
+    conditions: dict[str, list[dict[str, dict[str, float]]]] = {}
+    for run in sorted(folder.glob("*/seed-*")):
+        if has_ended(run):
+            conditions.setdefault(run.parent.name, []).append(of_run(run))
+        else:
+            print(f"left out, not all iterations: {run.parent.name}, {run.name}")
     print("θ_0:", mean_of([run["θ_0"] for run in next(iter(conditions.values()))]))
     for name, runs in conditions.items():
         print(f"{name}:", mean_of([run["last"] for run in runs]))
