@@ -113,8 +113,8 @@ def test_a_critic_that_tells_targets_from_responses():
 def test_a_critic_that_only_counts_tokens_is_caught():
     long = Auc(0.9, (0.85, 0.95), 900, 64)
     text = said(critic=CRITIC._replace(auc=TELLS, auc_of_length_alone=long))
-    assert "but by their length" in text
-    assert "would be long, not good" in text
+    assert "may know nothing but their length" in text
+    assert "may be only long, not good" in text
     assert "something to go by" not in text
     # One that also tells targets from responses of like length knows more than the length.
     both = CRITIC._replace(auc=TELLS, auc_of_length_alone=long, auc_of_like_length=TELLS)
@@ -259,7 +259,7 @@ def test_what_a_critic_adds_to_the_conclusion():
     assert "method critic may use it" in tells
     assert "no better than SFT" in tells
     assert "A small critic finds nothing" in at_chance
-    assert "by their length alone" in counts
+    assert "may know nothing but their length" in counts
     assert "critic" not in none
     for text in (at_chance, counts, none):
         assert "other records, or a checker of right responses (recipe self_training)" in text

@@ -707,8 +707,8 @@ class CriticConfig(Section):
     )
     at_chance: Literal["stop", "go_on"] = Field(
         "stop",
-        description="What to do if the 95 % interval of the critic's AUC contains 0.5, or if it "
-        "knows nothing but how long targets are: stop the run, or go on.",
+        description="What to do if the 95 % interval of the critic's AUC contains 0.5, or if "
+        "nothing shows that it knows more than how long targets are: stop the run, or go on.",
     )
     train_by: Literal["sft", "objective"] = Field(
         "sft",

@@ -253,11 +253,17 @@ class Stages:
                 f"What it would choose is chance. {advice}"
             )
         if only_counts_tokens(alike, length):
-            known = f"of like length {alike.value:.3f}" if alike.pairs else "none of like length"
+            low, high = alike.interval_95
+            known = (
+                f"of like length {alike.value:.3f} [{low:.3f}, {high:.3f}] on {alike.prompts} "
+                "held-out prompts, and this interval must lie above 0.5"
+                if alike.prompts > 1
+                else "too few of like length to tell"
+            )
             raise InputError(
-                f"{iteration}: the critic tells targets from responses by their length: {shown}, "
-                f"of length alone {length.value:.3f}, {known}. What it would "
-                f"choose is {'long' if length.value > 0.5 else 'short'}, not good. {advice}"
+                f"{iteration}: the critic may know nothing but the length of targets: {shown}, of "
+                f"length alone {length.value:.3f}, {known}. What it would choose may be only "
+                f"{'long' if length.value > 0.5 else 'short'}, not good. {advice}"
             )
 
     def choose(self, t: int) -> Chosen:

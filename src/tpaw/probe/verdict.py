@@ -213,8 +213,8 @@ def _what_else(answers: Answers, critic: CriticFound | None) -> str:
         )
     if _counts_tokens(critic):
         return (
-            "A small critic tells targets from responses by their length alone, which is no help. "
-            f"Something else would have to come: {outside}."
+            "A small critic tells targets from responses, but it may know nothing but their "
+            f"length. Something else would have to come: {outside}."
         )
     return (
         "A small critic tells targets from responses, so another reward than the likelihood "
@@ -364,10 +364,11 @@ def _about_critic(critic: CriticFound, answers: Answers) -> Iterator[str]:
         return
     length, alike = critic.auc_of_length_alone.value, critic.auc_of_like_length
     if _counts_tokens(critic):
+        known = f"{alike.value:.3f}, {alike.pairs} pairs" if alike.pairs else "no pairs"
         yield (
-            f"A small critic tells targets from responses ({shown}), but by their length (AUC of "
-            f"length alone {length:.3f}; of like length {alike.value:.3f}). What it chooses would "
-            f"be {'long' if length > 0.5 else 'short'}, not good."
+            f"A small critic tells targets from responses ({shown}), but it may know nothing but "
+            f"their length (AUC of length alone {length:.3f}; of like length: {known}). What "
+            f"it chooses may be only {'long' if length > 0.5 else 'short'}, not good."
         )
         return
     gain = ""
