@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -115,6 +116,11 @@ def test_a_critic_that_only_counts_tokens_is_caught():
     text = said(critic=CRITIC._replace(auc=TELLS, auc_of_length_alone=long))
     assert "may know nothing but their length" in text
     assert "may be only long, not good" in text
+    pairs = CRITIC.auc_of_like_length.pairs
+    assert f"of like length: {CRITIC.auc_of_like_length.value:.3f}, {pairs} pairs)" in text
+    nothing = Auc(math.nan, (math.nan, math.nan), 0, 0)
+    none = CRITIC._replace(auc=TELLS, auc_of_length_alone=long, auc_of_like_length=nothing)
+    assert "of like length: no pairs)" in said(critic=none)
     assert "something to go by" not in text
     # One that also tells targets from responses of like length knows more than the length.
     both = CRITIC._replace(auc=TELLS, auc_of_length_alone=long, auc_of_like_length=TELLS)
