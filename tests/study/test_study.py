@@ -14,6 +14,7 @@ from messages import refused, says
 
 from tpaw.config.schema import RunConfig
 from tpaw.report.figures import draw_figures, spread
+from tpaw.report.html.study import write_study_page
 from tpaw.report.study import sentences, study_report, study_tables
 from tpaw.runtime.interrupt import StopSignal
 from tpaw.selfplay import self_play
@@ -286,6 +287,17 @@ def test_a_condition_whose_every_run_failed_has_no_numbers(analysed, tmp_path):
     assert study["comparisons"] == []
     assert "| other | 0 | – | – |" in study_report(study, [])
     draw_figures(study, tmp_path)
+
+
+def test_a_study_whose_every_run_failed_says_why_and_shows_no_empty_table(analysed, tmp_path):
+    study = complete(analysed({"base": [], "other": []}), {"base, seed 0": "tpaw: it broke"})
+    figures = draw_figures(study, tmp_path / "figures")
+    report = study_report(study, figures)
+    assert (study_tables(study), figures) == ([], [])
+    assert "- failed and left out: base, seed 0: tpaw: it broke" in report
+    assert "|" not in report
+    write_study_page(tmp_path / "page.html", study | {"study": {}})
+    assert "No run of this study has ended." in (tmp_path / "page.html").read_text()
 
 
 def test_a_varied_condition_whose_every_run_failed_is_left_out_of_the_figure(write, tmp_path):

@@ -59,6 +59,8 @@ def draw_figures(study: Study, folder: Path) -> list[Path]:
 
 def _figures(study: Study) -> Iterator[tuple[str, Figure]]:
     measures = study["measures"]
+    if not measures:
+        return
     if varied := single_axis(study):
         for measure in measures:
             if measure in ("accuracy", "gap", study["primary"]):

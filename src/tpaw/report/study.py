@@ -104,7 +104,12 @@ def study_report(study: Study, figures: Sequence[Path]) -> str:
 
 
 def main_tables(study: Study) -> Iterator[tuple[str, list[str], Rows]]:
-    """Title, headings and rows of the tables that answer the question of the study."""
+    """Title, headings and rows of the tables that answer the question of the study.
+
+    None if no run has ended.
+    """
+    if not study["measures"]:
+        return
     yield _by_iteration(study, study["primary"])
     if study["comparisons"]:
         yield _compared(study)
@@ -114,6 +119,8 @@ def main_tables(study: Study) -> Iterator[tuple[str, list[str], Rows]]:
 
 def detailed_tables(study: Study) -> Iterator[tuple[str, list[str], Rows]]:
     """The same of all other measures, and of every run."""
+    if not study["measures"]:
+        return
     for measure in study["measures"]:
         if measure != study["primary"]:
             yield _by_iteration(study, measure)
