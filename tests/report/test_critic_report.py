@@ -55,7 +55,7 @@ def test_the_alarm_needs_all_three_signs():
         return [player(0, -10.0), player(1, logp, 1.0), player(2, logp, score, different)]
 
     [text] = exploited(run(1.5, -11.0, 0.7))
-    for part in ("θ_1", "0.25 standard deviations", "1.00 nats", "22%", "critic.team"):
+    for part in ("θ_1", "0.25 standard deviations", "1.00 nats", "22%", "critic.each_iteration"):
         assert part in text
     assert exploited(run(1.1, -11.0, 0.7)) == []  # liked as before
     assert exploited(run(1.5, -10.4, 0.7)) == []  # targets lost four percent
@@ -70,7 +70,7 @@ def test_the_alarm_when_fewer_responses_are_right():
 
     # Two standard errors: 2 √((.874 · .126 + .86 · .14) / 4000) = .0152.
     [text] = exploited(run(1.5, 0.858))
-    for part in ("θ_1", "0.25 standard deviations", "85.8%, of θ_0's 87.4%", "critic.team"):
+    for part in ("θ_1", "0.25 standard deviations", "85.8%, of θ_0's 87.4%", "critic.each_iteration"):
         assert part in text
     without = run(1.5, 0.858)  # nothing is held out, so there are no log-probs
     for entry in without:

@@ -17,7 +17,10 @@ LOWER_LOGP = 0.05
 FEWER_DIFFERENT = 0.1
 # Or fewer of its responses are right, by this many standard errors of the difference.
 FEWER_RIGHT = 2.0
-ADVICE = "Use an earlier checkpoint, fewer iterations or a team of critics (critic.team)."
+ADVICE = (
+    "Use an earlier checkpoint, fewer iterations or a critic that starts anew in each iteration "
+    "(critic.each_iteration: fresh)."
+)
 
 
 def critic_tables(summary: Mapping[str, Any]) -> list[Table]:
