@@ -70,7 +70,8 @@ def test_the_alarm_when_fewer_responses_are_right():
 
     # Two standard errors: 2 √((.874 · .126 + .86 · .14) / 4000) = .0152.
     [text] = exploited(run(1.5, 0.858))
-    for part in ("θ_1", "0.25 standard deviations", "85.8%, of θ_0's 87.4%", "critic.each_iteration"):
+    signs = ("θ_1", "0.25 standard deviations", "85.8%, of θ_0's 87.4%")
+    for part in (*signs, "critic.each_iteration"):
         assert part in text
     without = run(1.5, 0.858)  # nothing is held out, so there are no log-probs
     for entry in without:
