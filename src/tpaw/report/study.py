@@ -106,7 +106,7 @@ def study_report(study: Study, figures: Sequence[Path]) -> str:
 def main_tables(study: Study) -> Iterator[tuple[str, list[str], Rows]]:
     """Title, headings and rows of the tables that answer the question of the study.
 
-    None if no run has ended.
+    There are none if no run has ended.
     """
     if not study["measures"]:
         return
