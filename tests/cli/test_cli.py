@@ -9,6 +9,8 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -533,6 +535,38 @@ def test_memory_that_runs_out_while_a_model_is_loaded_is_one_line(
     assert code == 1
     assert "Traceback" not in err
     complains(err, "memory has run out", str(error) or "MemoryError")
+
+
+def test_what_is_imported_is_not_collected_and_what_comes_later_is():
+    """In a process of its own, because what is frozen stays so."""
+    program = """
+import gc, sys, weakref
+from tpaw.cli.common import load_libraries
+
+class Node: pass
+
+def cycle():
+    node = Node()
+    node.itself = node
+    return weakref.ref(node)
+
+assert "tpaw.storage.artifacts" not in sys.modules and gc.get_freeze_count() == 0
+load_libraries("tpaw.storage.artifacts")
+found = gc.get_freeze_count()
+assert "tpaw.storage.artifacts" in sys.modules and found > 10_000 and gc.isenabled()
+load_libraries("tpaw.storage.artifacts")
+later = cycle()
+assert later() is not None
+gc.collect()
+assert later() is None and gc.get_freeze_count() <= found
+try:
+    load_libraries("tpaw.no_such_module")
+except ModuleNotFoundError:
+    assert gc.isenabled()
+else:
+    raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_env_says_what_a_bug_report_needs(tpaw_, monkeypatch):

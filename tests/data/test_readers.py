@@ -15,7 +15,7 @@ from messages import IN_BRACKETS, refused
 from tpaw.config.schema import DataConfig
 from tpaw.data import readers
 from tpaw.data.formats import Dialogue, Unusable, columns_to_read, shape_of
-from tpaw.data.readers import Records, read_records
+from tpaw.data.readers import Records, count_records, read_records
 from tpaw.errors import InputError
 
 # Worded by Python and pyarrow.
@@ -59,6 +59,16 @@ def test_every_local_format_gives_the_same_rows(tmp_path, name):
     rows = [*sums(5), {"question": 'Größe, "quoted"\nand two lines?', "answer": "a\n#### 1"}]
     WRITERS[name](tmp_path / name, rows)
     assert read_records(DataConfig(path=str(tmp_path / name)), "data") == rows
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("rows", [1, 300, 1025])
+def test_records_are_counted_without_their_values(tmp_path, name, rows):
+    WRITERS[name](tmp_path / name, sums(rows))
+    config = DataConfig(path=str(tmp_path / name))
+    done = []
+    assert count_records(config, "data", done.append) == sum(done) == rows
+    assert count_records(config.model_copy(update={"limit": 299}), "data") == min(rows, 299)
 
 
 def test_the_stream_that_datasets_caches(tmp_path):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from builders import write_jsonl
 from messages import refused
 from oracles import expected_logps, oracle
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -223,6 +226,20 @@ def test_margins_and_gradients_are_those_of_plain_logits(settings, monkeypatch):
     ((targets, _, eta),) = steps
     assert eta == 4
     assert np.linalg.norm(targets[0]) == pytest.approx(gradient, rel=1e-4)  # 16 batches of one
+
+
+def test_all_records_are_counted_and_only_the_first_ones_tokenized(settings, monkeypatch):
+    """An unusable one among the first is not one of a run's; the later ones are not looked at."""
+    path = Path(settings["data"]["path"])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[3]["answer"] = rows[20]["answer"] = ""
+    write_jsonl(path, rows)
+    settings["data"]["max_skipped"] = 0.2
+    monkeypatch.setattr(_Measuring, "all", lambda self: (self.records_of_data, self.examples))
+    count, examples = probe(RunConfig.load(settings), 16, StopSignal())
+    assert (count, len(examples)) == (len(rows) - 1, 15)
+    count, examples = probe(RunConfig.load(settings), 64, StopSignal())
+    assert count == len(examples) == len(rows) - 2
 
 
 def test_how_texts_end():

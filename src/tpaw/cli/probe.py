@@ -6,7 +6,14 @@ from typing import Annotated
 
 import typer
 
-from tpaw.cli.common import Command, Overrides, Trust, console_of_stdout, stoppable
+from tpaw.cli.common import (
+    Command,
+    Overrides,
+    Trust,
+    console_of_stdout,
+    load_libraries,
+    stoppable,
+)
 from tpaw.cli.run import Sources, load
 
 app = typer.Typer()
@@ -35,6 +42,7 @@ def probe(
     Example: tpaw probe mine.yaml --rows 1000
     """
     settings = load(config, set_, trust)
+    load_libraries("tpaw.probe.measure")
     from tpaw.probe.measure import probe as measure
     from tpaw.probe.table import probe_table
     from tpaw.probe.verdict import conclusion, verdict

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from tpaw.cli.common import Command, Overrides, Trust, console_of_stdout, stoppable
+from tpaw.cli.common import (
+    Command,
+    Overrides,
+    Trust,
+    console_of_stdout,
+    load_libraries,
+    stoppable,
+)
 from tpaw.config.files import recipe_summaries, to_yaml
 from tpaw.config.schema import RunConfig
 from tpaw.errors import InputError, printable
@@ -158,6 +165,7 @@ def _run(settings: RunConfig, output: Path) -> None:
     console = TextConsole(stderr=True)
     view = lambda: live_view(run, settings, console.width) if run.has_begun() else None  # noqa: E731
     with stoppable(f"tpaw run {shlex.quote(str(output))}{trust}") as stop, screen(view, console):
+        load_libraries("tpaw.pipeline.stages")
         self_play(settings, output, stop)
     _print_summary(run, settings)
 

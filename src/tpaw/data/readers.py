@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from tpaw.config.messages import nearest
 from tpaw.config.schema import DataConfig
 from tpaw.errors import InputError, first_line, printable
+from tpaw.runtime.progress import OnDone, ignore
 from tpaw.storage.resources import resolve_path
 
 Record = Mapping[str, Any]
@@ -66,6 +67,24 @@ def read_records(config: DataConfig, key: str, columns: Collection[str] | None =
     """Read all records into memory; see `open_records`."""
     stream = open_records(config, key, columns)
     return Records(stream, stream.head.columns)
+
+
+def count_records(config: DataConfig, key: str, on_done: OnDone = ignore) -> int:
+    """Count the records of a source, at most `config.limit`; see `open_records`.
+
+    Args:
+        config: where the records are.
+        key: key path of `config` for error messages.
+        on_done: called with the number of records counted since the last call.
+
+    Raises:
+        InputError: the source cannot be read, or a record is malformed.
+    """
+    records, count = iter(open_records(config, key, columns=())), 0
+    while found := sum(1 for _ in islice(records, _RECORDS_AT_A_TIME)):
+        on_done(found)
+        count += found
+    return count
 
 
 def open_records(

@@ -34,6 +34,7 @@ from tpaw.critic.model import reader_of, scores_of, small_critic
 from tpaw.critic.selection import best_of, choose
 from tpaw.data.columns import key_list
 from tpaw.data.examples import Examples
+from tpaw.data.readers import count_records
 from tpaw.data.token_ids import TokenSequence
 from tpaw.errors import InputError
 from tpaw.evaluation.checker import Checker
@@ -42,7 +43,6 @@ from tpaw.logprobs.prepare import prepare_for_logprobs
 from tpaw.models.loading import disable_dropout
 from tpaw.pipeline.engines import parts as in_parts
 from tpaw.pipeline.players import LoadedPlayers
-from tpaw.pipeline.preflight import read_inputs
 from tpaw.pipeline.stages import Stages, opened_stages
 from tpaw.probe.gradients import COVERED, FirstStep, batch_gradients, first_step
 from tpaw.probe.verdict import RECORDS_FOR_CRITIC, Answers, CriticFound, Ending, Margins
@@ -92,10 +92,11 @@ def probe(config: RunConfig, records: int, stop: StopSignal) -> Probe:
         InputError: the configuration cannot be run, or is not one of self-play.
     """
     short, watch = shortened(config, records), Watch(stop)
-    with watch.progress("read and tokenize", None, "records") as on_done:
-        count = len(read_inputs(config, on_done).examples)
     with TemporaryDirectory() as folder, opened_stages(short, folder, stop) as stages:
-        return _Measuring(config, count, short, stages, RunDirectory(folder), watch).all()
+        with watch.progress("count all records", None, "records") as on_done:
+            count = count_records(config.data, "data", on_done)
+        usable = count - sum(stages.inputs.skipped["data"].values())
+        return _Measuring(config, usable, short, stages, RunDirectory(folder), watch).all()
 
 
 def shortened(config: RunConfig, records: int) -> RunConfig:
@@ -149,6 +150,8 @@ class _Measuring:
     ) -> None:
         self.config = config
         self.records_of_data = records_of_data
+        # It refuses an iteration without effect, so it comes before anything is measured.
+        self.steps_of_iteration = plan_run(config, records_of_data)[0].optimizer_steps
         self.short = short
         self.stages = stages
         self.run = run
@@ -336,7 +339,7 @@ class _Measuring:
         margins, *rewards = np.abs(lambda_ * np.stack([target - generated, target, generated]))
         return Margins(
             steps=optimizer_steps(config, len(kept), 0),
-            steps_of_iteration=plan_run(self.config, self.records_of_data)[0].optimizer_steps,
+            steps_of_iteration=self.steps_of_iteration,
             median=float(np.median(margins)),
             high=float(np.quantile(margins, 0.95)),
             high_of_targets=float(np.quantile(rewards[0], 0.95)),

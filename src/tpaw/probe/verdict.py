@@ -53,7 +53,8 @@ class Answers(NamedTuple):
         different_share: of the responses to a prompt.
         ending: how targets and responses end.
         target_tokens, response_tokens: medians.
-        records_of_data: all that a run would use.
+        records_of_data: all that a run would use. Records that are not among the first ones were
+            counted and not looked at; a run may skip some of them.
     """
 
     prompts: int
