@@ -41,8 +41,8 @@ from tpaw.evaluation.checker import Checker
 from tpaw.generation.responses import Responses, read_responses, response_facts
 from tpaw.logprobs.prepare import prepare_for_logprobs
 from tpaw.models.loading import disable_dropout
+from tpaw.pipeline.engines import InProcess
 from tpaw.pipeline.engines import parts as in_parts
-from tpaw.pipeline.players import LoadedPlayers
 from tpaw.pipeline.stages import Stages, opened_stages
 from tpaw.probe.gradients import COVERED, FirstStep, batch_gradients, first_step
 from tpaw.probe.verdict import RECORDS_FOR_CRITIC, Answers, CriticFound, Ending, Margins
@@ -158,7 +158,9 @@ class _Measuring:
         self.watch = watch
         self.examples: Examples = stages.inputs.examples
         self.checker: Checker = stages.published.checker
-        self.players = LoadedPlayers(short, watch.stop)
+        assert isinstance(stages.engine, InProcess)  # `shortened` refuses the other ones
+        # Those of the stages: others would hold the same model a second time.
+        self.players = stages.engine.worker.players
 
     def all(self) -> Probe:
         """Everything, one after the other."""
