@@ -228,13 +228,15 @@ def test_margins_and_gradients_are_those_of_plain_logits(settings, monkeypatch):
     assert np.linalg.norm(targets[0]) == pytest.approx(gradient, rel=1e-4)  # 16 batches of one
 
 
-def test_all_records_are_counted_and_only_the_first_ones_tokenized(settings, monkeypatch):
+def test_all_records_are_counted_and_only_the_first_ones_tokenized(settings, monkeypatch, tmp_path):
     """An unusable one among the first is not one of a run's; the later ones are not looked at."""
     path = Path(settings["data"]["path"])
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[3]["answer"] = rows[20]["answer"] = ""
-    write_jsonl(path, rows)
-    settings["data"]["max_skipped"] = 0.2
+    settings["data"] = {
+        "path": str(write_jsonl(tmp_path / "some-empty.jsonl", rows)),
+        "max_skipped": 0.2,
+    }
     monkeypatch.setattr(_Measuring, "all", lambda self: (self.records_of_data, self.examples))
     count, examples = probe(RunConfig.load(settings), 16, StopSignal())
     assert (count, len(examples)) == (len(rows) - 1, 15)
