@@ -79,9 +79,9 @@ def stoppable(again: str) -> Iterator[StopSignal]:
 def load_libraries(module: str) -> None:
     """Import a module that needs torch and transformers, in less time than a plain import.
 
-    Garbage collection is off meanwhile, and later collections leave out what is there by then:
-    modules and their functions live as long as the process. To look at them, some hundred thousand
-    objects, took a third of a second each time: while they were imported, and after each stage.
+    Garbage collection is off during the import. Later collections do not look at the objects that
+    exist at its end: they are modules and functions, and live as long as the process. There are so
+    many that looking at them took about a fifth of the import, and time after each stage of a run.
 
     Args:
         module: its full name. If it is there already, nothing happens.
